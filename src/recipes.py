@@ -1,0 +1,110 @@
+"""How to train: the options, and named sets of them that were tried."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from ViT import MODELS, ViTConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything besides the model that determines a run's weights.
+
+    Raises:
+        ValueError: a value cannot be; the message names it.
+    """
+
+    dataset: Annotated[Literal["cifar10", "shapes"], "what to train on"] = "cifar10"
+    validation_images: Annotated[int, "training images held out; 0 trains on all of them"] = 5000
+    epochs: Annotated[int, "times each training image is seen"] = 100
+    batch_size: Annotated[int, "images a step"] = 500
+    optimizer: Annotated[
+        Literal["adamw", "muon"], "adamw for all, or muon for the matrices inside the blocks"
+    ] = "adamw"
+    learning_rate: Annotated[float, "AdamW's highest learning rate"] = 1e-3
+    muon_learning_rate: Annotated[float, "Muon's highest learning rate"] = 0.02
+    weight_decay: Annotated[float, "decoupled decay of the weight matrices, times the rate"] = 0.05
+    warmup_epochs: Annotated[float, "epochs of linear warm-up from 0"] = 5.0
+    schedule: Annotated[Literal["cosine", "linear"], "decay to 0 after the warm-up"] = "cosine"
+    gradient_clip: Annotated[float, "longest gradient, over all weights; 0 is any"] = 1.0
+    label_smoothing: Annotated[float, "share of a label that is spread over all classes"] = 0.1
+    flip: Annotated[bool, "mirror each training image with probability 1/2"] = True
+    crop_padding: Annotated[int, "pad by so many pixels and crop at random; 0 is off"] = 4
+    precision: Annotated[
+        Literal["auto", "bf16", "fp32"], "auto is bf16 autocast where the hardware multiplies bf16"
+    ] = "auto"
+    compile: Annotated[
+        Literal["auto", "on", "off"], "torch.compile; auto is a GPU, or a CPU with a long run"
+    ] = "auto"
+    seed: Annotated[int, "the run's seed: initialisation, order, augmentation, dropout"] = 0
+
+    def __post_init__(self):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("crop_padding", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("learning_rate", "muon_learning_rate", "weight_decay", "gradient_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"warmup_epochs must be at least 0 and below the {self.epochs} epochs, "
+                f"not {self.warmup_epochs}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing}"
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model, how to train it, and what came of it."""
+
+    about: str  # command, hardware, time and the accuracy to expect; the first line is a summary
+    model: ViTConfig
+    train: TrainConfig
+
+
+DEFAULT_RECIPE = "baseline"
+
+RECIPES = {
+    "baseline": Recipe(
+        about="""The paper's choices at CIFAR scale: ViT-Ti/4, AdamW, cosine, flip and crop.""",
+        model=ViTConfig(**MODELS["tiny"], patch_size=4, dropout=0.1),
+        train=TrainConfig(),
+    ),
+    "demo": Recipe(
+        about="""A drawn data set and a micro model: no download, no GPU, about a minute.""",
+        model=ViTConfig(**MODELS["micro"], patch_size=4, pooling="mean", positions="sincos"),
+        train=TrainConfig(
+            dataset="shapes",
+            validation_images=1000,
+            epochs=8,
+            batch_size=100,
+            optimizer="muon",
+            learning_rate=3e-3,
+            warmup_epochs=0.5,
+            schedule="linear",
+            gradient_clip=0,
+            label_smoothing=0.0,
+            crop_padding=2,
+        ),
+    ),
+    "cpu": Recipe(
+        about="""CIFAR-10 on two CPU cores in ten minutes.""",
+        model=ViTConfig(
+            patch_size=8, width=128, depth=4, heads=4, pooling="mean", positions="sincos"
+        ),
+        train=TrainConfig(
+            epochs=25,
+            batch_size=250,
+            optimizer="muon",
+            learning_rate=2e-3,
+            warmup_epochs=1.0,
+            schedule="linear",
+            gradient_clip=0,
+            label_smoothing=0.1,
+        ),
+    ),
+}

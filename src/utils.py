@@ -1,0 +1,320 @@
+"""What surrounds training: checkpoints, the run log, seeding, and flags made from dataclasses."""
+
+import argparse
+import csv
+import ctypes
+import dataclasses
+import difflib
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import types
+import typing
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from matplotlib.figure import Figure
+
+from ViT import ViT, ViTConfig
+
+_IMPORTED = time.perf_counter()
+ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the current folder is
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+CHECKPOINT_FORMAT = 1
+CHECKPOINT_KEYS = {
+    "format": int,
+    "model_config": dict,  # of ViTConfig
+    "train_config": dict,  # of TrainConfig
+    "recipe": str,
+    "weights": dict,
+    "optimizers": list,  # their state dicts
+    "epoch": int,  # epochs done
+    "random_state": dict,
+    "history": list,  # a dict an epoch, the rows of metrics.csv
+    "seconds": dict,
+    "classes": list,
+    "mean": list,
+    "std": list,
+    "versions": dict,
+}
+
+
+class CheckpointError(Exception):
+    """A file is no checkpoint of this repository; the message is one line for the user."""
+
+
+def save_checkpoint(path: Path, **content: Any) -> None:
+    """Writes a checkpoint of plain containers and tensors, whole or not at all.
+
+    Args:
+        content: everything in `CHECKPOINT_KEYS` but `format` and `versions`.
+    """
+    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    versions = {name: str(version) for name, version in versions.items()}
+    checkpoint = content | {"format": CHECKPOINT_FORMAT, "versions": versions}
+    assert checkpoint.keys() == CHECKPOINT_KEYS.keys(), checkpoint.keys() ^ CHECKPOINT_KEYS.keys()
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint without running anything that is in it.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not a checkpoint of this format.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what a damaged file makes it suspect
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # a damaged file can fail in any way inside torch.load
+        raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from error
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise CheckpointError(f"{path} is not a checkpoint that src/trainer.py wrote")
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {checkpoint['format']}, "
+            f"but this code reads {CHECKPOINT_FORMAT}"
+        )
+    for key, kind in CHECKPOINT_KEYS.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise CheckpointError(f"{path} lacks {key!r}, or it is not a {kind.__name__}")
+    return checkpoint
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[ViT, dict[str, Any]]:
+    """Rebuilds the model that a checkpoint holds, from the file alone.
+
+    Returns:
+        The model, in evaluation mode on `device`, and the checkpoint (class names, mean, std, ...).
+
+    Raises:
+        CheckpointError: the file is no checkpoint, or its parts do not fit together.
+    """
+    checkpoint = load_checkpoint(path, device)
+    try:
+        model = ViT(ViTConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["weights"])
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path} holds weights or options that make no model: {reason}"
+        ) from error
+    return model.to(device).eval(), checkpoint
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file so that a reader finds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+# ---------------------------------------------------------------------------- the run log
+
+
+def write_metrics(path: Path, history: list[dict[str, float]]) -> None:
+    """metrics.csv: a row for each epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(history[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _short(value) for name, value in row.items()} for row in history)
+    write_whole(path, text.getvalue().encode())
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """result.json: the final figures, with what produced them."""
+    write_whole(path, (json.dumps(result, indent=2) + "\n").encode())
+
+
+def write_curves(path: Path, history: list[dict[str, float]], title: str) -> None:
+    """curves.png: loss, accuracy and learning rate against the epoch."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained", dpi=150)
+    losses, accuracies, rates = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+
+    def curve(axes, name: str, label: str | None = None, scale: float = 1.0, **style) -> None:
+        axes.plot(epochs, [scale * row[name] for row in history], label=label, **style)
+
+    curve(losses, "train_loss", "training", marker=".")
+    curve(accuracies, "train_accuracy", "training", 100, marker=".")
+    curve(rates, "learning_rate", color="tab:gray")
+    if history[0]["validation_loss"] is not None:
+        curve(losses, "validation_loss", "validation", marker=".")
+        curve(accuracies, "validation_accuracy", "validation", 100, marker=".")
+    labels = ("loss (nats)", "accuracy (%)", "learning rate at the epoch's end")
+    for axes, label in zip((losses, accuracies, rates), labels, strict=True):
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+    losses.legend(frameon=False)
+    figure.suptitle(title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_whole(path, buffer.getbuffer())
+
+
+def _short(value: float | None) -> float | str | None:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+# ---------------------------------------------------------------------------- seeding
+
+
+def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator that depends on the key alone, say (seed, epoch), so a draw can be redone."""
+    (state,) = np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state) >> 1)  # a seed must fit into an int64
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the generators that `torch.manual_seed` seeds, which dropout uses."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([part.cpu() for part in state["cuda"]])
+
+
+# ---------------------------------------------------------------------------- the machine
+
+
+def best_device() -> torch.device:
+    """cuda, else mps, else cpu."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The device as people call it, e.g. 'NVIDIA H200' or 'AMD EPYC, 2 threads'."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a processor without a name
+    return name if device.type == "mps" else f"{name}, {torch.get_num_threads()} threads"
+
+
+def process_seconds() -> float:
+    """Seconds since this process began, importing torch included."""
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf(
+            "SC_CLK_TCK"
+        )
+    except (OSError, AttributeError):  # not Linux
+        return time.perf_counter() - _IMPORTED
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory in use at any time: the GPU's for tensors, or the process' on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep large freed blocks for the next tensor instead of unmapping them.
+
+    By default every activation of over 32 MB is mapped afresh and its pages are zeroed by the
+    kernel; training on a CPU is about 1.3 times faster without that. Elsewhere this does nothing.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 2**30)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the nearest flag for a misspelt one."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> typing.NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            unknown = message.split()[2]
+            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
+            message += f" (did you mean {near[0]}?)" if near else " (--help lists all)"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_flags(group: argparse._ArgumentGroup, config: Any) -> None:
+    """Adds a flag for each field of a config, with its value there as the default that help shows.
+
+    A field is declared as `name: Annotated[type, "help"]`. A flag that is not given leaves nothing
+    in the parsed arguments, so that `given` can tell.
+    """
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        kind, text = typing.get_args(hint)
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "type": kind}
+        if kind is bool:
+            options = {"default": argparse.SUPPRESS, "action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is typing.Literal:
+            options |= {"choices": typing.get_args(kind), "type": str}
+        elif isinstance(kind, types.UnionType):  # int | tuple[int, int]
+            options |= {"type": _height_and_width, "metavar": "PIXELS"}
+        else:
+            options |= {"metavar": kind.__name__.upper()}
+        value = getattr(config, name)
+        shown = "x".join(map(str, value)) if isinstance(value, tuple) else value
+        group.add_argument(f"--{name.replace('_', '-')}", help=f"{text} ({shown})", **options)
+
+
+def given(arguments: argparse.Namespace, config_class: type) -> dict[str, Any]:
+    """The fields of a config class that the command line gave a value."""
+    names = (field.name for field in dataclasses.fields(config_class))
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def _height_and_width(text: str) -> tuple[int, int]:
+    """'32' or '32x48'."""
+    try:
+        height, width = (int(part) for part in (text.split("x") * 2)[:2])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32 or 32x48") from None
+    return height, width
+
+
+def existing_path(text: str) -> Path:
+    """A path as given, or, where there is nothing, the same inside the repository."""
+    path = Path(text)
+    return path if path.exists() else ROOT / text

@@ -1,0 +1,263 @@
+"""Data sets: CIFAR-10 from every place it can come from, the split, the batches, the Shapes."""
+
+import hashlib
+import http.server
+import io
+import pickle
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import data
+from data import DataError, batches, draw_shapes, load_dataset, normalise, stratified_split
+
+REAL = Path(__file__).parent.parent / "data"
+needs_cifar10 = pytest.mark.skipif(
+    not (REAL / "cifar-10-batches-py").is_dir(), reason="the real CIFAR-10 is not in data/"
+)
+CLASSES = [f"class {label}" for label in range(10)]
+
+
+# ---------------------------------------------------------------------------- a small stand-in
+
+
+@pytest.fixture
+def archive(monkeypatch):
+    """CIFAR-10's archive with 40 images in place of 60,000, whose md5s torchvision now expects."""
+    random = np.random.default_rng(0)
+    source = torchvision.datasets.CIFAR10
+    files = {"batches.meta": {"label_names": CLASSES}}
+    for name, _ in source.train_list + source.test_list:
+        count = 10 if name == "test_batch" else 20
+        pixels = random.integers(0, 256, (count, 3072), dtype=np.uint8)
+        files[name] = {"data": pixels, "labels": [i % 10 for i in range(count)]}
+    packed = {name: pickle.dumps(content, protocol=2) for name, content in files.items()}
+
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in packed.items():
+            member = tarfile.TarInfo(f"{source.base_folder}/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+    def with_md5(names):
+        return [[name, md5(packed[name])] for name, _ in names]
+
+    monkeypatch.setattr(source, "tgz_md5", md5(buffer.getvalue()))
+    monkeypatch.setattr(source, "train_list", with_md5(source.train_list))
+    monkeypatch.setattr(source, "test_list", with_md5(source.test_list))
+    monkeypatch.setattr(source, "meta", source.meta | {"md5": md5(packed["batches.meta"])})
+    return buffer.getvalue(), files
+
+
+def md5(content):
+    return hashlib.md5(content).hexdigest()
+
+
+@pytest.fixture
+def serve():
+    """serve(answer) starts a local http server that answers each request by `answer(handler)`."""
+    servers = []
+
+    def start(answer):
+        handler = type("Handler", (QuietHandler,), {"answer": answer})
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_port}/cifar-10-python.tar.gz"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+class QuietHandler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def sending(content, announced=None):
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(announced or len(content)))
+        handler.end_headers()
+        if handler.command == "GET":
+            handler.wfile.write(content)
+
+    return answer
+
+
+# ---------------------------------------------------------------------------- CIFAR-10
+
+
+def load(folder, url="http://127.0.0.1:9/nothing-listens-here"):
+    return load_dataset("cifar10", validation_images=20, data_dir=folder, data_url=url)
+
+
+def test_a_download_gives_the_images_that_were_packed(archive, serve, tmp_path):
+    packed, files = archive
+    dataset = load(tmp_path / "new", serve(sending(packed)))
+    assert dataset.classes == tuple(CLASSES)
+    assert dataset.test.labels.tolist() == files["test_batch"]["labels"]
+    assert dataset.test.images.flatten(1).tolist() == files["test_batch"]["data"].tolist()
+    assert (len(dataset.train), len(dataset.validation)) == (80, 20)
+
+
+def test_a_tarball_or_an_unpacked_folder_already_there_is_used(archive, tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0])
+    first = load(tmp_path)
+    (tmp_path / "cifar-10-python.tar.gz").unlink()
+    assert torch.equal(load(tmp_path).train.images, first.train.images)
+
+
+@pytest.mark.parametrize("failure", ["damaged", "cut off", "404", "stalls", "nobody", "no folder"])
+def test_a_failed_download_is_one_line_that_says_what_to_do(
+    failure, archive, serve, tmp_path, monkeypatch
+):
+    packed, _ = archive
+    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.5)
+    over = threading.Event()
+    folder = tmp_path
+    url = "http://127.0.0.1:9/nothing-listens-here"
+    if failure == "damaged":
+        url = serve(sending(packed[:-100] + bytes(100)))
+    elif failure == "cut off":
+        url = serve(sending(packed[:1000], announced=len(packed)))
+    elif failure == "404":
+        url = serve(lambda handler: handler.send_error(404))
+    elif failure == "stalls":
+        url = serve(lambda handler: over.wait(20))
+    elif failure == "no folder":
+        folder = tmp_path / "file"
+        folder.write_text("not a folder")
+    started = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        load(folder, url)
+    over.set()
+    assert time.monotonic() - started < 10
+    message = str(caught.value)
+    assert "\n" not in message and url in message and str(folder) in message
+    assert "cifar-10-python.tar.gz" in message and "--recipe demo" in message
+
+
+@needs_cifar10
+def test_the_real_cifar10_is_what_torchvision_reads():
+    dataset = load_dataset("cifar10", validation_images=5000, data_dir=REAL)
+    reference = torchvision.datasets.CIFAR10(REAL, train=False)
+    for row in (0, 1234, 9999):
+        image, label = reference[row]
+        assert np.array_equal(np.asarray(image), dataset.test.images[row].permute(1, 2, 0))
+        assert dataset.test.labels[row] == label
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (45000, 5000, 10000)
+    assert dataset.validation.labels.bincount().tolist() == [500] * 10
+    pixels = torch.cat([dataset.train.images, dataset.validation.images]).double() / 255
+    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(dataset.mean, abs=1e-4)
+    assert pixels.std((0, 2, 3)).tolist() == pytest.approx(dataset.std, abs=1e-4)
+
+
+def test_an_unknown_data_set_is_refused():
+    with pytest.raises(DataError, match="imagenet"):
+        load_dataset("imagenet", validation_images=0)
+
+
+# ---------------------------------------------------------------------------- split and batches
+
+
+def test_the_split_is_stratified_complete_and_always_the_same():
+    labels = torch.arange(1000) % 10
+    kept, held_out = stratified_split(labels, 200, classes=10)
+    assert torch.cat([kept, held_out]).sort().values.tolist() == list(range(1000))
+    assert labels[held_out].bincount().tolist() == [20] * 10
+    torch.manual_seed(5)
+    assert torch.equal(held_out, stratified_split(labels, 200, classes=10)[1])
+
+
+@pytest.mark.parametrize("held_out", [-10, 5, 1000, 2000])
+def test_an_impossible_split_is_refused_with_its_number(held_out):
+    with pytest.raises(DataError, match=str(held_out)):
+        stratified_split(torch.arange(1000) % 10, held_out, classes=10)
+
+
+def test_batches_hold_each_image_once_in_an_order_of_the_generator():
+    split = data.Split(torch.arange(70, dtype=torch.uint8).view(70, 1, 1, 1), torch.arange(70))
+
+    def order(seed):
+        parts = list(batches(split, 32, torch.Generator().manual_seed(seed)))
+        assert [len(part) for part in parts] == [32, 32, 6]
+        assert all(torch.equal(part.images.flatten().long(), part.labels) for part in parts)
+        return torch.cat([part.labels for part in parts]).tolist()
+
+    assert order(1) == order(1) != order(2)
+    assert sorted(order(1)) == list(range(70))
+    assert torch.cat([part.labels for part in batches(split, 32)]).tolist() == list(range(70))
+
+
+def test_normalise_is_torchvisions():
+    images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
+    mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
+    scaled = torchvision.transforms.v2.functional.to_dtype(images, scale=True)
+    expected = torchvision.transforms.v2.functional.normalize(scaled, mean, std)
+    torch.testing.assert_close(normalise(images, mean, std), expected)
+
+
+# ---------------------------------------------------------------------------- Shapes
+
+
+def test_shapes_are_the_same_for_the_same_seed_and_balanced():
+    first, again, other = draw_shapes(200, seed=1), draw_shapes(200, seed=1), draw_shapes(200, 2)
+    assert torch.equal(first.images, again.images) and torch.equal(first.masks, again.masks)
+    assert not torch.equal(first.images, other.images)
+    assert first.labels.bincount().tolist() == [20] * 10
+    assert first.images.shape == (200, 3, 32, 32) and first.images.dtype == torch.uint8
+
+
+def test_the_mask_is_where_the_shape_is():
+    split = draw_shapes(500, seed=0)
+    brightest = split.images.amax(dim=1).float()  # shapes are bright, textures dark
+    inside = split.masks
+    share = inside.float().mean(dim=(1, 2))
+    assert 0.01 < share.min() and share.max() < 0.6
+    assert (brightest[inside] > 110).float().mean() > 0.97
+    contrast = [
+        image[mask].mean() - image[~mask].mean()
+        for image, mask in zip(brightest, inside, strict=True)
+    ]
+    assert min(contrast) > 25
+
+
+def test_shapes_have_the_areas_of_their_definitions():
+    """Upright and alone, each shape covers the area that geometry gives, in units of radius^2."""
+    side = torch.linspace(-1.2, 1.2, 601)
+    v, u = torch.meshgrid(side, side, indexing="ij")
+    pixel = (side[1] - side[0]).item() ** 2
+    known = {
+        "disc": torch.pi * 0.9**2,
+        "ring": torch.pi * (0.95**2 - 0.55**2),
+        "square": 1.5**2,
+        "triangle": 3 * 3**0.5 / 4,
+        "star": 5 * 0.4 * np.sin(np.pi / 5),
+        "cross": 2 * 2 * 0.5 - 0.5**2,
+        "bar": 2 * 0.5,
+    }
+    for name, area in known.items():
+        covered = (data.SHAPES[name](u, v) > 0).sum().item() * pixel
+        assert covered == pytest.approx(area, rel=0.02), name
+
+
+def test_the_stated_mean_and_deviation_of_shapes_are_the_data_sets():
+    dataset = load_dataset("shapes", validation_images=1000)
+    pixels = dataset.train.images.double() / 255
+    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(dataset.mean, abs=0.005)
+    assert pixels.std((0, 2, 3)).tolist() == pytest.approx(dataset.std, abs=0.005)
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (9000, 1000, 2000)

@@ -1,0 +1,332 @@
+"""Training: schedule, optimizers, evaluation, runs that repeat and go on, and the command line."""
+
+import csv
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
+
+import trainer
+import utils
+from data import Split
+from recipes import RECIPES, TrainConfig
+from trainer import evaluate, learning_rate_factor, make_optimizers
+from ViT import MODELS, ViT, ViTConfig
+
+ROOT = Path(__file__).parent.parent
+MICRO = ViTConfig(**MODELS["micro"])
+
+
+# ---------------------------------------------------------------------------- schedule, optimizers
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reference"),
+    [
+        ("cosine", lambda optimizer: CosineAnnealingLR(optimizer, T_max=90)),
+        ("linear", lambda optimizer: LinearLR(optimizer, 1.0, 0.0, total_iters=90)),
+    ],
+)
+def test_the_decay_is_torchs(schedule, reference):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    scheduler = reference(optimizer)
+    for step in range(10, 101):
+        factor = learning_rate_factor(step, steps=100, warmup=10, schedule=schedule)
+        assert factor == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_schedule_has_the_stated_end_points():
+    factors = [learning_rate_factor(step, 100, 10, "cosine") for step in range(101)]
+    assert factors[0] == 0.1 and factors[9] == factors[10] == 1
+    assert factors[100] == pytest.approx(0, abs=1e-12)
+    assert learning_rate_factor(0, 100, 0, "linear") == 1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_is_in_exactly_one_group_with_the_decay_of_its_kind(optimizer):
+    model = ViT(MICRO)
+    optimizers = make_optimizers(model, TrainConfig(optimizer=optimizer, weight_decay=0.3))
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    decay_of = {id(w): group["weight_decay"] for group in groups for w in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for name, weight in model.named_parameters():
+        free = (
+            name.endswith("bias") or "norm" in name or name.startswith(("embed.class", "embed.pos"))
+        )
+        assert decay_of[id(weight)] == (0 if free else 0.3), name
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
+    model = ViT(MICRO)
+    _, muon = make_optimizers(model, TrainConfig(optimizer="muon"))
+    taken = {id(weight) for weight in muon.param_groups[0]["params"]}
+    names = {name for name, weight in model.named_parameters() if id(weight) in taken}
+    kinds = ("attention.qkv", "attention.output", "mlp.expand", "mlp.contract")
+    assert names == {f"blocks.{i}.{kind}.weight" for i in range(4) for kind in kinds}
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_counts_each_image_once_and_each_class_apart(small_shapes):
+    """A model that answers from a table of logits; the figures are worked out by hand."""
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [5.0, 0.0, 1.0], [0.0, 0.0, 4.0]])
+    labels = torch.tensor([0, 1, 1, 2])
+
+    class Table(torch.nn.Module):
+        def forward(self, images):
+            return logits[images[:, 0, 0, 0].long()]
+
+    rows = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
+    unscaled = trainer.Dataset("x", ("a", "b", "c"), (0.0,) * 3, (1 / 255,) * 3, *[None] * 3)
+    result = evaluate(Table(), Split(rows, labels), unscaled)
+    losses = [
+        math.log(sum(map(math.exp, row))) - row[label]
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
+    assert result.loss == pytest.approx(sum(losses) / 4, abs=1e-6)
+    assert result.top1 == 0.75 and result.top5 == 1.0
+    assert result.of_class == [1.0, 0.5, 1.0]
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+def rows_of(path):
+    """metrics.csv without its times."""
+    timed = ("seconds", "images_per_second")
+    with path.open() as file:
+        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
+
+
+def weights_of(path):
+    return utils.load_checkpoint(path)["weights"]
+
+
+def same_weights(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
+
+
+def test_a_run_leaves_its_files_and_the_figures_agree(train, tmp_path, capsys):
+    assert train("--name a --epochs 2") == 0
+    folder = tmp_path / "a"
+    names = {"last.pt", "metrics.csv", "result.json", "curves.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    result = json.loads((folder / "result.json").read_text())
+    wanted = "command recipe model parameters epochs seed device torch validation_accuracy "
+    wanted += "test_accuracy test_loss seconds images_per_second peak_memory_bytes"
+    assert set(wanted.split()) <= result.keys()
+    assert {"training", "evaluation", "compile", "total"} <= result["seconds"].keys()
+    assert result["command"].startswith("python src/trainer.py --recipe demo --patch-size 8")
+
+    capsys.readouterr()
+    assert train(f"--evaluate {folder / 'last.pt'}") == 0
+    printed = capsys.readouterr().out
+    assert f"{result['test_accuracy']:.2%}" in printed and f"{result['test_loss']:.4f}" in printed
+    rows = rows_of(folder / "metrics.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert float(rows[1]["validation_accuracy"]) == pytest.approx(result["validation_accuracy"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_loss_falls(train, tmp_path, optimizer):
+    assert train(f"--name a --epochs 6 --optimizer {optimizer} --learning-rate 3e-3") == 0
+    losses = [float(row["train_loss"]) for row in rows_of(tmp_path / "a/metrics.csv")]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert train(f"--name {name} --epochs 1 --seed {seed} --dropout 0.2 --drop-path 0.2") == 0
+    a, b, c = (weights_of(tmp_path / name / "last.pt") for name in "abc")
+    assert same_weights(a, b) and not same_weights(a, c)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(train, tmp_path, monkeypatch, capsys):
+    flags = "--epochs 3 --dropout 0.2 --drop-path 0.2"
+    assert train(f"--name whole {flags}") == 0
+
+    train_epoch = trainer.train_epoch
+
+    def stopped_in_the_third(run, forward):
+        if run.epoch == 2:
+            raise KeyboardInterrupt
+        return train_epoch(run, forward)
+
+    monkeypatch.setattr(trainer, "train_epoch", stopped_in_the_third)
+    assert train(f"--name parts {flags}") == 130
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(trainer, "train_epoch", train_epoch)
+    torch.manual_seed(12345)  # what the process drew before must not matter
+    assert train(f"--resume {tmp_path / 'parts'}") == 0
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert same_weights(weights_of(whole / "last.pt"), weights_of(parts / "last.pt"))
+    assert rows_of(whole / "metrics.csv") == rows_of(parts / "metrics.csv")
+    first, second = (json.loads((folder / "result.json").read_text()) for folder in (whole, parts))
+    assert first["test_loss"] == second["test_loss"]
+
+
+def test_a_finished_run_says_so_and_trains_on_when_epochs_are_raised(train, tmp_path, capsys):
+    assert train("--name a --epochs 1") == 0
+    assert train(f"--resume {tmp_path / 'a'}") == 0
+    assert "raise --epochs" in capsys.readouterr().out
+    assert train(f"--resume {tmp_path / 'a'} --epochs 2") == 0
+    assert len(rows_of(tmp_path / "a/metrics.csv")) == 2
+
+
+def test_the_test_images_are_looked_at_once(train, monkeypatch, small_shapes):
+    looked_at = []
+    predict = trainer.predict
+
+    def watched(model, split, dataset):
+        looked_at.append(len(split))
+        return predict(model, split, dataset)
+
+    monkeypatch.setattr(trainer, "predict", watched)
+    assert train("--name a --epochs 3") == 0
+    assert looked_at == [50, 50, 50, 60]
+
+
+def test_training_on_all_images_leaves_validation_empty(train, tmp_path):
+    assert train("--name a --epochs 1 --validation-images 0") == 0
+    assert json.loads((tmp_path / "a/result.json").read_text())["validation_accuracy"] is None
+    assert rows_of(tmp_path / "a/metrics.csv")[0]["validation_loss"] == ""
+
+
+def test_without_a_compiler_the_run_says_so_and_is_the_same(train, tmp_path, monkeypatch, capsys):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no C++ compiler found\nand a long story")
+
+    assert train("--name plain --epochs 1 --dropout 0.2") == 0
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
+    assert train("--name fallback --epochs 1 --dropout 0.2 --compile on") == 0
+    assert (
+        "not available here (no C++ compiler found); training without it" in capsys.readouterr().out
+    )
+    plain, fallback = (weights_of(tmp_path / name / "last.pt") for name in ("plain", "fallback"))
+    assert same_weights(plain, fallback)
+
+
+def test_bf16_is_close_to_fp32(train, tmp_path):
+    for precision in ("fp32", "bf16"):
+        assert train(f"--name {precision} --epochs 1 --precision {precision}") == 0
+    fp32, bf16 = (rows_of(tmp_path / name / "metrics.csv")[0] for name in ("fp32", "bf16"))
+    assert float(bf16["train_loss"]) == pytest.approx(float(fp32["train_loss"]), rel=0.02)
+    assert bf16["train_loss"] != fp32["train_loss"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
+    train, tmp_path, monkeypatch, capsys
+):
+    cross_entropy = F.cross_entropy
+    calls = []
+
+    def broken_in_the_second_epoch(logits, labels, **options):
+        calls.append(0)
+        loss = cross_entropy(logits, labels, **options)
+        return loss * math.nan if len(calls) == 9 else loss
+
+    monkeypatch.setattr(F, "cross_entropy", broken_in_the_second_epoch)
+    assert train("--name a --epochs 2 --validation-images 0") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    # Linear decay over 10 steps with 2 (half an epoch of 5, rounded to even) of warm-up.
+    assert "loss is nan at step 9 (epoch 2, learning rate 0.00075)" in line
+    assert "--learning-rate" in line and "holds epoch 1" in line
+    assert utils.load_checkpoint(tmp_path / "a/last.pt")["epoch"] == 1
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tmp_path, capsys):
+    assert train("--name a --epochs 1") == 0
+    before = (tmp_path / "a/last.pt").read_bytes()
+    assert train("--name a --epochs 1 --seed 3") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "a/last.pt").read_bytes() == before
+    assert train("--name a --epochs 1 --seed 3 --overwrite") == 0
+    assert utils.load_checkpoint(tmp_path / "a/last.pt")["train_config"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--epochs 0", "0"),
+        ("--epochs many", "many"),
+        ("--width 30 --heads 4", "30"),
+        ("--patch-size 7", "7"),
+        ("--image-size 64", "64"),
+        ("--image-size 3by4", "3by4"),
+        ("--classes 100", "100"),
+        ("--dropout 1", "1.0"),
+        ("--learning-rate nan", "nan"),
+        ("--label-smoothing 1", "1.0"),
+        ("--warmup-epochs 9", "9.0"),
+        ("--precision fp8", "fp8"),
+        ("--recipe nonsense", "nonsense"),
+        ("--name ../outside", "../outside"),
+        ("--device tpu", "tpu"),
+        ("--epohcs 3", "--epochs"),
+        ("--resume nowhere --epochs 3", "nowhere"),
+        ("--evaluate nowhere.pt", "nowhere.pt"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(train, tmp_path, capsys, flags, named):
+    try:
+        status = train(f"--name a --epochs 1 {flags}" if "--resume" not in flags else flags)
+    except SystemExit as stop:
+        status = stop.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2 and line.startswith("trainer.py: ") and named in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_epochs_can_change_when_a_run_goes_on(train, tmp_path, capsys):
+    assert train("--name a --epochs 1") == 0
+    assert train(f"--resume {tmp_path / 'a'} --batch-size 7") == 2
+    assert "--batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_parses_and_a_flag_beats_it(name):
+    arguments = trainer.parse_arguments(["--recipe", name, "--epochs", "7", "--no-flip"])
+    assert utils.given(arguments, TrainConfig) == {"epochs": 7, "flip": False}
+    assert ViT(RECIPES[name].model)
+
+
+def test_help_shows_the_values_of_the_chosen_recipe(capsys):
+    with pytest.raises(SystemExit):
+        trainer.parse_arguments(["--recipe", "demo", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"times each training image is seen ({RECIPES['demo'].train.epochs})" in text
+    assert all(name in text for name in RECIPES)
+
+
+def test_every_command_in_the_readme_parses():
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^(?:time )?python src/trainer\.py(.*)$", readme, flags=re.MULTILINE)
+    assert len(commands) >= 3
+    for command in commands:
+        trainer.parse_arguments(shlex.split(command.partition("#")[0]))
+
+
+def test_the_program_runs_from_any_folder(tmp_path):
+    """The real program, on the real Shapes, as small as its flags allow."""
+    flags = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1"
+    command = [sys.executable, str(ROOT / "src/trainer.py"), *flags.split(), "--name", "a"]
+    command += ["--output-dir", "runs"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout
+    assert json.loads((tmp_path / "runs/a/result.json").read_text())["epochs"] == 1

@@ -22,6 +22,7 @@ The classes stand in the order in which an image meets them, with the paper's eq
 """
 
 import argparse
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -31,7 +32,8 @@ from torch import Tensor, nn
 
 from base import GELU, DropPath
 
-# The paper's Table 1 (large, huge), the DeiT and ViT papers' smaller sizes, and one for the demo.
+# Base, large and huge are the paper's Table 1, tiny and small DeiT's (arXiv 2012.12877); micro is
+# for the demo.
 MODELS = {
     "micro": {"width": 64, "depth": 4, "heads": 4},
     "tiny": {"width": 192, "depth": 12, "heads": 3},
@@ -89,9 +91,9 @@ class ViTConfig:
             )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
-        if not self.mlp_ratio * self.width >= 1:
+        if not 1 <= self.mlp_ratio * self.width < math.inf:
             raise ValueError(
-                f"mlp_ratio {self.mlp_ratio} leaves no hidden unit at width {self.width}"
+                f"mlp_ratio {self.mlp_ratio} gives no hidden width at width {self.width}"
             )
         for name in ("dropout", "attention_dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
@@ -135,7 +137,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-D position embedding (Chen et al., MoCo v3, arXiv 2104.02057).
+    """Fixed 2-D position embedding, as in the plain ViT of Beyer et al. (arXiv 2205.01580).
 
     A quarter of the dimensions each for sine and cosine of the column and of the row, at D/4
     frequencies from 1 down to 1/10000.
@@ -157,10 +159,15 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Eq. 1: patches through one linear map E, the class token before them, positions added."""
+    """Eq. 1: patches through one linear map E, the class token before them, positions added.
+
+    Raises:
+        ValueError: images of another size, whose patches would meet the wrong positions.
+    """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
+        self.image_shape = (config.channels, *config.image_size)
         self.patch_size = config.patch_size
         self.projection = nn.Linear(config.channels * config.patch_size**2, config.width)
         self.class_token = None
@@ -177,6 +184,8 @@ class PatchEmbedding(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W)
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(f"images are {tuple(images.shape[1:])}, not {self.image_shape}")
         z = self.projection(patchify(images, self.patch_size))  # (B, N, D)
         if self.class_token is not None:
             z = torch.cat([self.class_token.expand(len(z), -1, -1), z], dim=1)  # (B, N+1, D)
@@ -230,7 +239,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        hidden = int(config.mlp_ratio * config.width)
+        hidden = round(config.mlp_ratio * config.width)
         self.expand = nn.Linear(config.width, hidden)
         self.activation = GELU()
         self.contract = nn.Linear(hidden, config.width)
@@ -287,8 +296,8 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = PatchEmbedding(config)
-        rates = torch.linspace(0, config.drop_path, config.depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList(EncoderBlock(config, rate) for rate in rates)
+        step = config.drop_path / max(config.depth - 1, 1)
+        self.blocks = nn.ModuleList(EncoderBlock(config, i * step) for i in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
         self.head = nn.Linear(config.width, config.classes)
         self.initialise()
@@ -300,7 +309,10 @@ class ViT(nn.Module):
         return self.head(self.norm(self.pool(z)))  # (B, K)  Eq. 4
 
     def pool(self, z: Tensor) -> Tensor:
-        """The class token, z_L^0 in Eq. 4, or the mean of the patch tokens: (B, T, D) to (B, D)."""
+        """The class token, z_L^0 in Eq. 4, or the mean of the patch tokens: (B, T, D) to (B, D).
+
+        The reference code takes the mean after the LayerNorm; here, as in MAE, it is before.
+        """
         return z[:, 0] if self.config.pooling == "class" else z.mean(dim=1)
 
     def trace(self, images: Tensor) -> Trace:
@@ -352,12 +364,12 @@ class Stage(NamedTuple):
 
 
 def stages(model: ViT) -> list[Stage]:
-    """Every stage that one image goes through, with the shape it really has there."""
+    """Every stage that one image goes through, with the shape it has there."""
     config, block = model.config, model.blocks[0]
     image = torch.zeros(1, config.channels, *config.image_size)
     logits, attention, tokens = model.trace(image)
     z = block.norm1(tokens[0])
-    q = block.attention.split(z)[0]
+    q, _, v = block.attention.split(z)
     count = parameters_of
     return [
         Stage("image", image.shape, "", 0),
@@ -366,7 +378,7 @@ def stages(model: ViT) -> list[Stage]:
         Stage("block 1: LN(z)", z.shape, "2", count(block.norm1)),
         Stage("  q, k, v, each", q.shape, "5", count(block.attention.qkv)),
         Stage("  attention A", attention[0].shape, "6", 0),
-        Stage("  heads A v", (attention[0] @ q).shape, "7", 0),
+        Stage("  heads A v", (attention[0] @ v).shape, "7", 0),
         Stage("  MSA, added to z", block.attention(z).shape, "8, 2", count(block.attention.output)),
         Stage("  LN(z')", block.norm2(z).shape, "3", count(block.norm2)),
         Stage("  GELU in the MLP", block.mlp.expand(z).shape, "3", count(block.mlp.expand)),
@@ -383,7 +395,10 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print every stage of a Vision Transformer.")
+    parser = argparse.ArgumentParser(
+        description="Prints every stage of a Vision Transformer.",
+        usage=argparse.SUPPRESS,  # so that an error is one line
+    )
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--patch-size", type=int, default=4, metavar="P")
     parser.add_argument("--image-size", type=int, default=32, metavar="PIXELS")
@@ -393,10 +408,12 @@ def main() -> None:
     try:
         config = ViTConfig(**MODELS[arguments.model], **sizes)
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    model = ViT(config).eval()
+        parser.error(str(error))
+    with torch.device("meta"):  # shapes alone: nothing is computed, whatever the size
+        model = ViT(config).eval()
+        table = stages(model)
     print(f"{'stage':22}{'shape':22}{'equation':>9}{'parameters':>14}")
-    for name, shape, equation, parameters in stages(model):
+    for name, shape, equation, parameters in table:
         held = f"{parameters:,}" if parameters else ""
         print(f"{name:22}{tuple(shape)!s:22}{equation:>9}{held:>14}")
     print(f"{'total':53}{parameters_of(model):>14,}")

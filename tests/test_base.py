@@ -1,0 +1,136 @@
+"""GELU against PyTorch's own kernel, DropPath against torchvision's stochastic depth."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.ops import stochastic_depth
+
+from base import GELU, DropPath
+
+# In float32, 1 + erf and 1 - tanh^2 cancel to about 1e-7 of 1, which |x| < 12 then multiplies.
+# Neighbours in bfloat16 lie at most 2^-7 of their size apart; its absolute part is float32's.
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-6, "atol": 3e-6},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 3e-6},
+}
+forms = pytest.mark.parametrize("approximate", ["none", "tanh"])
+dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def value_and_gradient(function, x):
+    x = x.clone().requires_grad_()
+    y = function(x)
+    y.backward((torch.arange(len(x)) % 5 - 2).to(x.dtype))  # the same numbers in every dtype
+    return y.detach(), x.grad
+
+
+def saved_for_backward(function, x):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        function(x)
+    return saved
+
+
+# ---------------------------------------------------------------------------- GELU
+
+
+@forms
+@dtypes
+def test_gelu_has_the_values_and_gradients_of_torch(approximate, dtype):
+    far = torch.tensor([0.0, -0.0, 40, -40, 1e4, -1e4, 1e10, -1e10])
+    x = torch.cat([torch.linspace(-12, 12, 2001), far]).to(dtype)
+    ours = value_and_gradient(GELU(approximate), x)
+    torchs = value_and_gradient(lambda x: F.gelu(x, approximate=approximate), x)
+    for got, expected in zip(ours, torchs, strict=True):
+        assert got.dtype == dtype and got.isfinite().all()
+        torch.testing.assert_close(got, expected, **TOLERANCE[dtype])
+
+
+def test_bfloat16_gelu_is_the_float64_one_rounded_once():
+    x = torch.linspace(-4, 4, 2001).bfloat16()
+    ours = value_and_gradient(GELU(), x)
+    exact = value_and_gradient(F.gelu, x.double())
+    for got, expected in zip(ours, exact, strict=True):
+        # Rounding once errs by at most half of the distance to the next number.
+        torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-6)
+
+
+@forms
+def test_gelu_gradient_agrees_with_finite_differences(approximate):
+    x = torch.tensor([[-6.0, -1.5, -0.75], [0.0, 0.3, 5.0]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(GELU(approximate), x.requires_grad_())
+
+
+@dtypes
+def test_exact_gelu_keeps_only_its_input_for_backward(dtype):
+    x = torch.randn(8, dtype=dtype, requires_grad=True)
+    saved = saved_for_backward(GELU(), x)
+    assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr()]
+
+
+@forms
+def test_gelu_leaves_its_input_and_the_incoming_gradient_alone(approximate):
+    x, gradient = torch.randn(8, requires_grad=True), torch.randn(8)
+    before = x.detach().clone(), gradient.clone()
+    GELU(approximate)(x).backward(gradient)
+    assert torch.equal(x.detach(), before[0]) and torch.equal(gradient, before[1])
+
+
+def test_the_two_forms_of_gelu_differ_but_by_less_than_5e_4():
+    x = torch.linspace(-12, 12, 2001, dtype=torch.float64)
+    apart = (GELU()(x) - GELU("tanh")(x)).abs().max()
+    assert 1e-4 < apart < 5e-4
+
+
+@pytest.mark.parametrize("approximate", ["erf", "", None])
+def test_gelu_refuses_an_unknown_form(approximate):
+    with pytest.raises(ValueError, match=f"not {approximate!r}"):
+        GELU(approximate)
+
+
+# ---------------------------------------------------------------------------- DropPath
+
+
+@pytest.mark.parametrize("rate, training", [(0.0, True), (0.0, False), (0.9, False)])
+def test_drop_path_is_the_identity_at_rate_zero_and_in_evaluation(rate, training):
+    x = torch.randn(4, 5, 6)
+    assert torch.equal(DropPath(rate).train(training)(x), x)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(64,), (64, 3), (64, 5, 6)])
+def test_drop_path_draws_and_scales_as_torchvision_does(dtype, shape):
+    x = torch.randn(shape, dtype=dtype)
+    torch.manual_seed(0)
+    ours = DropPath(0.3)(x)
+    torch.manual_seed(0)
+    assert torch.equal(ours, stochastic_depth(x, 0.3, mode="row"))
+
+
+def test_drop_path_zeroes_whole_images_and_scales_the_others():
+    torch.manual_seed(0)
+    x = torch.rand(256, 5, 6) + 1
+    ratio = (DropPath(0.25)(x) / x).flatten(1)
+    kept = ratio[:, 0] > 0
+    torch.testing.assert_close(ratio, (kept / 0.75)[:, None].expand(-1, 30))
+    assert 0.6 < kept.float().mean() < 0.9
+
+
+def test_drop_path_preserves_the_mean():
+    torch.manual_seed(0)
+    mean = DropPath(0.4)(torch.ones(100_000, 1)).mean()
+    assert mean == pytest.approx(1, abs=0.015)  # 6 standard errors
+
+
+def test_the_gradient_of_a_dropped_image_is_zero():
+    x = torch.ones(64, 3, requires_grad=True)
+    y = DropPath(0.5)(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])
+def test_drop_path_refuses_a_rate_outside_0_to_1(rate):
+    with pytest.raises(ValueError, match=f"not {rate}"):
+        DropPath(rate)

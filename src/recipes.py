@@ -80,7 +80,7 @@ RECIPES = {
         train=TrainConfig(
             dataset="shapes",
             validation_images=1000,
-            epochs=8,
+            epochs=5,
             batch_size=100,
             optimizer="muon",
             learning_rate=3e-3,
@@ -97,10 +97,11 @@ RECIPES = {
             patch_size=8, width=128, depth=4, heads=4, pooling="mean", positions="sincos"
         ),
         train=TrainConfig(
-            epochs=25,
+            epochs=18,
             batch_size=250,
             optimizer="muon",
-            learning_rate=2e-3,
+            learning_rate=1e-3,
+            muon_learning_rate=0.01,
             warmup_epochs=1.0,
             schedule="linear",
             gradient_clip=0,

@@ -70,17 +70,28 @@ DEFAULT_RECIPE = "baseline"
 
 RECIPES = {
     "baseline": Recipe(
-        about="""The paper's choices at CIFAR scale: ViT-Ti/4, AdamW, cosine, flip and crop.""",
+        about="""The paper's choices at CIFAR scale: ViT-Ti/4, AdamW, cosine, flip and crop.
+
+        Command   python src/trainer.py
+        Hardware  made for a GPU
+        Expect    not known: not yet trained to its end
+        """,
         model=ViTConfig(**MODELS["tiny"], patch_size=4, dropout=0.1),
         train=TrainConfig(),
     ),
     "demo": Recipe(
-        about="""A drawn data set and a micro model: no download, no GPU, about a minute.""",
+        about="""A drawn data set and a micro model: no download, no GPU, about a minute.
+
+        Command   python src/trainer.py --recipe demo
+        Hardware  two cores of an AMD EPYC (Zen 4), bfloat16; torch 2.15.0
+        Time      84 s the whole process, 75 s of it training steps
+        Expect    98.7% validation, 99.2% test accuracy (1 seed)
+        """,
         model=ViTConfig(**MODELS["micro"], patch_size=4, pooling="mean", positions="sincos"),
         train=TrainConfig(
             dataset="shapes",
             validation_images=1000,
-            epochs=5,
+            epochs=4,
             batch_size=100,
             optimizer="muon",
             learning_rate=3e-3,
@@ -92,7 +103,13 @@ RECIPES = {
         ),
     ),
     "cpu": Recipe(
-        about="""CIFAR-10 on two CPU cores in ten minutes.""",
+        about="""CIFAR-10 on two CPU cores in ten minutes.
+
+        Command   python src/trainer.py --recipe cpu
+        Hardware  two cores of an AMD EPYC (Zen 4), bfloat16; torch 2.15.0
+        Time      531 s the whole process, 447 s of it training steps
+        Expect    78.4% validation, 78.8% test accuracy (1 seed)
+        """,
         model=ViTConfig(
             patch_size=8, width=128, depth=4, heads=4, pooling="mean", positions="sincos"
         ),

@@ -405,6 +405,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="where CIFAR-10 is, or will be downloaded to (data/)",
     )
     run.add_argument("--data-url", metavar="URL", help="another address of CIFAR-10's archive")
+    run.add_argument(
+        "--no-test",
+        action="store_true",
+        help="leave the test images alone, for choosing by the validation images",
+    )
     run.add_argument("--device", help="cuda, cuda:1, mps or cpu (the best there is)")
     model = parser.add_argument_group("model (value of the recipe)")
     model.add_argument("--model", choices=MODELS, help="a size: sets --width, --depth and --heads")
@@ -524,7 +529,7 @@ def _check_fit(config: ViTConfig, dataset: Dataset) -> None:
 # ---------------------------------------------------------------------------- main
 
 
-def train(run: Run, command: str) -> None:
+def train(run: Run, command: str, no_test: bool) -> None:
     """Trains a run to its last epoch, then tests it and writes what it came to."""
     config, device = run.config, run.device
     total = parameters_of(run.model)
@@ -551,7 +556,7 @@ def train(run: Run, command: str) -> None:
         print(epoch_line(row, config.epochs), flush=True)
 
     started = time.perf_counter()
-    test = evaluate(run.model, run.dataset.test, run.dataset)
+    test = None if no_test else evaluate(run.model, run.dataset.test, run.dataset)
     write_outcome(run, test, time.perf_counter() - started, command)
 
 
@@ -564,10 +569,12 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     return f"{line}   {row['seconds']:.1f} s"
 
 
-def write_outcome(run: Run, test: Evaluation, evaluation_seconds: float, command: str) -> None:
+def write_outcome(
+    run: Run, test: Evaluation | None, evaluation_seconds: float, command: str
+) -> None:
     """curves.png, result.json and the last lines on the terminal."""
-    title = f"{run.folder.name}: {test.top1:.2%} test accuracy"
-    utils.write_curves(run.folder / "curves.png", run.history, title)
+    outcome = f"test loss {test.loss:.4f}   test accuracy {test.top1:.2%}" if test else "not tested"
+    utils.write_curves(run.folder / "curves.png", run.history, f"{run.folder.name}: {outcome}")
     training = sum(row["seconds"] for row in run.history)
     result = {
         "command": command,
@@ -582,8 +589,8 @@ def write_outcome(run: Run, test: Evaluation, evaluation_seconds: float, command
         "precision": run.precision,
         "torch": str(torch.__version__),
         "validation_accuracy": run.history[-1]["validation_accuracy"],
-        "test_accuracy": test.top1,
-        "test_loss": test.loss,
+        "test_accuracy": test.top1 if test else None,
+        "test_loss": test.loss if test else None,
         "seconds": {
             "training": training,
             "evaluation": evaluation_seconds,
@@ -594,10 +601,7 @@ def write_outcome(run: Run, test: Evaluation, evaluation_seconds: float, command
         "peak_memory_bytes": utils.peak_memory_bytes(run.device),
     }
     utils.write_result(run.folder / "result.json", result)
-    print(
-        f"test loss {test.loss:.4f}   test accuracy {test.top1:.2%}   "
-        f"{training:.0f} s of training, {result['seconds']['total']:.0f} s in all"
-    )
+    print(f"{outcome}   {training:.0f} s of training, {result['seconds']['total']:.0f} s in all")
     print(f"wrote last.pt, metrics.csv, result.json and curves.png to {run.folder}")
 
 
@@ -615,7 +619,7 @@ def main(argv: list[str]) -> int:
         if run.epoch >= run.config.epochs:
             print(f"{run.folder} has done its {run.epoch} epochs; raise --epochs to go on")
             return 0
-        train(run, shlex.join(["python", "src/trainer.py", *argv]))
+        train(run, shlex.join(["python", "src/trainer.py", *argv]), arguments.no_test)
         return 0
     except (UsageError, DataError, utils.CheckpointError) as error:
         print(f"trainer.py: {error}", file=sys.stderr)

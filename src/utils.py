@@ -150,7 +150,10 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def write_curves(path: Path, history: list[dict[str, float]], title: str) -> None:
-    """curves.png: loss, accuracy and learning rate against the epoch."""
+    """curves.png: loss, accuracy and learning rate against the epoch.
+
+    The training curves are of augmented images and smoothed labels, as the model met them.
+    """
     figure = Figure(figsize=(10, 3.2), layout="constrained", dpi=150)
     losses, accuracies, rates = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
@@ -158,7 +161,7 @@ def write_curves(path: Path, history: list[dict[str, float]], title: str) -> Non
     def curve(axes, name: str, label: str | None = None, scale: float = 1.0, **style) -> None:
         axes.plot(epochs, [scale * row[name] for row in history], label=label, **style)
 
-    curve(losses, "train_loss", "training", marker=".")
+    curve(losses, "train_loss", "training, as augmented", marker=".")
     curve(accuracies, "train_accuracy", "training", 100, marker=".")
     curve(rates, "learning_rate", color="tab:gray")
     if history[0]["validation_loss"] is not None:

@@ -185,7 +185,10 @@ def test_a_finished_run_says_so_and_trains_on_when_epochs_are_raised(train, tmp_
     assert len(rows_of(tmp_path / "a/metrics.csv")) == 2
 
 
-def test_the_test_images_are_looked_at_once(train, monkeypatch, small_shapes):
+@pytest.mark.parametrize(("flags", "looks"), [("", [50, 50, 60]), ("--no-test", [50, 50])])
+def test_the_test_images_are_looked_at_once_or_not_at_all(
+    train, tmp_path, monkeypatch, flags, looks
+):
     looked_at = []
     predict = trainer.predict
 
@@ -194,8 +197,10 @@ def test_the_test_images_are_looked_at_once(train, monkeypatch, small_shapes):
         return predict(model, split, dataset)
 
     monkeypatch.setattr(trainer, "predict", watched)
-    assert train("--name a --epochs 3") == 0
-    assert looked_at == [50, 50, 50, 60]
+    assert train(f"--name a --epochs 2 {flags}") == 0
+    assert looked_at == looks
+    result = json.loads((tmp_path / "a/result.json").read_text())
+    assert (result["test_accuracy"] is None) == (flags == "--no-test")
 
 
 def test_training_on_all_images_leaves_validation_empty(train, tmp_path):

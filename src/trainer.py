@@ -443,15 +443,20 @@ def new_run(arguments: argparse.Namespace, device: torch.device) -> Run:
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise UsageError(f"--name {name!r} must be letters, digits, '.', '_' and '-'")
     folder = arguments.output_dir / name
-    if folder.exists() and not arguments.overwrite:
+    files = [folder / name for name in ("last.pt", "metrics.csv", "curves.png", "result.json")]
+    if any(file.exists() for file in files) and not arguments.overwrite:
         raise UsageError(f"{folder} exists; --resume it, --overwrite it, or choose another --name")
     dataset = _dataset(config.dataset, config.validation_images, arguments, device)
     _check_fit(model_config, dataset)
     torch.manual_seed(config.seed)
     model = ViT(model_config).to(device)
     optimizers = make_optimizers(model, config)
-    for left in ("last.pt", "metrics.csv", "curves.png", "result.json"):
-        (folder / left).unlink(missing_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
     return Run(
         folder=folder,
         recipe=arguments.recipe,

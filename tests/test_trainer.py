@@ -297,6 +297,13 @@ def test_bad_input_is_one_line_and_exit_status_2(train, tmp_path, capsys, flags,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_made_is_refused_before_training(train, tmp_path, capsys):
+    (tmp_path / "a").write_text("a file is in the way")
+    assert train("--name a --epochs 1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "a") in line
+
+
 def test_only_epochs_can_change_when_a_run_goes_on(train, tmp_path, capsys):
     assert train("--name a --epochs 1") == 0
     assert train(f"--resume {tmp_path / 'a'} --batch-size 7") == 2

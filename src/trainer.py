@@ -334,16 +334,15 @@ def predict(model: ViT, split: Split, dataset: Dataset, batch_size: int = 500) -
 
 def evaluate(model: ViT, split: Split, dataset: Dataset) -> Evaluation:
     """Evaluates a model on a split, each image once."""
-    logits = predict(model, split, dataset)
+    logits, labels = predict(model, split, dataset).cpu(), split.labels.cpu()
     best = logits.topk(min(5, logits.shape[1])).indices  # (n, 5)
-    hits = best == split.labels[:, None]
+    hits = best == labels[:, None]
     return Evaluation(
-        loss=F.cross_entropy(logits, split.labels).item(),
-        top1=hits[:, 0].float().mean().item(),
-        top5=hits.any(dim=1).float().mean().item(),
+        loss=F.cross_entropy(logits, labels).item(),
+        top1=hits[:, 0].double().mean().item(),
+        top5=hits.any(dim=1).double().mean().item(),
         of_class=[
-            hits[split.labels == label, 0].float().mean().item()
-            for label in range(len(dataset.classes))
+            hits[labels == label, 0].double().mean().item() for label in range(len(dataset.classes))
         ],
     )
 

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors on the training device: CIFAR-10, and the drawn Shapes.
+"""Images as uint8 tensors: CIFAR-10 and the drawn Shapes on the training device, and any file.
 
 Every data set comes from `load_dataset`, already split: the test images, and of the training images
 a stratified part held out for validation, the same part in every run. CIFAR-10 is 184 MB as uint8
@@ -8,14 +8,18 @@ and lives on the device as a whole; a batch is one gather, and `normalise` makes
 import http.client
 import math
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte until a server counts as stalled
@@ -186,6 +190,59 @@ def _stall_limit(seconds: float) -> Iterator[None]:
 def _as_split(dataset: torchvision.datasets.CIFAR10) -> Split:
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (n, 3, 32, 32)
     return Split(images, torch.tensor(dataset.targets))
+
+
+# ---------------------------------------------------------------------------- image files
+
+
+def read_image(path: str | Path, size: tuple[int, int], channels: int = 3) -> Tensor:
+    """An image file as a model sees it: uint8 (C, H, W).
+
+    Of an animation the first frame; upright, as its EXIF says; on white where it is transparent; in
+    RGB, or grey for one channel; scaled until it covers H x W, and the middle cut out.
+
+    Raises:
+        DataError: the file cannot be read as an image, or a model of so many channels takes none.
+    """
+    if channels not in (1, 3):
+        raise DataError(f"{path} cannot be shown to a model of {channels} channels, only to 1 or 3")
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
+            upright = ImageOps.exif_transpose(_eight_bit(file)).convert("RGBA")
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        what = "too large" if isinstance(error, Image.DecompressionBombError) else "no known format"
+        raise DataError(f"{path} is not an image that can be read: {what}") from error
+    except Exception as error:  # a damaged file can fail in any way inside a decoder
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"{path} is not an image that can be read: {reason}") from error
+    white = Image.new("RGBA", upright.size, "white")
+    flat = Image.alpha_composite(white, upright).convert("RGB" if channels == 3 else "L")
+    height, width = size
+    return pil_to_tensor(ImageOps.fit(flat, (width, height), Image.Resampling.BICUBIC))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The files in a folder whose names end as those of images do, in the order of their names.
+
+    Raises:
+        DataError: there are none, or the folder cannot be read.
+    """
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
+    found = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
+    if not found:
+        raise DataError(f"the folder {folder} holds no image files")
+    return found
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """16-bit grey, which Pillow would cut off at 255 instead of scaling, in 8 bits."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).clip(0, 2**16 - 1)
+    return Image.fromarray((values // 257).astype(np.uint8))
 
 
 # ---------------------------------------------------------------------------- Shapes

@@ -604,7 +604,7 @@ def write_outcome(
         "images_per_second": len(run.dataset.train) * run.config.epochs / training,
         "peak_memory_bytes": utils.peak_memory_bytes(run.device),
     }
-    utils.write_result(run.folder / "result.json", result)
+    utils.write_json(run.folder / "result.json", result)
     print(f"{outcome}   {training:.0f} s of training, {result['seconds']['total']:.0f} s in all")
     print(f"wrote last.pt, metrics.csv, result.json and curves.png to {run.folder}")
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ViT import ViT, ViTConfig
 
@@ -144,17 +145,26 @@ def write_metrics(path: Path, history: list[dict[str, float]]) -> None:
     write_whole(path, text.getvalue().encode())
 
 
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """result.json: the final figures, with what produced them."""
-    write_whole(path, (json.dumps(result, indent=2) + "\n").encode())
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes result.json and the like; what JSON has no word for, say a path, as its text."""
+    write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 def write_curves(path: Path, history: list[dict[str, float]], title: str) -> None:
-    """curves.png: loss, accuracy and learning rate against the epoch.
+    """curves.png: loss, accuracy and learning rate against the epoch."""
+    figure = Figure(figsize=(10, 3.2), layout="constrained", dpi=150)
+    figure.suptitle(title)
+    draw_curves(figure, history)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_whole(path, buffer.getbuffer())
+
+
+def draw_curves(figure: Figure, history: list[dict[str, float]]) -> None:
+    """Draws into an empty figure.
 
     The training curves are of augmented images and smoothed labels, as the model met them.
     """
-    figure = Figure(figsize=(10, 3.2), layout="constrained", dpi=150)
     losses, accuracies, rates = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
 
@@ -170,12 +180,9 @@ def write_curves(path: Path, history: list[dict[str, float]], title: str) -> Non
     labels = ("loss (nats)", "accuracy (%)", "learning rate at the epoch's end")
     for axes, label in zip((losses, accuracies, rates), labels, strict=True):
         axes.set(xlabel="epoch", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     losses.legend(frameon=False)
-    figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write_whole(path, buffer.getbuffer())
 
 
 def _short(value: float | None) -> float | str | None:

@@ -27,14 +27,20 @@ def small_shapes():
 
 
 @pytest.fixture
-def train(monkeypatch, tmp_path, small_shapes):
-    """train("--epochs 2 ...") runs a tiny demo recipe into tmp_path and returns its exit status."""
+def load_small_shapes(small_shapes):
+    """Stands in for `load_dataset`: the small data set, without validation images where 0 are."""
 
     def load(name, *, validation_images, **_):
-        held_out = small_shapes.validation.take(torch.arange(0 if validation_images == 0 else 50))
-        return dataclasses.replace(small_shapes, validation=held_out)
+        rows = torch.arange(len(small_shapes.validation) if validation_images else 0)
+        return dataclasses.replace(small_shapes, validation=small_shapes.validation.take(rows))
 
-    monkeypatch.setattr(trainer, "load_dataset", load)
+    return load
+
+
+@pytest.fixture
+def train(monkeypatch, tmp_path, load_small_shapes):
+    """train("--epochs 2 ...") runs a tiny demo recipe into tmp_path and returns its exit status."""
+    monkeypatch.setattr(trainer, "load_dataset", load_small_shapes)
 
     def run(flags):
         recipe = [] if "--resume" in flags or "--evaluate" in flags else ["--recipe", "demo", *TINY]

@@ -1,18 +1,21 @@
-"""Data sets: CIFAR-10 from every place it can come from, the split, the batches, the Shapes."""
+"""CIFAR-10 from every place it can come from, the split, the batches, image files, the Shapes."""
 
 import hashlib
 import http.server
 import io
 import pickle
+import struct
 import tarfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import data
 from data import DataError, batches, draw_shapes, load_dataset, normalise, stratified_split
@@ -209,6 +212,115 @@ def test_normalise_is_torchvisions():
     scaled = torchvision.transforms.v2.functional.to_dtype(images, scale=True)
     expected = torchvision.transforms.v2.functional.normalize(scaled, mean, std)
     torch.testing.assert_close(normalise(images, mean, std), expected)
+
+
+# ---------------------------------------------------------------------------- image files
+
+
+def two_halves(mode: str = "RGB", size: tuple[int, int] = (40, 40)) -> Image.Image:
+    """Left half red, right half blue."""
+    image = Image.new("RGB", size, "red")
+    image.paste("blue", (size[0] // 2, 0, *size))
+    return image.convert(mode)
+
+
+def save_as(kind: str, path: Path) -> Path:
+    red_and_blue = two_halves()
+    if kind in ("RGB", "P", "CMYK"):
+        path = path.with_suffix(".tif")
+        two_halves(kind).save(path)
+    elif kind == "jpeg, CMYK":
+        two_halves("CMYK").save(path.with_suffix(".jpg"), quality=100)
+        path = path.with_suffix(".jpg")
+    elif kind == "animated":
+        path = path.with_suffix(".gif")
+        red_and_blue.save(path, save_all=True, append_images=[Image.new("RGB", (40, 40), "green")])
+    elif kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera lay on its side: turn by 90 degrees to see it upright
+        red_and_blue.rotate(90).save(path, exif=exif)
+    elif kind == "wide":
+        image = Image.new("RGB", (20_000, 40), "green")
+        image.paste(red_and_blue, (9_980, 0))
+        image.save(path)
+    elif kind == "alpha":
+        image = two_halves("RGBA")
+        image.putalpha(Image.linear_gradient("L").resize((40, 40)).point(lambda v: 255 * (v > 127)))
+        image.save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["RGB", "P", "CMYK", "jpeg, CMYK", "animated", "turned", "wide", "alpha"]
+)
+def test_any_kind_of_image_is_read_as_rgb_at_the_models_size(kind, tmp_path):
+    image = data.read_image(save_as(kind, tmp_path / "image.png"), (16, 16))
+    assert image.dtype == torch.uint8 and image.shape == (3, 16, 16)
+    red, blue = (torch.tensor(colour).view(3, 1, 1) for colour in ([255, 0, 0], [0, 0, 255]))
+    visible = image[:, 9:] if kind == "alpha" else image  # its upper half is transparent
+    assert (visible[:, :, 1:7].int() - red).abs().max() <= 3
+    assert (visible[:, :, 9:15].int() - blue).abs().max() <= 3
+    if kind == "alpha":
+        assert (image[:, :7] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_sixteen_bits_are_scaled_and_not_cut_off(mode, tmp_path):
+    values = np.repeat(np.linspace(0, 2**16 - 1, 16).astype(np.uint16)[None], 16, axis=0)
+    picture = Image.fromarray(values)
+    (picture if mode == "I;16" else picture.convert(mode)).save(tmp_path / "grey.png")
+    image = data.read_image(tmp_path / "grey.png", (16, 16))
+    expected = torch.linspace(0, 255, 16).round().int().expand(3, 16, 16)
+    assert (image.int() - expected).abs().max() <= 1
+
+
+def test_one_pixel_fills_the_picture_and_a_grey_model_gets_grey(tmp_path):
+    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "dot.png")
+    image = data.read_image(tmp_path / "dot.png", (16, 24))
+    assert image.shape == (3, 16, 24)
+    assert image.amax(dim=(1, 2)).tolist() == image.amin(dim=(1, 2)).tolist() == [10, 20, 30]
+    assert data.read_image(tmp_path / "dot.png", (16, 24), channels=1).unique().tolist() == [18]
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "cut off", "bomb", "folder", "gone"])
+def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path):
+    path = tmp_path / "image.png"
+    two_halves(size=(300, 300)).resize((300, 300)).save(path)
+    content = path.read_bytes()
+    if kind == "text":
+        path.write_text("not an image")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "cut off":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "bomb":  # a header that promises 20,000 x 20,000 pixels
+        header = content[12:16] + struct.pack(">II", 20_000, 20_000) + content[24:29]
+        path.write_bytes(
+            content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+        )
+    else:
+        path.unlink()
+        if kind == "folder":
+            path.mkdir()
+    with pytest.raises(DataError) as caught:
+        data.read_image(path, (16, 16))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    if kind == "bomb":
+        assert "too large" in str(caught.value)
+
+
+def test_a_model_of_other_channels_takes_no_image_files(tmp_path):
+    with pytest.raises(DataError, match="5 channels, only to 1 or 3"):
+        data.read_image(tmp_path / "image.png", (16, 16), channels=5)
+
+
+def test_the_image_files_of_a_folder_are_those_named_so(tmp_path):
+    for name in ("b.JPG", "a.png", "notes.txt", "c.webp"):
+        (tmp_path / name).touch()
+    assert [file.name for file in data.image_files(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no image files"):
+        data.image_files(tmp_path / "empty")
 
 
 # ---------------------------------------------------------------------------- Shapes

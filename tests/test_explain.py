@@ -1,0 +1,372 @@
+"""The maths of the pictures against matrices worked out by hand, and against known truths."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import explain
+from recipes import TrainConfig
+from trainer import learning_rate_factor, make_optimizers, set_learning_rates
+from ViT import ViT, ViTConfig, patchify
+
+A1, A2 = torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+
+
+def one_head(*matrices: Tensor) -> list[Tensor]:
+    return [M[None] for M in matrices]
+
+
+def small_vit(pooling="class") -> ViT:
+    torch.manual_seed(0)
+    size = {"image_size": (16, 24), "patch_size": 8, "width": 16, "depth": 3, "heads": 2}
+    model = ViT(ViTConfig(**size, classes=5, pooling=pooling)).eval()
+    torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+# ---------------------------------------------------------------------------- rollout, relevance
+
+
+def test_rollout_by_hand():
+    joint = explain.rollout(one_head(A1, A2))
+    torch.testing.assert_close(joint, torch.tensor([[0.375, 0.625], [0.375, 0.625]]))
+
+
+def test_rollout_of_identities_is_the_identity_and_of_anything_has_rows_of_one():
+    identity = torch.eye(7)
+    assert torch.equal(explain.rollout(one_head(identity, identity)), identity)
+    attention = [torch.randn(3, 4, 7, 7).softmax(dim=-1) for _ in range(5)]
+    joint = explain.rollout(attention)
+    assert joint.shape == (3, 7, 7)
+    torch.testing.assert_close(joint.sum(dim=-1), torch.ones(3, 7))
+
+
+def test_rollout_takes_the_mean_over_heads():
+    attention = [torch.randn(4, 7, 7).softmax(dim=-1) for _ in range(2)]
+    means = [A.mean(dim=0, keepdim=True) for A in attention]
+    torch.testing.assert_close(explain.rollout(attention), explain.rollout(means))
+
+
+def test_relevance_by_hand():
+    G1, G2 = torch.tensor([[1.0, -1.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    R = explain.relevance(one_head(A1, A2), one_head(G1, G2))
+    torch.testing.assert_close(R, torch.tensor([[1.5, 2.0], [0.0, 2.0]]))
+
+
+def test_relevance_clamps_each_head_and_then_takes_the_mean():
+    G = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    R = explain.relevance([torch.stack([A1, A1])], [torch.stack([G, -G])])
+    torch.testing.assert_close(R, torch.tensor([[1.0, 0.25], [0.0, 1.0]]))
+
+
+def test_gradient_rollout_by_hand():
+    # max(A1 * G, 0) is .5 at [0, 1] and nothing in row 1: rows (0, 1) and, kept to itself, (0, 1).
+    G = torch.tensor([[-1.0, 1.0], [0.0, -1.0]])
+    joint = explain.gradient_rollout(one_head(A1), one_head(G))
+    torch.testing.assert_close(joint, torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
+    # The size of the gradients has no part in it.
+    torch.testing.assert_close(explain.gradient_rollout(one_head(A1), one_head(1e-6 * G)), joint)
+
+
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+def test_attention_gradients_are_those_of_each_target_alone(pooling):
+    """Against finite differences: one weight of the last block changed, what follows run again."""
+    model = small_vit(pooling).double()
+    image = torch.randn(3, 16, 24, dtype=torch.float64)
+    attention, gradients = explain.attention_gradients(model, image, [4, 1])
+    assert len(attention) == len(gradients) == 3
+    T = model.config.tokens
+    assert gradients[0].shape == attention[0].shape == (2, 2, T, T)
+
+    block, trace = model.blocks[-1], model.trace(image[None])
+
+    def logits(A: Tensor) -> Tensor:
+        *_, v = block.attention.split(block.norm1(trace.tokens[-2]))
+        z = trace.tokens[-2] + block.attention.merge(A @ v)
+        z = z + block.mlp(block.norm2(z))
+        return model.head(model.norm(model.pool(z)))[0]
+
+    torch.testing.assert_close(logits(trace.attention[-1]), trace.logits[0])
+    step = torch.zeros_like(trace.attention[-1])
+    step[0, 1, 0, 2] = 1e-6
+    slope = (logits(trace.attention[-1] + step) - logits(trace.attention[-1] - step)) / 2e-6
+    torch.testing.assert_close(gradients[-1][0, 1, 0, 2], slope[4], rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(gradients[-1][1, 1, 0, 2], slope[1], rtol=1e-5, atol=1e-9)
+
+
+def test_the_classifiers_row_is_the_class_tokens_or_the_mean():
+    M = torch.arange(9.0).reshape(3, 3)
+    assert explain.classifier_row(M, "class").tolist() == [1, 2]
+    assert explain.classifier_row(M, "mean").tolist() == [3, 4, 5]
+    assert explain.patch_row(M, 1, "class").tolist() == [7, 8]
+    assert explain.patch_row(M, 1, "mean").tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+def test_explanations_are_maps_of_mean_one_and_only_two_of_them_know_the_class(pooling):
+    model = small_vit(pooling)
+    maps = explain.explanations(model, torch.randn(3, 16, 24), [0, 3])
+    for values in maps.values():
+        assert values.shape == (2, 2, 3) and values.min() >= 0
+        torch.testing.assert_close(values.mean(dim=(1, 2)), torch.ones(2))
+    for method in ("attention", "rollout"):
+        torch.testing.assert_close(maps[method][0], maps[method][1])
+    for method in ("gradient rollout", "relevance"):
+        assert not torch.allclose(maps[method][0], maps[method][1], atol=1e-3)
+
+
+def test_weights_that_are_all_zero_stay_zero():
+    row = explain.relative_to_uniform(torch.tensor([[0.0, 0.0], [1.0, 3.0]]))
+    assert row.tolist() == [[0, 0], [0.5, 1.5]]
+
+
+# ---------------------------------------------------------------------------- class-specific
+
+
+CELL, CELLS = 16, (2, 3)  # a patch is a cell; pixels, and cells down and across
+
+
+def draw_cells(classes: list[str], count: int, seed: int) -> tuple[data.Split, Tensor]:
+    """Shapes of the given classes (labels from 0 in their order) and as many bare textures."""
+    numbers = torch.tensor([list(data.SHAPES).index(name) for name in classes])
+    drawn = data.draw_shapes(count * len(data.SHAPES) // len(classes), seed, CELL)
+    drawn = drawn.take(torch.isin(drawn.labels, numbers).nonzero()[:, 0])
+    labels = (drawn.labels[:, None] == numbers).int().argmax(dim=1)
+    textures = data._textures(count, CELL, torch.Generator().manual_seed(seed + 1))
+    return data.Split(drawn.images, labels, drawn.masks), (textures * 255).byte()
+
+
+def compose(shapes: data.Split, textures: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures (B, 3, 32, 48) of shapes in the cells where `present` (B, 6), textures elsewhere.
+
+    Returns:
+        The pictures, the label of each cell (-1 where bare) and its mask, (B, 6) and (B, 6, S, S).
+    """
+    rows = torch.randint(len(shapes), present.shape)
+    bare = textures[torch.randint(len(textures), present.shape)]
+    cells = torch.where(present[..., None, None, None], shapes.images[rows], bare)
+    cells = cells.flatten(2).mT.contiguous()  # (B, C S S, 6), as F.fold takes them
+    size = (CELL * CELLS[0], CELL * CELLS[1])
+    pictures = F.fold(cells.float(), size, kernel_size=CELL, stride=CELL)
+    labels = shapes.labels[rows].masked_fill(~present, -1)
+    return pictures.byte(), labels, shapes.masks[rows] & present[..., None, None]
+
+
+def presence(labels: Tensor, classes: int) -> Tensor:
+    """(B, K): whether a class is anywhere in the picture."""
+    return (labels[..., None] == torch.arange(classes)).any(dim=1).float()
+
+
+def test_relevance_points_at_the_object_of_its_class_and_rollout_cannot():
+    """A model taught which shapes are in a picture is asked where, for two shapes in one picture.
+
+    The pointing game (Zhang et al., arXiv 1608.00507): a map scores if the patch of its maximum
+    meets the object's mask.
+    """
+    torch.manual_seed(0)
+    classes = ["ring", "square", "bar"]
+    mean, std = (0.31,) * 3, (0.247,) * 3
+    size = {"image_size": (32, 48), "patch_size": CELL, "width": 64, "depth": 2, "heads": 4}
+    model = ViT(ViTConfig(**size, classes=3, positions="sincos"))
+    optimizers = make_optimizers(model, TrainConfig(optimizer="muon", learning_rate=3e-3))
+    shapes, textures = draw_cells(classes, 4000, seed=0)
+    steps = 500
+    for step in range(steps):
+        pictures, labels, _ = compose(shapes, textures, present=torch.rand(50, 6) < 0.3)
+        set_learning_rates(optimizers, learning_rate_factor(step, steps, 50, "linear"))
+        logits = model(data.normalise(pictures, mean, std))
+        F.binary_cross_entropy_with_logits(logits, presence(labels, 3)).mul(3).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model.eval()
+    shapes, textures = draw_cells(classes, 1000, seed=2)
+    two = torch.rand(400, 6).argsort(dim=1) < 2
+    pictures, labels, masks = compose(shapes, textures, two)
+    differ = presence(labels, 3).sum(dim=1) == 2
+    hits = {"relevance": 0, "rollout": 0}
+    asked = list(zip(pictures[differ], labels[differ], masks[differ], strict=True))[:100]
+    for picture, cell_labels, cell_masks in asked:
+        cells = (cell_labels >= 0).nonzero()[:, 0].tolist()
+        image = data.normalise(picture[None], mean, std)[0]
+        maps = explain.explanations(model, image, cell_labels[cells].tolist())
+        for method in hits:
+            pointed = maps[method].flatten(1).argmax(dim=1).tolist()  # a cell for each class
+            hits[method] += pointed == cells and bool(cell_masks[pointed].any(dim=(1, 2)).all())
+    assert len(asked) == 100
+    assert hits["relevance"] >= 90, hits
+    assert hits["rollout"] == 0, hits  # one map cannot have its maximum in two places
+
+
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+def test_the_last_logit_lens_is_the_model(pooling):
+    model, images = small_vit(pooling), torch.randn(4, 3, 16, 24)
+    lens = explain.logit_lens(model, model.trace(images).tokens)
+    assert lens.shape == (4, 4, 5)
+    torch.testing.assert_close(lens[-1], model(images).softmax(dim=1))
+    assert not torch.allclose(lens[0], lens[-1], atol=1e-3)
+
+
+# ---------------------------------------------------------------------------- components
+
+
+def test_principal_components_recover_planted_axes():
+    rotation, _ = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))
+    scales = torch.tensor([9.0, 5.0, 2.0, 0.01, 0.01, 0.01], dtype=torch.float64)
+    vectors = torch.randn(4000, 6, dtype=torch.float64) * scales @ rotation + 7
+    axes, projections, singular_values = explain.principal_components(vectors, 3)
+    overlaps = (axes @ rotation[:3].T).abs()
+    torch.testing.assert_close(overlaps, torch.eye(3, dtype=torch.float64), atol=0.05, rtol=0)
+    deviations = projections.std(dim=0)
+    torch.testing.assert_close(deviations, scales[:3], atol=0.5, rtol=0)
+    torch.testing.assert_close(singular_values[:3], deviations * math.sqrt(3999))
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+    assert (largest > 0).all()
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_filters_of_rank_k_have_k_singular_values(rank):
+    weight = torch.randn(20, rank) @ torch.randn(rank, 48)
+    components, singular_values = explain.embedding_filters(weight, channels=3, count=5)
+    assert components.shape == (5, 3, 4, 4) and singular_values.shape == (20,)
+    assert int((singular_values > 1e-4 * singular_values[0]).sum()) == rank
+
+
+def test_the_filters_count_is_28_or_what_there_is():
+    assert len(explain.embedding_filters(torch.randn(64, 48), channels=3)[0]) == 28
+    assert len(explain.embedding_filters(torch.randn(64, 12), channels=3)[0]) == 12
+    assert len(explain.embedding_filters(torch.randn(8, 48), channels=3)[0]) == 8
+
+
+def test_a_filter_has_its_pixels_where_patchify_takes_them():
+    picture = torch.zeros(1, 3, 4, 4)
+    picture[0, 1, 2, 3] = 1
+    weight = torch.zeros(2, 48)
+    weight[0] = patchify(picture, 4)[0, 0]  # a filter that reads this one pixel
+    components, _ = explain.embedding_filters(weight, channels=3, count=1)
+    torch.testing.assert_close(components[0].float(), picture[0])
+
+
+def test_patches_reassemble_to_the_image():
+    images = torch.randn(2, 3, 16, 24)
+    columns = patchify(images, 8).mT  # (B, C P P, N), as F.fold takes them
+    assert torch.equal(F.fold(columns, (16, 24), kernel_size=8, stride=8), images)
+
+
+def test_position_similarity_is_the_cosine_without_the_class_token():
+    positions = torch.randn(7, 12)
+    similarity = explain.position_similarity(positions, (2, 3))
+    expected = F.cosine_similarity(positions[1 + 4], positions[1 + 2], dim=0)
+    assert similarity.shape == (2, 3, 2, 3)
+    assert similarity[1, 1, 0, 2].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert similarity[0, 2, 0, 2].item() == pytest.approx(1)
+
+
+def test_tokens_that_differ_along_one_axis_get_colours_along_it():
+    steps = torch.linspace(0, 1, 50)
+    patches = torch.zeros(2, 25, 5)
+    patches[..., 3] = steps.reshape(2, 25)
+    colours = explain.tokens_as_colours(patches)
+    assert colours.shape == (2, 25, 3) and colours.min() >= 0 and colours.max() <= 1
+    expected = ((steps.double() - 0.02) / 0.96).clamp(0, 1)
+    torch.testing.assert_close(colours[..., 0].flatten(), expected, atol=1e-3, rtol=0)
+
+
+def test_masks_run_from_0_to_1_at_the_pictures_size():
+    masks = explain.picture_masks(torch.rand(3, 2, 4), (16, 32))
+    assert masks.shape == (3, 16, 32)
+    torch.testing.assert_close(masks.amin(dim=(1, 2)), torch.zeros(3))
+    torch.testing.assert_close(masks.amax(dim=(1, 2)), torch.ones(3))
+    assert torch.equal(explain.picture_masks(torch.zeros(1, 2, 4), (4, 8)), torch.zeros(1, 4, 8))
+
+
+# ---------------------------------------------------------------------------- many images
+
+
+def test_attention_distance_of_known_attention():
+    identity = torch.eye(64).expand(2, 64, 64)
+    assert torch.equal(explain.attention_distance(identity, (8, 8), 4), torch.zeros(2))
+    uniform = torch.full((1, 64, 64), 1 / 64)
+    distance = explain.attention_distance(uniform, (8, 8), 4).item()
+    assert distance == pytest.approx(16.5459, abs=1e-4)
+    places = list(itertools.product(range(8), range(8)))
+    by_hand = np.mean([4 * math.dist(a, b) for a in places for b in places])
+    assert distance == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_attention_distance_on_a_wide_grid_leaves_the_class_token_out():
+    A = torch.zeros(1, 7, 7)
+    A[0, :, 0] = 0.9  # nearly all goes to the class token
+    A[0, 1:, 3] = 0.1  # and the rest to the patch in row 0, column 2
+    A[0, 0, 0] = 1
+    by_hand = np.mean([8 * math.dist((r, c), (0, 2)) for r in range(2) for c in range(3)])
+    assert explain.attention_distance(A, (2, 3), 8).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_entropy_of_uniform_is_1_and_of_one_hot_0():
+    assert explain.attention_entropy(torch.full((2, 9, 9), 1 / 9)).tolist() == pytest.approx([1, 1])
+    assert explain.attention_entropy(torch.eye(9)[None]).tolist() == [0]
+    half = torch.tensor([[0.5, 0.5, 0, 0]]).expand(1, 4, 4)
+    assert explain.attention_entropy(half).item() == pytest.approx(0.5)
+
+
+def test_cka_of_itself_is_1_whatever_the_rotation_and_of_strangers_near_0():
+    generator = torch.Generator().manual_seed(0)
+    X, Y = (torch.randn(128, 192, generator=generator) for _ in range(2))
+    rotation, _ = torch.linalg.qr(torch.randn(192, 192, generator=generator))
+    assert explain.linear_cka(X, X) == pytest.approx(1)
+    assert explain.linear_cka(X, 3 * X @ rotation) == pytest.approx(1, abs=1e-4)
+    assert abs(explain.linear_cka(X, Y)) < 0.05
+    both = explain.linear_cka(X, torch.cat([X, Y], dim=1))
+    assert both == pytest.approx(0.5**0.5, abs=0.05)  # a half is shared
+    matrix = explain.layer_similarity([X, Y, X])
+    torch.testing.assert_close(matrix, matrix.T)
+    assert matrix[0, 1].item() == pytest.approx(explain.linear_cka(X, Y))
+
+
+def test_hsic_is_the_mean_over_all_draws_of_four_images():
+    """The definition of the unbiased estimator (Song et al., 2012): a U-statistic of order four."""
+    generator = torch.Generator().manual_seed(0)
+    X, Y = (torch.randn(6, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    K, L = X @ X.T, Y @ Y.T
+    draws = [
+        float(K[i, j] * (L[i, j] + L[q, r] - 2 * L[i, q]))
+        for i, j, q, r in itertools.permutations(range(6), 4)
+    ]
+    assert float(explain._hsic(K, L)) == pytest.approx(np.mean(draws), rel=1e-9)
+
+
+# ---------------------------------------------------------------------------- predictions
+
+
+def test_the_trace_of_the_confusion_matrix_is_the_accuracy():
+    labels, predictions = torch.randint(5, (2, 400))
+    counts = explain.confusion_matrix(labels, predictions, 5)
+    assert counts.sum() == 400
+    assert counts.trace() / 400 == (labels == predictions).float().mean()
+    assert counts[3, 1] == ((labels == 3) & (predictions == 1)).sum()
+
+
+def test_calibration_by_hand():
+    sure = torch.full((10,), 0.8)
+    assert explain.calibration(sure, torch.arange(10) < 8).error == pytest.approx(0, abs=1e-7)
+    assert explain.calibration(sure, torch.arange(10) < 5).error == pytest.approx(0.3)
+    confidence = torch.tensor([0.65, 0.65, 1.0, 1.0])
+    result = explain.calibration(confidence, torch.tensor([True, False, True, True]))
+    assert result.error == pytest.approx(0.5 * 0.15)
+    assert result.counts.tolist() == [0] * 9 + [2] + [0] * 4 + [2]  # 0.65 lies in (9/15, 10/15]
+    assert result.accuracy[9] == 0.5 and result.confidence[14] == 1 and result.accuracy[0].isnan()
+
+
+def test_mistakes_come_most_confident_first():
+    probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]])
+    labels = torch.tensor([0, 0, 0, 0])
+    assert explain.confident_mistakes(probabilities, labels, 2).tolist() == [2, 3]
+    assert explain.confident_mistakes(probabilities, labels, 9).tolist() == [2, 3, 1]

@@ -1,0 +1,386 @@
+"""visualization/vis.py: what it draws and says, and how it refuses what cannot be drawn."""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import catalogue
+import data
+import explain
+import utils
+import vis
+from recipes import TrainConfig
+from ViT import ViT, ViTConfig
+
+ROOT = Path(__file__).parent.parent
+KINDS = {
+    "image": {"patches", "attention", "attention-of-patch", "explanations", "logit-lens"},
+    "model": {"filters", "positions"},
+    "data": {
+        "attention-examples",
+        "attention-distance",
+        "attention-entropy",
+        "token-norms",
+        "token-pca",
+        "layer-similarity",
+        "class-tokens",
+    },
+    "run": {"curves", "confusion", "mistakes", "reliability"},
+}
+
+
+@pytest.fixture
+def draw(monkeypatch, tmp_path, small_shapes, load_small_shapes):
+    """draw("model --dpi 50") draws the checkpoint tmp/run/last.pt into tmp/out.
+
+    Where no test has trained one, it is of an untrained model, in its shape like `train`'s.
+    """
+    monkeypatch.setattr(catalogue, "load_dataset", load_small_shapes)
+    checkpoint = tmp_path / "run/last.pt"
+
+    def run(flags):
+        if not checkpoint.exists():
+            write_checkpoint(checkpoint, small_shapes)
+        paths = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
+        return vis.main([*paths, "--dpi", "40", *flags.split()])
+
+    yield run
+    plt.close("all")
+
+
+def write_checkpoint(path, dataset, validation_images=50, **options):
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(**{"patch_size": 8, "width": 16, "depth": 2, "heads": 2} | options))
+    torch.nn.init.normal_(model.head.weight)
+    config = TrainConfig(dataset="shapes", validation_images=validation_images)
+    utils.save_checkpoint(
+        path,
+        model_config=dataclasses.asdict(model.config),
+        train_config=dataclasses.asdict(config),
+        recipe="demo",
+        weights=model.state_dict(),
+        optimizers=[],
+        epoch=0,
+        random_state=utils.random_state(),
+        history=[],
+        seconds={},
+        classes=list(dataset.classes),
+        mean=list(dataset.mean),
+        std=list(dataset.std),
+    )
+
+
+def manifest(tmp_path) -> dict:
+    return json.loads((tmp_path / "out/manifest.json").read_text())
+
+
+@pytest.mark.parametrize("training", ["--pooling class --positions learned", "--pooling mean"])
+def test_all_draws_every_figure_and_the_manifest_tells_them(
+    train, draw, tmp_path, training, capsys
+):
+    assert train(f"--name run --epochs 1 {training}") == 0
+    assert draw("--index 3 --save-data") == 0
+    names = {f"image/validation-3/{name}" for name in KINDS["image"]}
+    names |= {f"{group}/{name}" for group in ("model", "data", "run") for name in KINDS[group]}
+    told = manifest(tmp_path)
+    assert told["figures"].keys() == names and told["not_applicable"] == {}
+    for name in names:
+        with Image.open(tmp_path / f"out/{name}.png") as image:
+            assert len(image.convert("L").getcolors()) > 5, name
+        assert (tmp_path / f"out/{name}.npz").exists()
+    checkpoint = tmp_path / "run/last.pt"
+    assert told["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert told["arguments"]["index"] == [3] and told["arguments"]["save_data"] is True
+    assert f"{len(names)} figures in {tmp_path / 'out'}" in capsys.readouterr().out
+
+
+def load(tmp_path, name) -> dict:
+    with np.load(tmp_path / f"out/{name}.npz") as arrays:
+        return dict(arrays)
+
+
+def test_saved_arrays_are_what_the_functions_give(train, draw, tmp_path, small_shapes):
+    assert train("--name run --epochs 1 --pooling class --positions learned") == 0
+    assert draw("--index 3 --save-data") == 0
+    model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
+    split = small_shapes.validation
+    image = data.normalise(split.images[3:4], checkpoint["mean"], checkpoint["std"])
+    with torch.no_grad():
+        trace = model.trace(image)
+        logits = model(data.normalise(split.images, checkpoint["mean"], checkpoint["std"]))
+
+    saved = load(tmp_path, "image/validation-3/attention")["attention"]
+    expected = torch.stack([A[0, :, 0, 1:] for A in trace.attention]).unflatten(-1, (4, 4))
+    np.testing.assert_allclose(saved, expected, atol=1e-6)
+    saved = load(tmp_path, "image/validation-3/attention-of-patch")["attention"]
+    middle = 1 + 2 * 4 + 2  # row 3, column 3 of 4
+    expected = torch.stack([A[0, :, middle, 1:] for A in trace.attention]).unflatten(-1, (4, 4))
+    np.testing.assert_allclose(saved, expected, atol=1e-6)
+
+    order = trace.logits[0].argsort(descending=True)[:2].tolist()
+    expected = explain.explanations(model, image[0], order)
+    saved = load(tmp_path, "image/validation-3/explanations")
+    assert saved.keys() == {"attention", "rollout", "gradient_rollout", "relevance"}
+    for method, values in expected.items():
+        np.testing.assert_allclose(saved[method.replace(" ", "_")], values, atol=1e-5)
+
+    counts = load(tmp_path, "run/confusion")["counts"]
+    accuracy = (logits.argmax(dim=1) == split.labels).double().mean().item()
+    told = manifest(tmp_path)["figures"]
+    assert counts.trace() / counts.sum() == pytest.approx(accuracy)
+    assert told["run/confusion"]["accuracy"] == pytest.approx(accuracy)
+    assert accuracy == pytest.approx(checkpoint["history"][-1]["validation_accuracy"], abs=1e-9)
+    saved = load(tmp_path, "data/attention-distance")["distance"]
+    assert saved.shape == (2, 2)
+    assert told["data/attention-distance"]["mean px"] == pytest.approx(saved.mean())
+
+
+def test_the_probe_does_not_depend_on_its_batches_but_on_the_seed(draw, tmp_path, monkeypatch):
+    assert draw("model") == 0  # writes the checkpoint
+
+    def probe(seed):
+        arguments = argparse.Namespace(seed=seed, split="validation", data_dir=None)
+        return catalogue.Model(tmp_path / "run/last.pt", torch.device("cpu"), arguments).probe
+
+    monkeypatch.setattr(catalogue, "PROBE_IMAGES", 20)
+    whole = probe(0)
+    monkeypatch.setattr(catalogue, "PROBE_BATCH", 7)
+    for field, values in probe(0)._asdict().items():
+        torch.testing.assert_close(values, getattr(whole, field), msg=field)
+    assert not torch.equal(probe(1).labels, whole.labels)
+
+
+@pytest.mark.parametrize(
+    ("flags", "shape"),
+    [
+        ("", (2, 2, 4, 4)),
+        ("--layer 2", (1, 2, 4, 4)),
+        ("--head 1", (2, 1, 4, 4)),
+        ("--layer 1 --head max", (1, 1, 4, 4)),
+    ],
+)
+def test_layers_and_heads_can_be_chosen(draw, tmp_path, flags, shape):
+    assert draw("image --index 0 --save-data --query 2,4") == 0
+    everything = load(tmp_path, "image/validation-0/attention-of-patch")["attention"]
+    assert draw(f"image --index 0 --save-data --query 2,4 {flags}") == 0
+    assert manifest(tmp_path)["figures"].keys() == {
+        f"image/validation-0/{name}" for name in KINDS["image"] - {"attention"}
+    }
+    chosen = load(tmp_path, "image/validation-0/attention-of-patch")["attention"]
+    assert chosen.shape == shape
+    if "2" in flags:
+        np.testing.assert_array_equal(chosen[0], everything[1])
+    if "--head 1" in flags:
+        np.testing.assert_array_equal(chosen[:, 0], everything[:, 0])
+    if "max" in flags:
+        np.testing.assert_array_equal(chosen[0, 0], everything[0].max(axis=0))
+
+
+@pytest.mark.parametrize("target", ["pred", "label", "star"])
+def test_the_target_comes_first_and_then_the_likeliest_other_class(
+    draw, tmp_path, target, small_shapes
+):
+    assert draw(f"image --index 0 --query cls --target {target}") == 0
+    model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
+    split = small_shapes.validation
+    order = model(data.normalise(split.images[:1], checkpoint["mean"], checkpoint["std"]))[0]
+    order = [checkpoint["classes"][k] for k in order.argsort(descending=True)]
+    label = checkpoint["classes"][split.labels[0]]
+    first = {"pred": order[0], "label": label, "star": "star"}[target]
+    second = next(name for name in order if name != first)
+    told = manifest(tmp_path)["figures"]["image/validation-0/explanations"]
+    assert told["targets"] == [first, second]
+
+
+def test_without_held_out_images_the_test_images_are_shown(draw, tmp_path, small_shapes):
+    assert draw("run") == 0
+    assert manifest(tmp_path)["split"] == "validation"
+    assert draw("run --split test --save-data") == 0
+    assert load(tmp_path, "run/confusion")["counts"].sum() == 60
+    write_checkpoint(tmp_path / "run/last.pt", small_shapes, validation_images=0)
+    assert draw("run") == 0
+    assert manifest(tmp_path)["split"] == "test"
+
+
+def test_a_perfect_model_has_no_mistakes_to_show(draw, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        catalogue,
+        "predict",
+        lambda model, split, dataset: 9.0 * torch.nn.functional.one_hot(split.labels, 10),
+    )
+    assert draw("run") == 0
+    assert "run/mistakes" in manifest(tmp_path)["not_applicable"]
+    assert "not applicable: run/mistakes: the model makes no mistake" in capsys.readouterr().out
+    assert manifest(tmp_path)["figures"]["run/confusion"]["accuracy"] == 1
+
+
+def no_data(*_, **__):
+    raise data.DataError("no CIFAR-10 in data")
+
+
+def test_with_only_a_checkpoint_what_needs_no_data_is_drawn(draw, tmp_path, monkeypatch, capsys):
+    assert draw("model") == 0
+    monkeypatch.setattr(catalogue, "load_dataset", no_data)
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    assert draw(f"--image {tmp_path / 'red.png'}") == 0
+    told = manifest(tmp_path)
+    assert told["figures"].keys() == {
+        *(f"image/red.png/{name}" for name in KINDS["image"]),
+        *(f"model/{name}" for name in KINDS["model"]),
+    }
+    assert told["not_applicable"].pop("run/curves").startswith("the checkpoint holds no history")
+    assert set(told["not_applicable"].values()) == {"no CIFAR-10 in data"}
+    assert draw("") == 0
+    assert "image" in manifest(tmp_path)["not_applicable"]
+    capsys.readouterr()
+    for flags in ("data", "image", "all --index 0"):
+        assert draw(flags) == 2
+        assert capsys.readouterr().err == "vis.py: no CIFAR-10 in data\n"
+
+
+def test_non_square_images_have_a_wide_grid(draw, monkeypatch, tmp_path, small_shapes):
+    split = small_shapes.validation
+    wide = data.Split(split.images[:, :, 8:24, 4:28], split.labels)
+    dataset = dataclasses.replace(small_shapes, validation=wide)
+    monkeypatch.setattr(catalogue, "load_dataset", lambda *_, **__: dataset)
+    write_checkpoint(tmp_path / "run/last.pt", dataset, image_size=(16, 24))
+    assert draw("--index 1 --query 2,3 --save-data") == 0
+    assert load(tmp_path, "image/validation-1/attention-of-patch")["attention"].shape[2:] == (2, 3)
+    assert load(tmp_path, "data/attention-examples")["rollout"].shape == (50, 2, 3)
+    assert len(manifest(tmp_path)["figures"]) == 4 + 2 + 7 + 3
+
+
+@pytest.mark.parametrize("options", [{"image_size": 8, "pooling": "mean"}, {"channels": 1}])
+def test_a_single_patch_and_a_single_channel_can_be_drawn(
+    draw, monkeypatch, tmp_path, small_shapes, options
+):
+    config = ViTConfig(**{"patch_size": 8, "width": 16, "depth": 2, "heads": 2} | options)
+    size = config.image_size[0]
+    images = small_shapes.validation.images[:, : config.channels, :size, :size]
+    dataset = dataclasses.replace(
+        small_shapes,
+        mean=(0.3,) * config.channels,
+        std=(0.2,) * config.channels,
+        validation=data.Split(images, small_shapes.validation.labels),
+    )
+    monkeypatch.setattr(catalogue, "load_dataset", lambda *_, **__: dataset)
+    write_checkpoint(tmp_path / "run/last.pt", dataset, **options)
+    assert draw("") == 0
+    entropy = "data/attention-entropy" in manifest(tmp_path)["not_applicable"]
+    assert entropy == (config.tokens == 1)
+
+
+# ---------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "image --index 50",
+            "--index 50 is not there; the validation images of Shapes are 0 to 49",
+        ),
+        ("image --index -1", "--index -1 is not there"),
+        ("image --index zero", "'zero' is not numbers such as 0,7"),
+        ("image --layer 3", "--layer 3 is not there"),
+        ("image --layer 0", "has 1 to 2"),
+        ("image --layer first", "'first' is neither a number nor all"),
+        ("image --head 3", "--head 3 is not there"),
+        ("image --head most", "'most' is neither a number nor all, mean, max, min"),
+        ("image --query 5,1", "has patch rows 1 to 4 and columns 1 to 4"),
+        ("image --query 0,1", "--query 0,1 is not there"),
+        ("image --query 5", "'5' is neither cls nor a patch such as 3,4"),
+        ("image --target sta", "--target 'sta' is no class; did you mean 'star'? there are disc,"),
+        ("image --image x.png --target label", "true class of an image file is not known"),
+        ("image --image nowhere.png", "nowhere.png is not an image that can be read: No such file"),
+        ("image --dir nowhere", "cannot read the folder nowhere: No such file or directory"),
+        ("image --index 0 --dir nowhere", "not allowed with"),
+        ("faces", "invalid choice: 'faces'"),
+        ("model --dpi 5", "'5' is not a number from 20 to 1200"),
+        ("model --format bmp", "invalid choice: 'bmp'"),
+        ("model --device abacus", "--device abacus is not here"),
+        ("model --show", "--show needs a display"),
+        ("model --chekpoint x", "did you mean --checkpoint?"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_line(draw, tmp_path, capsys, flags, said):
+    try:
+        status = draw(flags)
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and said in error, error
+    assert error.startswith("vis.py: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["text", "cut off", "other format", "gone"])
+def test_what_is_no_checkpoint_is_refused(draw, tmp_path, capsys, name):
+    assert draw("model") == 0
+    path = tmp_path / "run/last.pt"
+    content = path.read_bytes()
+    if name == "text":
+        path.write_text("not a checkpoint")
+    elif name == "cut off":
+        path.write_bytes(content[:-1000])
+    elif name == "other format":
+        torch.save(torch.load(path, weights_only=True) | {"format": 99}, path)
+    else:
+        path.unlink()
+    capsys.readouterr()
+    assert vis.main(["model", "--checkpoint", str(path), "--out", str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and error.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(draw, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert draw(f"model --out {tmp_path / 'file'}") == 2
+    assert f"cannot write to {tmp_path / 'file'}" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_without_a_checkpoint_it_says_how_to_get_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(vis, "ROOT", tmp_path)
+    assert vis.main(["model"]) == 2
+    assert "src/trainer.py --recipe demo" in capsys.readouterr().err
+    for age, name in enumerate(("b/last.pt", "a.pt", "c/last.pt")):
+        path = tmp_path / "checkpoints" / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.touch()
+        os.utime(path, (age, age))
+    assert vis.newest_checkpoint() == tmp_path / "checkpoints/c/last.pt"
+
+
+def test_names_that_repeat_are_numbered():
+    assert list(vis.unique(["a", "b", "a", "a"])) == ["a", "b", "a-2", "a-3"]
+
+
+def test_it_runs_from_any_folder_without_a_display(draw, tmp_path):
+    assert draw("model") == 0
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
+    environment.pop("MPLBACKEND", None)
+    command = [sys.executable, str(ROOT / "visualization/vis.py"), "model", "--format", "svg"]
+    result = subprocess.run(
+        [*command, "--checkpoint", "run/last.pt", "--out", "here"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (tmp_path / "here/model").iterdir()} == {
+        "filters.svg",
+        "positions.svg",
+    }

@@ -1,0 +1,579 @@
+"""Every figure of visualization/vis.py: functions from arrays to a matplotlib Figure.
+
+Maps over patches come as (g_h, g_w) arrays, pictures as uint8 (H, W, 3) or (H, W), both as numpy.
+Patch maps and small pictures are drawn with nearest-neighbour interpolation; only overlays are
+smoothed, and their captions say so. The caller owns a figure: save it, then close it.
+"""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import PercentFormatter
+
+import utils
+
+ATTENTION = "inferno"  # weights and shares: from nothing to most
+SIGNED = "RdBu_r"  # values on both sides of 0, which is white
+MARK = "#00c2ff"  # a chosen patch: seen on dark, on light and on inferno
+SMALLEST = 7  # points
+
+STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": SMALLEST,
+    "ytick.labelsize": SMALLEST,
+    "legend.fontsize": SMALLEST,
+    "legend.frameon": False,
+    "figure.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "image.interpolation": "nearest",
+    "pdf.fonttype": 42,  # text stays text in PDF and SVG
+    "svg.fonttype": "none",
+    "svg.hashsalt": "vit",  # the same figure gives the same file
+}
+styled = matplotlib.rc_context(STYLE)
+
+
+@styled
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """Writes a figure in the format that the path's ending names, whole or not at all."""
+    kind = path.suffix[1:]
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated.get(kind))
+    utils.write_whole(path, buffer.getbuffer())
+
+
+# ---------------------------------------------------------------------------- parts of figures
+
+
+def _new_figure(width: float, height: float, title: str, caption: str = "") -> Figure:
+    """A figure, in inches, with its title above and what it shows and cannot show below."""
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
+    figure.suptitle(title)
+    if caption:
+        lines = textwrap.fill(caption, round(width * 19))  # characters of 7 pt to the inch
+        figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALLEST, color="0.3")
+    return figure
+
+
+def _caption_height(caption: str, width: float) -> float:
+    return 0.14 * len(textwrap.wrap(caption, round(width * 19)))
+
+
+def _show_picture(axes: Axes, picture: np.ndarray, title: str = "") -> None:
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+    axes.set_title(title)
+    axes.set_axis_off()
+
+
+def _outline(axes: Axes, y: float, x: float, height: float = 1, width: float = 1) -> None:
+    """A box with its upper left corner at (y, x)."""
+    box = Rectangle(
+        (x, y), width, height, fill=False, color=MARK, linewidth=1.2, clip_on=False, zorder=3
+    )
+    axes.add_patch(box)
+
+
+GAP = 0.12  # between the tiles of a sheet, in tiles
+
+
+def _tiles(
+    axes: Axes, maps: np.ndarray, rows: Sequence[str], columns: Sequence[str], **style
+) -> matplotlib.image.AxesImage:
+    """Maps (R, C, h, w) as a sheet of R x C tiles, a label for each row and each column outside.
+
+    A cell is 1 wide and high, so that `_corner` gives the places of single cells.
+    """
+    h, w = maps.shape[2:4]
+    for r, c in np.ndindex(maps.shape[:2]):
+        y, x = _corner(maps, r, c)
+        image = axes.imshow(maps[r, c], extent=(x, x + w, y + h, y), **style)
+    y, x = _corner(maps, maps.shape[0], maps.shape[1])
+    axes.set(xlim=(0, x - GAP * w), ylim=(y - GAP * h, 0))
+    axes.set_yticks([_corner(maps, r, 0)[0] + h / 2 for r in range(len(rows))], rows)
+    axes.set_xticks([_corner(maps, 0, c)[1] + w / 2 for c in range(len(columns))], columns)
+    axes.xaxis.set_label_position("top")
+    axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _corner(maps: np.ndarray, row: int, column: int) -> tuple[float, float]:
+    """y and x of the upper left corner of a tile."""
+    h, w = maps.shape[2:4]
+    return row * h * (1 + GAP), column * w * (1 + GAP)
+
+
+# ---------------------------------------------------------------------------- one image
+
+
+@styled
+def patches(
+    picture: np.ndarray,
+    patches: Sequence[np.ndarray],
+    grid: tuple[int, int],
+    *,
+    class_token: bool,
+    title: str,
+) -> Figure:
+    """The picture with its patch grid, and the N patches in the order in which they are tokens."""
+    (g_h, g_w), P, N = grid, len(patches[0]), len(patches)
+    across = max(8, round((2.5 * N) ** 0.5))  # wider than high
+    down = -(-(N + class_token) // across)
+    caption = (
+        f"{g_h} x {g_w} patches of {P} x {P} pixels, row by row, each flattened and mapped to one "
+        "token. The numbers are the tokens' positions"
+        + ("; cls is the class token, which is learned and shows no pixels." * class_token or ".")
+    )
+    cell, left_width = max(0.36, 4 / across), 2.2  # inches
+    width = left_width + 0.3 + cell * across
+    height = max(left_width, 1.5 / 1.15 * cell * down) + 0.4
+    figure = _new_figure(width, height + _caption_height(caption, width), title, caption)
+    left, right = figure.subplots(1, 2, width_ratios=(left_width, cell * across))
+    _show_picture(left, picture)
+    for row in range(1, g_h):
+        left.axhline(row * P - 0.5, color="white", linewidth=0.6)
+    for column in range(1, g_w):
+        left.axvline(column * P - 0.5, color="white", linewidth=0.6)
+
+    for token in range(N + class_token):
+        row, column = divmod(token, across)
+        x, y = 1.15 * column, 1.5 * row
+        if class_token and token == 0:
+            box = Rectangle((x, y), 1, 1, facecolor="0.92", edgecolor="0.5", linewidth=0.6)
+            right.add_patch(box)
+            right.text(x + 0.5, y + 0.5, "cls", ha="center", va="center", fontsize=SMALLEST)
+        else:
+            pixels = patches[token - class_token]
+            right.imshow(pixels, extent=(x, x + 1, y + 1, y), cmap="gray", vmin=0, vmax=255)
+        number = token if class_token else token + 1
+        right.text(x + 0.5, y + 1.05, number, ha="center", va="top", fontsize=SMALLEST)
+    right.set(xlim=(-0.1, 1.15 * across), ylim=(1.5 * down, -0.1), aspect="equal")
+    right.set_axis_off()
+    return figure
+
+
+@styled
+def attention_maps(
+    picture: np.ndarray,
+    maps: np.ndarray,
+    *,
+    layers: Sequence[str],
+    heads: Sequence[str],
+    tokens: int,
+    title: str,
+    caption: str,
+    query: tuple[int, int] | None = None,
+) -> Figure:
+    """Attention of one query: rows are layers, columns heads, the picture at the left.
+
+    Args:
+        maps: (layers, heads, g_h, g_w) attention weights.
+        tokens: T; 1 / T, where all tokens get the same, is marked on the colour bar.
+        query: row and column of the patch that asks, which is then outlined; counted from 0.
+    """
+    g_h, g_w = maps.shape[2:]
+    cell = float(np.clip(7 / len(heads), 0.45, 1.1))
+    width = 2.9 + cell * len(heads) * g_w / max(g_h, g_w)
+    height = max(2.4, 0.4 + cell * len(layers) * g_h / max(g_h, g_w))
+    figure = _new_figure(width, height + 0.3 + _caption_height(caption, width), title, caption)
+    left, right = figure.subplots(1, 2, width_ratios=(1.9, width - 2.9))
+    _show_picture(left, picture)
+    # A few patches that take everything would leave all other maps black.
+    highest = max(float(np.quantile(maps, 0.995)), 1e-12)
+    image = _tiles(right, maps, layers, heads, cmap=ATTENTION, vmin=0, vmax=highest)
+    right.set(xlabel="head", ylabel="layer")
+    bar = figure.colorbar(
+        image,
+        ax=right,
+        label="attention weight",
+        extend="max" if maps.max() > highest else "neither",
+        shrink=min(1.0, 2.2 / height),
+        pad=0.02,
+    )
+    bar.ax.axhline(1 / tokens, color=MARK, linewidth=1.2)
+    if query:
+        P_h, P_w = picture.shape[0] // g_h, picture.shape[1] // g_w
+        _outline(left, query[0] * P_h - 0.5, query[1] * P_w - 0.5, P_h, P_w)
+        for r, c in np.ndindex(maps.shape[:2]):
+            y, x = _corner(maps, r, c)
+            _outline(right, y + query[0], x + query[1])
+    return figure
+
+
+@styled
+def explanations(
+    picture: np.ndarray,
+    maps: dict[str, np.ndarray],
+    *,
+    classes: Sequence[str],
+    title: str,
+    caption: str,
+) -> Figure:
+    """Maps of several methods (columns) for several classes (rows) over the greyed picture.
+
+    Args:
+        maps: for each method (classes, g_h, g_w), relative to uniform.
+        classes: what to write beside each row.
+    """
+    width, rows = 1.32 * (len(maps) + 1) + 0.9, len(classes)
+    height = 1.32 * rows * picture.shape[0] / picture.shape[1] + 0.6
+    figure = _new_figure(width, height + _caption_height(caption, width), title, caption)
+    grid = figure.subplots(rows, len(maps) + 1, squeeze=False)
+    grey = picture if picture.ndim == 2 else picture @ np.array([0.299, 0.587, 0.114])
+    everything = np.concatenate([values.ravel() for values in maps.values()])
+    highest = max(float(np.quantile(everything, 0.97)), 1.0)
+    H, W = grey.shape
+    for row, name in enumerate(classes):
+        _show_picture(grid[row, 0], picture)
+        grid[row, 0].text(
+            -0.08, 0.5, name, rotation=90, ha="right", va="center", transform=grid[row, 0].transAxes
+        )
+        for axes, (method, values) in zip(grid[row, 1:], maps.items(), strict=True):
+            _show_picture(axes, grey, method if row == 0 else "")
+            axes.imshow(
+                values[row],
+                cmap=ATTENTION,
+                vmin=0,
+                vmax=highest,
+                alpha=(0.2 + 0.8 * values[row] / highest).clip(
+                    0, 0.85
+                ),  # little weight, clear view
+                interpolation="bicubic",
+                extent=(-0.5, W - 0.5, H - 0.5, -0.5),
+            )
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, highest), ATTENTION),
+        ax=grid,
+        label="weight, 1 where all patches are alike",
+        extend="max" if everything.max() > highest else "neither",
+        pad=0.02,
+    )
+    bar.ax.axhline(1, color=MARK, linewidth=1.2)
+    return figure
+
+
+@styled
+def logit_lens(
+    picture: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], *, title: str
+) -> Figure:
+    """Probability of every class after every layer; the likeliest of each layer is outlined.
+
+    Args:
+        probabilities: (L + 1, K); of more than 12 classes the 12 likeliest in the end are drawn.
+    """
+    shown = np.sort(np.argsort(-probabilities[-1], kind="stable")[:12])
+    values = probabilities[:, shown].T  # (classes, L + 1)
+    caption = (
+        "Final norm and head applied to the tokens after each layer; 0 is the embedding. Blue: the "
+        "likeliest class. Early layers were never trained to be read like this: what they lack may "
+        "be there in another form."
+    )
+    width = 3.6 + 0.34 * values.shape[1]
+    figure = _new_figure(
+        width, 1.2 + 0.2 * len(shown) + _caption_height(caption, width), title, caption
+    )
+    left, right = figure.subplots(1, 2, width_ratios=(1.7, width - 2.6))
+    _show_picture(left, picture)
+    image = right.imshow(values, cmap="magma", vmin=0, vmax=1, aspect="auto")
+    for layer, row in enumerate(values.argmax(axis=0)):
+        _outline(right, row - 0.5, layer - 0.5)
+    right.set(xlabel="layer", xticks=range(values.shape[1]))
+    right.set_yticks(range(len(shown)), [classes[k] for k in shown])
+    figure.colorbar(image, ax=right, label="probability", pad=0.02)
+    return figure
+
+
+# ---------------------------------------------------------------------------- the model's weights
+
+
+@styled
+def filters(components: np.ndarray, singular_values: np.ndarray, *, title: str) -> Figure:
+    """Principal components of the patch embedding (the paper's Fig. 7, left), and their strength.
+
+    Args:
+        components: (k, C, P, P) with C 3 (drawn in colour) or any other (the mean over channels).
+        singular_values: all of them, largest first.
+    """
+    share = singular_values**2 / max((singular_values**2).sum(), 1e-300)
+    k, columns = len(components), 7
+    rows = -(-k // columns)
+    caption = (
+        f"The first {k} principal components of the patch embedding's filters: what pixel patterns "
+        "the tokens tell apart. Grey is 0; one scale for all, as each has length 1. Signs are "
+        f"arbitrary. These {k} hold {share[:k].sum():.1%} of the filters' variance."
+    )
+    figure = _new_figure(7.2, 0.6 * rows + 1.0 + _caption_height(caption, 7.2), title, caption)
+    left, right = figure.subplots(1, 2, width_ratios=(4.2, 2.4))
+    if components.shape[1] == 3:
+        tiles = np.moveaxis(components, 1, -1)  # (k, P, P, 3)
+    else:
+        tiles = np.repeat(components.mean(axis=1)[..., None], 3, axis=-1)
+    sheet = np.ones((rows * columns, *tiles.shape[1:]))  # white where there is none
+    sheet[:k] = 0.5 + 0.5 * tiles / np.abs(tiles).max()
+    _tiles(left, sheet.reshape(rows, columns, *tiles.shape[1:]), [], [])
+    right.plot(range(1, len(share) + 1), 100 * share.cumsum(), color="0.2")
+    right.axvline(k, color=MARK, linewidth=1, label="shown at the left")
+    right.legend(loc="lower right")
+    right.set(xlabel="component", ylabel="variance of the first so many (%)", ylim=(0, 102))
+    return figure
+
+
+@styled
+def position_similarity(similarity: np.ndarray, *, title: str, caption: str) -> Figure:
+    """Cosine similarity of position embeddings, a tile a patch (the paper's Fig. 7, centre).
+
+    Args:
+        similarity: (g_h, g_w, g_h, g_w).
+    """
+    g_h, g_w = similarity.shape[:2]
+    width = 5.4 * min(1, g_w / g_h) + 0.9
+    height = 5.2 * min(1, g_h / g_w) + 0.7
+    figure = _new_figure(width, height + _caption_height(caption, width), title, caption)
+    axes = figure.subplots()
+    image = _tiles(
+        axes,
+        similarity,
+        [str(row + 1) for row in range(g_h)],
+        [str(column + 1) for column in range(g_w)],
+        cmap=SIGNED,
+        vmin=-1,
+        vmax=1,
+    )
+    axes.set(xlabel="patch column", ylabel="patch row")
+    figure.colorbar(image, ax=axes, label="cosine similarity", pad=0.02)
+    return figure
+
+
+# ---------------------------------------------------------------------------- many images
+
+
+@styled
+def by_layer_and_head(
+    values: np.ndarray,
+    *,
+    label: str,
+    title: str,
+    caption: str,
+    reference: tuple[float, str] | None = None,
+) -> Figure:
+    """A dot for each head at each layer and their mean as a line (the paper's Fig. 7, right).
+
+    Args:
+        values: (L, h), already averaged over images.
+        reference: a value worth a line, and its name.
+    """
+    figure = _new_figure(4.6, 3.2 + _caption_height(caption, 4.6), title, caption)
+    axes = figure.subplots()
+    layers = np.arange(1, len(values) + 1)
+    for head in range(values.shape[1]):
+        name = "a head" if head == 0 else None
+        axes.plot(layers, values[:, head], "o", color="tab:blue", alpha=0.6, ms=4, label=name)
+    axes.plot(layers, values.mean(axis=1), color="0.2", linewidth=1, label="mean of the heads")
+    if reference:
+        axes.axhline(reference[0], color="tab:orange", linestyle="--", lw=1, label=reference[1])
+    axes.set(xlabel="layer", ylabel=label, xticks=layers, xlim=(0.5, len(values) + 0.5))
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="best")
+    return figure
+
+
+@styled
+def token_norms(patches: np.ndarray, class_token: np.ndarray | None, *, title: str) -> Figure:
+    """Lengths of the tokens after each layer.
+
+    Args:
+        patches: (L + 1, tokens), of all patch tokens of all images.
+        class_token: (L + 1, images), or None.
+    """
+    caption = (
+        "Median over all patch tokens of all images, with the middle 90% shaded; 0 is the "
+        "embedding. A few tokens of far greater length than the rest would be the artefacts of "
+        "Darcet et al. (arXiv 2309.16588)."
+    )
+    figure = _new_figure(4.6, 3.2 + _caption_height(caption, 4.6), title, caption)
+    axes = figure.subplots()
+    layers = range(len(patches))
+    for values, name, color in ((patches, "patch", "tab:blue"), (class_token, "class", "0.2")):
+        if values is not None:
+            low, middle, high = np.quantile(values, (0.05, 0.5, 0.95), axis=1)
+            axes.fill_between(layers, low, high, alpha=0.2, color=color, linewidth=0)
+            axes.plot(layers, middle, marker=".", color=color, label=f"{name} tokens")
+    axes.set(xlabel="layer", ylabel="length of a token |z|", xticks=layers)
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="upper left")
+    return figure
+
+
+@styled
+def sheet_of_maps(
+    pictures: Sequence[np.ndarray],
+    rows: dict[str, Sequence[np.ndarray]],
+    *,
+    names: Sequence[str],
+    title: str,
+    caption: str,
+) -> Figure:
+    """Pictures side by side, and under each its maps, a row a kind.
+
+    Args:
+        rows: for each kind of map an RGB array from 0 to 1 for each picture.
+        names: what to write over each picture.
+    """
+    count, kinds = len(pictures), len(rows) + 1
+    cell = 0.85
+    H, W = pictures[0].shape[:2]
+    width, height = cell * count + 0.5, 0.97 * cell * kinds * H / W + 0.6
+    figure = _new_figure(width, height + _caption_height(caption, width), title, caption)
+    grid = figure.subplots(kinds, count, squeeze=False)
+    for column, picture in enumerate(pictures):
+        _show_picture(grid[0, column], picture, names[column])
+        for row, (kind, maps) in enumerate(rows.items(), start=1):
+            axes = grid[row, column]
+            axes.imshow(maps[column])
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if column == 0:
+                axes.set_ylabel(kind)
+    return figure
+
+
+@styled
+def layer_similarity(cka: np.ndarray, *, title: str, caption: str) -> Figure:
+    """Linear CKA between the representations after every two layers, (L + 1, L + 1)."""
+    figure = _new_figure(4.2, 3.6 + _caption_height(caption, 4.2), title, caption)
+    axes = figure.subplots()
+    image = axes.imshow(cka, cmap="magma", vmin=0, vmax=1, origin="lower")
+    ticks = range(0, len(cka), max(1, len(cka) // 12))
+    axes.set(xlabel="layer", ylabel="layer", xticks=ticks, yticks=ticks)
+    figure.colorbar(image, ax=axes, label="linear CKA", pad=0.02)
+    return figure
+
+
+@styled
+def class_scatter(
+    points: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    shares: np.ndarray,
+    *,
+    title: str,
+    caption: str,
+) -> Figure:
+    """Images as points in the plane of the first two principal components, coloured by class.
+
+    Args:
+        points: (n, 2).
+        labels: (n,) true classes.
+        shares: of the variance, of both axes.
+    """
+    figure = _new_figure(5.2, 3.6 + _caption_height(caption, 5.2), title, caption)
+    axes = figure.subplots()
+    markers = "os^vDP*Xph"
+    for label in np.unique(labels):
+        at = points[labels == label]
+        axes.plot(
+            at[:, 0], at[:, 1], markers[label % len(markers)], ms=4, alpha=0.8, mew=0,
+            color=plt.get_cmap("tab10")(label % 10), label=classes[label],
+        )  # fmt: skip
+    for set_label, axis in ((axes.set_xlabel, 0), (axes.set_ylabel, 1)):
+        set_label(f"principal component {axis + 1} ({shares[axis]:.0%} of the variance)")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+@styled
+def training_curves(history: list[dict[str, float]], *, title: str) -> Figure:
+    """Loss, accuracy and learning rate against the epoch, as the trainer draws them."""
+    figure = _new_figure(10, 3.2, title)
+    utils.draw_curves(figure, history)
+    return figure
+
+
+@styled
+def confusion_matrix(counts: np.ndarray, classes: Sequence[str], *, title: str) -> Figure:
+    """Where each true class (rows) is put (columns), in per cent of the row.
+
+    Args:
+        counts: (K, K).
+    """
+    K = len(counts)
+    share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    caption = "Rows sum to 100. On the diagonal is the accuracy of each class."
+    side = float(np.clip(0.42 * K, 3, 12))
+    figure = _new_figure(side + 1.6, side + 1 + 0.14, title, caption)
+    axes = figure.subplots()
+    image = axes.imshow(share, cmap="magma", vmin=0, vmax=100)
+    if K <= 20:
+        for row, column in np.ndindex(K, K):
+            value = share[row, column]
+            axes.text(
+                column, row, f"{value:.0f}" if value >= 0.5 else "·", ha="center", va="center",
+                fontsize=SMALLEST, color="black" if value > 60 else "white",
+            )  # fmt: skip
+        axes.set_xticks(range(K), classes, rotation=45, ha="right")
+        axes.set_yticks(range(K), classes)
+    axes.set(xlabel="predicted class", ylabel="true class")
+    figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8, pad=0.02)
+    return figure
+
+
+@styled
+def contact_sheet(
+    pictures: Sequence[np.ndarray], names: Sequence[str], *, title: str, caption: str
+) -> Figure:
+    """Pictures in rows of six, each with two lines of text over it."""
+    columns = min(6, len(pictures))
+    rows = -(-len(pictures) // columns)
+    width = max(1.15 * columns, 4)
+    figure = _new_figure(width, 1.5 * rows + 0.4 + _caption_height(caption, width), title, caption)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, picture, name in zip(grid.flat, pictures, names, strict=False):
+        _show_picture(axes, picture, name)
+        axes.title.set_fontsize(SMALLEST)
+    return figure
+
+
+@styled
+def reliability(
+    accuracy: np.ndarray, confidence: np.ndarray, counts: np.ndarray, *, error: float, title: str
+) -> Figure:
+    """Accuracy against confidence, in bins, with the number of images in each below."""
+    bins = len(counts)
+    edges = np.linspace(0, 1, bins + 1)
+    caption = (
+        f"ECE {error:.2%}, {bins} bins: the mean distance of a dot from the diagonal, each bin "
+        "weighted by its images. Below the diagonal the model is surer than it is right. Few "
+        "images in a bin make its dot uncertain."
+    )
+    figure = _new_figure(3.8, 4.4 + _caption_height(caption, 3.8), title, caption)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="calibrated")
+    above.bar(edges[:-1], accuracy, 1 / bins, align="edge", color="tab:blue", alpha=0.35)
+    above.plot(confidence, accuracy, "o", ms=4, color="tab:blue", label="a bin")
+    above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    above.legend(loc="upper left")
+    below.bar(edges[:-1], counts, 1 / bins, align="edge", color="0.6")
+    below.set(xlabel="confidence (probability of the predicted class)", ylabel="images")
+    for axis in (above.xaxis, above.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+    return figure

@@ -268,8 +268,9 @@ def test_any_kind_of_image_is_read_as_rgb_at_the_models_size(kind, tmp_path):
 def test_sixteen_bits_are_scaled_and_not_cut_off(mode, tmp_path):
     values = np.repeat(np.linspace(0, 2**16 - 1, 16).astype(np.uint16)[None], 16, axis=0)
     picture = Image.fromarray(values)
-    (picture if mode == "I;16" else picture.convert(mode)).save(tmp_path / "grey.png")
-    image = data.read_image(tmp_path / "grey.png", (16, 16))
+    path = tmp_path / ("grey.png" if mode == "I;16" else "grey.tif")
+    (picture if mode == "I;16" else picture.convert(mode)).save(path)
+    image = data.read_image(path, (16, 16))
     expected = torch.linspace(0, 255, 16).round().int().expand(3, 16, 16)
     assert (image.int() - expected).abs().max() <= 1
 

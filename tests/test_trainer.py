@@ -1,6 +1,5 @@
 """Training: schedule, optimizers, evaluation, runs that repeat and go on, and the command line."""
 
-import csv
 import json
 import math
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from small import rows_of, same_weights, weights_of
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 import trainer
@@ -102,21 +102,6 @@ def test_evaluation_counts_each_image_once_and_each_class_apart(small_shapes):
 # ---------------------------------------------------------------------------- runs
 
 
-def rows_of(path):
-    """metrics.csv without its times."""
-    timed = ("seconds", "images_per_second")
-    with path.open() as file:
-        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
-
-
-def weights_of(path):
-    return utils.load_checkpoint(path)["weights"]
-
-
-def same_weights(first, second):
-    return all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
-
-
 def test_a_run_leaves_its_files_and_the_figures_agree(train, tmp_path, capsys):
     assert train("--name a --epochs 2") == 0
     folder = tmp_path / "a"
@@ -150,31 +135,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, tmp
         assert train(f"--name {name} --epochs 1 --seed {seed} --dropout 0.2 --drop-path 0.2") == 0
     a, b, c = (weights_of(tmp_path / name / "last.pt") for name in "abc")
     assert same_weights(a, b) and not same_weights(a, c)
-
-
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(train, tmp_path, monkeypatch, capsys):
-    flags = "--epochs 3 --dropout 0.2 --drop-path 0.2"
-    assert train(f"--name whole {flags}") == 0
-
-    train_epoch = trainer.train_epoch
-
-    def stopped_in_the_third(run, forward):
-        if run.epoch == 2:
-            raise KeyboardInterrupt
-        return train_epoch(run, forward)
-
-    monkeypatch.setattr(trainer, "train_epoch", stopped_in_the_third)
-    assert train(f"--name parts {flags}") == 130
-    assert "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(trainer, "train_epoch", train_epoch)
-    torch.manual_seed(12345)  # what the process drew before must not matter
-    assert train(f"--resume {tmp_path / 'parts'}") == 0
-
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert same_weights(weights_of(whole / "last.pt"), weights_of(parts / "last.pt"))
-    assert rows_of(whole / "metrics.csv") == rows_of(parts / "metrics.csv")
-    first, second = (json.loads((folder / "result.json").read_text()) for folder in (whole, parts))
-    assert first["test_loss"] == second["test_loss"]
 
 
 def test_a_finished_run_says_so_and_trains_on_when_epochs_are_raised(train, tmp_path, capsys):
@@ -247,7 +207,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
     (line,) = capsys.readouterr().err.splitlines()
     # Linear decay over 10 steps with 2 (half an epoch of 5, rounded to even) of warm-up.
     assert "loss is nan at step 9 (epoch 2, learning rate 0.00075)" in line
-    assert "--learning-rate" in line and "holds epoch 1" in line
+    assert "--learning-rate" in line and "holds step 5" in line
     assert utils.load_checkpoint(tmp_path / "a/last.pt")["epoch"] == 1
 
 

@@ -110,13 +110,6 @@ def test_generators_depend_on_their_key_and_on_nothing_else():
     assert len({tuple(draw) for draw in draws.values()}) == len(keys)
 
 
-def test_the_random_state_can_be_brought_back():
-    state = utils.random_state()
-    first = torch.rand(3)
-    utils.set_random_state(state)
-    assert torch.equal(first, torch.rand(3))
-
-
 @pytest.mark.parametrize(("text", "size"), [("32", (32, 32)), ("32x48", (32, 48))])
 def test_an_image_size_is_one_number_or_two(text, size):
     assert utils._height_and_width(text) == size

@@ -178,7 +178,7 @@ class World:
         """The model, averaging its gradients over the ranks at the end of a backward pass."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
 
 
 ALONE = World()

@@ -277,9 +277,11 @@ class Run:
         rate = self.rate_factor(step) * self.config.learning_rate
         last = self.folder / "last.pt"
         return Diverged(
-            f"{what} at step {step + 1} (epoch {self.epoch + 1}, learning rate {rate:.2g}); "
-            "try a lower --learning-rate, more --warmup-epochs, --gradient-clip 1 or "
-            "--precision fp32" + f"; {last} holds step {self.saved_step}" * (self.saved_step > 0)
+            f"{what} at step {step + 1} (epoch {step // self.steps_per_epoch + 1}, "
+            f"learning rate {rate:.2g}); try a lower --learning-rate, more --warmup-epochs, "
+            "--gradient-clip 1 or --precision fp32"
+            + f"; {last} holds step {self.saved_step}"
+            * (self.saved_step > 0)
         )
 
     def save(self, *, last: bool = False) -> None:
@@ -676,8 +678,7 @@ def resumed_run(arguments: argparse.Namespace, device: torch.device, job: Job) -
     try:
         before = utils.config_from(TrainConfig, checkpoint["train_config"])
         optimizers = make_optimizers(model, before)
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            utils.load_optimizer(optimizer, state)
+        utils.load_optimizers(optimizers, checkpoint["optimizers"])
     except ValueError as error:
         raise utils.CheckpointError(f"{path} cannot be gone on with: {error}") from error
     try:

@@ -138,21 +138,24 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Vi
     return model.to(device).eval(), checkpoint
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Tensor]]) -> None:
-    """Brings back what an optimizer remembers of each of its parameters; its options stay.
+def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
+    """Brings back what optimizers remember of each of their parameters; their options stay.
 
     Raises:
-        ValueError: it is not what an optimizer of that kind remembers of such parameters.
+        ValueError: it is not what such optimizers remember of such parameters.
     """
-    name = type(optimizer).__name__
-    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
-    check_fields(state, dict.fromkeys(range(len(parameters)), dict[str, Tensor]), name)
-    for number, weight in enumerate(parameters):
-        check_fields(state[number], dict.fromkeys(OPTIMIZER_STATE[name], Tensor), name)
-        for key, value in state[number].items():
-            if value.shape != (() if key == "step" else weight.shape):
-                raise ValueError(f"{key!r} of {name} has shape {tuple(value.shape)}")
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    if len(states) != len(optimizers):
+        raise ValueError(f"it has {len(states)} optimizers, not {len(optimizers)}")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        name = type(optimizer).__name__
+        parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+        check_fields(state, dict.fromkeys(range(len(parameters)), dict[str, Tensor]), name)
+        for number, weight in enumerate(parameters):
+            check_fields(state[number], dict.fromkeys(OPTIMIZER_STATE[name], Tensor), name)
+            for key, value in state[number].items():
+                if value.shape != (() if key == "step" else weight.shape):
+                    raise ValueError(f"{key!r} of {name} has shape {tuple(value.shape)}")
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def _check_archive(file: typing.BinaryIO) -> None:
@@ -220,11 +223,11 @@ def _check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
         raise ValueError(f"image_size {config.image_size} has too many patches")
 
 
-def check_fields(fields: dict[str, Any], kinds: dict[str, Any], what: str) -> None:
+def check_fields(fields: dict[Any, Any], kinds: dict[Any, Any], what: str) -> None:
     """Raises ValueError unless a dict has exactly the keys of `kinds`, with values of those kinds.
 
     Args:
-        kinds: a type for each key; see `_fits`.
+        kinds: a type for each key, which may say what is inside, as `list[float]` does.
         what: the dict's name in the message.
     """
     if missing := kinds.keys() - fields.keys():
@@ -232,9 +235,7 @@ def check_fields(fields: dict[str, Any], kinds: dict[str, Any], what: str) -> No
     if unknown := fields.keys() - kinds.keys():
         raise ValueError(f"{what} has an unknown {_shown(unknown.pop())}")
     for key, kind in kinds.items():
-        if not _fits(fields[key], kind):
-            name = kind.__name__ if isinstance(kind, type) else str(kind)
-            raise ValueError(f"{key!r} of {what} must be {name}, not {_shown(fields[key])}")
+        _check_kind(fields[key], kind, f"{key!r} of {what}")
 
 
 def config_from(config_class: type, values: dict[str, Any]) -> Any:
@@ -247,13 +248,27 @@ def config_from(config_class: type, values: dict[str, Any]) -> Any:
     return config_class(**values)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type, say `list[float]`, with all that is in it.
+def _check_kind(value: Any, kind: Any, what: str) -> None:
+    """Raises ValueError unless a value is of a type, with all that is in it."""
+    container, inner = typing.get_origin(kind), typing.get_args(kind)
+    if not _fits(value, container if container in (dict, list) else kind):
+        name = kind.__name__ if isinstance(kind, type) else str(kind)
+        raise ValueError(f"{what} must be {name}, not {_shown(value)}")
+    if container is list:
+        for number, item in enumerate(value):
+            _check_kind(item, inner[0], f"entry {number} of {what}")
+    if container is dict:
+        for key, item in value.items():
+            _check_kind(key, inner[0], f"a key of {what}")
+            _check_kind(item, inner[1], f"{_shown(key)} of {what}")
 
-    Numbers must be finite, and an int is a float too. A tensor must be finite, and plain: dense,
-    on the CPU, and no larger than what holds it.
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type exactly; but an int is a float too, and a float is finite.
+
+    A tensor must be finite, and plain: dense, on the CPU, and no larger than what holds it.
     """
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    inner = typing.get_args(kind)
     if kind is Any:
         return True
     if kind is float:
@@ -262,18 +277,12 @@ def _fits(value: Any, kind: Any) -> bool:
         plain = type(value) is Tensor and value.layout is torch.strided and not value.is_quantized
         plain = plain and value.device.type == "cpu" and value.is_contiguous()
         return plain and bool(value.isfinite().all())
-    if origin is typing.Literal:
+    if typing.get_origin(kind) is typing.Literal:
         return type(value) is str and value in inner
-    if origin is types.UnionType:
+    if typing.get_origin(kind) is types.UnionType:
         return any(_fits(value, each) for each in inner)
-    if origin is tuple:
+    if typing.get_origin(kind) is tuple:
         return type(value) is tuple and len(value) == len(inner) and all(map(_fits, value, inner))
-    if origin is list:
-        return type(value) is list and all(_fits(item, inner[0]) for item in value)
-    if origin is dict:
-        return type(value) is dict and all(
-            _fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items()
-        )
     return type(value) is kind
 
 

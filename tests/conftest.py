@@ -1,9 +1,9 @@
 """What several tests need: a small data set in place of the real one, and runs of the trainer."""
 
 import pytest
-import small
 import torch
 
+import small
 import trainer
 
 

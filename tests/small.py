@@ -12,10 +12,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import data
 import trainer
@@ -145,6 +147,7 @@ def work(flags, folder, log, environment, death, double):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process leaks
     if double:
         torch.set_default_dtype(torch.float64)
     if death:

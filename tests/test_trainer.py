@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from small import rows_of, same_weights, weights_of
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 import trainer
 import utils
 from data import Split
 from recipes import RECIPES, TrainConfig
+from small import rows_of, same_weights, weights_of
 from trainer import evaluate, learning_rate_factor, make_optimizers
 from ViT import MODELS, ViT, ViTConfig
 

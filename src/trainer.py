@@ -21,6 +21,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -274,15 +275,17 @@ class Run:
         return losses
 
     def diverged(self, what: str, step: int) -> Diverged:
+        """What to raise when `what` is wrong since a step of the run, 0 for its first."""
         rate = self.rate_factor(step) * self.config.learning_rate
-        last = self.folder / "last.pt"
         return Diverged(
             f"{what} at step {step + 1} (epoch {step // self.steps_per_epoch + 1}, "
             f"learning rate {rate:.2g}); try a lower --learning-rate, more --warmup-epochs, "
-            "--gradient-clip 1 or --precision fp32"
-            + f"; {last} holds step {self.saved_step}"
-            * (self.saved_step > 0)
+            f"--gradient-clip 1 or --precision fp32{self.what_is_kept()}"
         )
+
+    def what_is_kept(self) -> str:
+        last = self.folder / "last.pt"
+        return f"; {last} holds step {self.saved_step}" if self.saved_step else ""
 
     def save(self, *, last: bool = False) -> None:
         """Writes last.pt and metrics.csv; where that fails, says so and keeps the last good ones.
@@ -356,6 +359,7 @@ def train_epoch(run: Run, forward: Forward) -> dict[str, Any]:
             set_learning_rates(run.optimizers, run.rate_factor(run.step))
             draws = utils.generator_for(config.seed, epoch, done.steps, device=run.device)
             images = augment(batch.images, config, draws)
+            # Dropout and drop path draw from torch's own generators, on each rank differently.
             torch.manual_seed(utils.seed_for(config.seed, epoch, done.steps, run.world.rank))
             # A short last batch would be compiled for its size alone; it goes uncompiled instead.
             model = forward if len(batch) == config.batch_size else run.parallel
@@ -373,12 +377,14 @@ def train_epoch(run: Run, forward: Forward) -> dict[str, Any]:
             done.seconds = time.perf_counter() - started
             bar.update(len(batch))
             after_step(run, bar)
+    losses = run.check_losses()  # which waits for the device
+    done.seconds = time.perf_counter() - started
     images = len(run.dataset.train)
     return {
         "epoch": epoch + 1,
         "step": run.step,
         "learning_rate": config.learning_rate * run.rate_factor(run.step - 1),
-        "train_loss": run.check_losses().mean().item(),
+        "train_loss": losses.mean().item(),
         "train_accuracy": run.world.sum(done.correct).item() / images,
         "seconds": done.seconds,
         "images_per_second": images / done.seconds,
@@ -745,6 +751,8 @@ def _take_new_folder(folder: Path, arguments: argparse.Namespace, job: Job) -> N
         _take_folder(folder, job)
         if job.world.leads:
             _refuse_existing(folder, arguments)
+            with tempfile.TemporaryFile(dir=folder):
+                pass  # better to learn here than after an epoch that nothing can be written
             for name in RUN_FILES:
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
@@ -905,7 +913,7 @@ def write_outcome(
 def go_on_hint(run: Run | None, arguments: argparse.Namespace) -> str:
     """What becomes of a run that stopped."""
     if run is None or not run.saved_step:
-        return "there is nothing to save yet"
+        return "nothing was trained, and nothing is saved"
     unsaved = "the last steps could not be saved; " * run.save_failed
     return f"{unsaved}go on with --resume {run.folder}" + " --no-test" * arguments.no_test
 
@@ -914,9 +922,10 @@ def out_of_memory_hint(run: Run | None) -> str:
     if run is None:
         return "out of memory"
     batch, parts = run.config.batch_size, run.config.accumulate
+    more_parts = f"--accumulate {2 * parts} for the same batch in smaller parts, or "
     return (
-        f"out of memory with --batch-size {batch} --accumulate {parts}; try --accumulate "
-        f"{2 * parts}, which comes to the same weights, or a smaller --batch-size"
+        f"out of memory with --batch-size {batch} --accumulate {parts}; try "
+        f"{more_parts * (2 * parts <= batch)}a smaller --batch-size{run.what_is_kept()}"
     )
 
 

@@ -10,6 +10,8 @@ import io
 import json
 import math
 import os
+import pickle
+import pickletools
 import platform
 import reprlib
 import sys
@@ -106,9 +108,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is no file")
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            _check_archive(file)
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(_sound_copy(file), map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except CheckpointError:
@@ -158,21 +158,49 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
-def _check_archive(file: typing.BinaryIO) -> None:
-    """Compares every record with its checksum, which torch's own reader does not look at.
+def _sound_copy(file: typing.BinaryIO) -> io.BytesIO:
+    """The records of an archive that match their checksums, as a new archive.
 
-    What is no zip archive, a bare pickle for one, never reaches a loader. A compressed or
-    overlapping record, which torch does not write, could unpack to more than memory holds.
+    torch's own reader looks at no checksum, and believes sizes that the standard library's does
+    not; so it gets a copy. What is no archive, a bare pickle for one, never reaches it, nor does
+    what torch does not write: a compressed or overlapping record could outgrow the memory.
 
     Raises:
         BadZipFile and others: the archive is damaged, or is none.
     """
-    with zipfile.ZipFile(file) as archive:
+    copy = io.BytesIO()
+    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as sound:
         records = archive.infolist()
         compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
         overlap = sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size
-        if compressed or overlap or archive.testzip():
+        twice = len(set(archive.namelist())) < len(records)
+        if compressed or overlap or twice:
             raise zipfile.BadZipFile
+        for record in records:
+            content = archive.read(record)
+            if record.filename.lower().endswith(".pkl"):
+                _check_pickle(content)
+            sound.writestr(record.filename, content)
+    copy.seek(0)
+    return copy
+
+
+def _check_pickle(content: bytes) -> None:
+    """Refuses tuples that are in a pickle once and used twice, as torch.save never writes them.
+
+    Nested 60 deep, each within the next twice, they are a key that takes 2^60 steps to hash.
+
+    Raises:
+        UnpicklingError and others: there is one, or this is no pickle.
+    """
+    tuples, on_top = set(), False
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name in ("BINPUT", "LONG_BINPUT"):
+            tuples |= {argument} if on_top else set()
+        elif operation.name in ("BINGET", "LONG_BINGET") and argument in tuples:
+            raise pickle.UnpicklingError
+        else:
+            on_top = operation.name.startswith("TUPLE")
 
 
 def _check_content(checkpoint: Any) -> None:
@@ -196,6 +224,11 @@ def _check_content(checkpoint: Any) -> None:
         check_fields(row, METRICS, f"epoch {number} of 'history'")
         if row["epoch"] != number:
             raise ValueError(f"epoch {number} of 'history' calls itself {_shown(row['epoch'])}")
+        if row["seconds"] <= 0:
+            raise ValueError(f"epoch {number} of 'history' took no time")
+    validation = [row[key] for row in checkpoint["history"] for key in METRICS if "valid" in key]
+    if None in validation and any(value is not None for value in validation):
+        raise ValueError("'history' has validation figures for a part of the epochs")
     if checkpoint["epoch"] != len(checkpoint["history"]):
         raise ValueError("'epoch' and the length of 'history' differ")
     check_fields(checkpoint["seconds"], SECONDS, "'seconds'")

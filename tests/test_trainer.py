@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -141,8 +142,33 @@ def test_a_finished_run_says_so_and_trains_on_when_epochs_are_raised(train, tmp_
     assert train("--name a --epochs 1") == 0
     assert train(f"--resume {tmp_path / 'a'}") == 0
     assert "raise --epochs" in capsys.readouterr().out
-    assert train(f"--resume {tmp_path / 'a'} --epochs 2") == 0
+    assert train(f"--resume {tmp_path / 'a'} --epochs 2 --accumulate 2") == 0
+    # Linear from 3e-3 over 10 steps with 2 of warm-up, 5 of them done.
+    said = "the linear schedule now reaches 0 at epoch 2 instead of 1: "
+    assert said + "the learning rate goes on at 0.0019" in capsys.readouterr().out
     assert len(rows_of(tmp_path / "a/metrics.csv")) == 2
+    assert json.loads((tmp_path / "a/result.json").read_text())["epochs"] == 2
+
+
+def test_epochs_cannot_be_fewer_than_are_done(train, tmp_path, capsys):
+    assert train("--name a --epochs 2") == 0
+    before = (tmp_path / "a/last.pt").read_bytes()
+    assert train(f"--resume {tmp_path / 'a'} --epochs 1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--epochs 1 is less than" in line and "epoch 2" in line
+    assert (tmp_path / "a/last.pt").read_bytes() == before
+
+
+def test_deterministic_asks_cuda_for_kernels_that_repeat(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        trainer.only_deterministic_kernels()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] and not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 @pytest.mark.parametrize(("flags", "looks"), [("", [50, 50, 60]), ("--no-test", [50, 50])])
@@ -238,6 +264,8 @@ def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tm
         ("--learning-rate nan", "nan"),
         ("--label-smoothing 1", "1.0"),
         ("--warmup-epochs 9", "9.0"),
+        ("--accumulate 41", "41"),
+        ("--save-minutes -1", "-1"),
         ("--precision fp8", "fp8"),
         ("--recipe nonsense", "nonsense"),
         ("--name ../outside", "../outside"),

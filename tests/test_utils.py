@@ -61,10 +61,14 @@ def damage(name, path, tmp_path):
         torch.save(whole | {"weights": trap}, path, _use_new_zipfile_serialization=False)
     elif name == "trap for a key":
         torch.save(whole | {trap: 1}, path)
+    elif name == "slow key":
+        # A dict, a pair, 60 times the pair of the last one with itself, and that a key of the dict.
+        pairs = b"".join(b"h%c\x86q%c" % (n, n + 1) for n in range(60))
+        repack(path, pickled=b"\x80\x02}))\x86q\x00" + pairs + b"K\x01s.")
     elif name == "program":
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     elif name == "compressed":
-        repack(path, compression=zipfile.ZIP_DEFLATED)
+        repack(path, zipfile.ZIP_DEFLATED)
     elif name == "bomb":
         with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("archive/bomb", bytes(2**24))
@@ -82,15 +86,17 @@ def damage(name, path, tmp_path):
         path.unlink()
 
 
-def repack(path, compression):
+def repack(path, compression=zipfile.ZIP_STORED, pickled=None):
+    """Writes an archive again, with another pickle where one is given."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in records.items():
-            archive.writestr(name, content)
+            replaced = pickled is not None and name.endswith("data.pkl")
+            archive.writestr(name, pickled if replaced else content)
 
 
-DAMAGES = "text,empty,cut off,pickle,torch pickle,old torch pickle,trap for a key,program"
+DAMAGES = "text,empty,cut off,pickle,torch pickle,old torch pickle,trap for a key,slow key,program"
 DAMAGES += ",compressed,bomb,bare weights,a list,folder,pipe,gone"
 
 
@@ -147,6 +153,8 @@ LIES = [
     ("history.0.train_loss", math.nan, "'train_loss'"),
     ("history.0.train_loss", GONE, "'train_loss'"),
     ("history.0.epoch", 7, "calls itself 7"),
+    ("history.0.validation_loss", None, "validation figures"),
+    ("history.0.seconds", 0.0, "no time"),
     ("partial.losses", torch.zeros(4), "one loss for each step"),
     ("partial.losses", torch.zeros(1).expand(10**13), "'losses'"),
     ("partial.correct", None, "'correct'"),
@@ -232,6 +240,10 @@ def parts_of_archive(path):
     return parts
 
 
+def tensors_of(checkpoint):
+    return [checkpoint["weights"], *small.flat(checkpoint["optimizers"])]
+
+
 def fuzz(half_way, tmp_path, each, seed):
     """Loads damaged copies; every one is refused in a line, or is what it was.
 
@@ -244,20 +256,15 @@ def fuzz(half_way, tmp_path, each, seed):
     damaged += [content[:-length] for length in range(1, each + 1)]
     for places in parts.values():
         damaged += [flipped(content, chance, places) for _ in range(each)]
-    with zipfile.ZipFile(half_way) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    (pickled,) = (name for name in records if name.endswith("data.pkl"))
+    pickled = content[parts["pickle"].start : parts["pickle"].stop]
     good = dict(utils.load_checkpoint(half_way))
     refused = unharmed = 0
     for number in range(len(damaged) + each):
         if number < len(damaged):
             path.write_bytes(damaged[number])
         else:  # a pickle with bits changed and its checksum right: only the content tells
-            with zipfile.ZipFile(path, "w") as archive:
-                for name, record in records.items():
-                    if name == pickled:
-                        record = flipped(record, chance, range(len(record)))
-                    archive.writestr(name, record)
+            path.write_bytes(content)
+            repack(path, pickled=flipped(pickled, chance, range(len(pickled))))
         try:
             _, loaded = load_model(path)
         except CheckpointError as error:
@@ -265,7 +272,8 @@ def fuzz(half_way, tmp_path, each, seed):
             refused += 1
         else:
             if number < len(damaged):
-                assert repr(loaded) == repr(good), number
+                assert repr(loaded) == repr(good), number  # which leaves out most of a tensor
+                assert all(map(small.same_weights, tensors_of(loaded), tensors_of(good))), number
             unharmed += 1
     return refused, unharmed
 

@@ -129,27 +129,31 @@ def stratified_split(labels: Tensor, held_out: int, classes: int) -> tuple[Tenso
 
 
 def batches(
-    split: Split, batch_size: int, generator: torch.Generator | None = None
+    split: Split, batch_size: int, generator: torch.Generator | None = None, start: int = 0
 ) -> Iterator[Split]:
     """Cuts a split into batches; each image comes once, and the last batch may be short.
 
     Args:
         generator: shuffles, on the CPU, so that the order is the same on every device; without
             one the order is the split's own.
+        start: batches to leave out at the beginning.
     """
     if generator is None:
         order = torch.arange(len(split))
     else:
         order = torch.randperm(len(split), generator=generator)
-    for rows in order.to(split.labels.device).split(batch_size):
+    for rows in order.to(split.labels.device).split(batch_size)[start:]:
         yield split.take(rows)
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 images (B, C, H, W) to float32 with the data set's mean at 0 and deviation at 1."""
+    """uint8 images (B, C, H, W) to floats with the data set's mean at 0 and deviation at 1.
+
+    The floats are of torch's default type, which is float32.
+    """
     shift = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
     scale = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
-    return (images.float() - shift) / scale
+    return (images.to(scale.dtype) - shift) / scale
 
 
 # ---------------------------------------------------------------------------- CIFAR-10

@@ -18,7 +18,10 @@ class TrainConfig:
     dataset: Annotated[Literal["cifar10", "shapes"], "what to train on"] = "cifar10"
     validation_images: Annotated[int, "training images held out; 0 trains on all of them"] = 5000
     epochs: Annotated[int, "times each training image is seen"] = 100
-    batch_size: Annotated[int, "images a step"] = 500
+    batch_size: Annotated[int, "images a step, over all devices"] = 500
+    accumulate: Annotated[
+        int, "parts in which a batch goes through the model; the gradients add up to the same"
+    ] = 1
     optimizer: Annotated[
         Literal["adamw", "muon"], "adamw for all, or muon for the matrices inside the blocks"
     ] = "adamw"
@@ -37,12 +40,20 @@ class TrainConfig:
     compile: Annotated[
         Literal["auto", "on", "off"], "torch.compile; auto is a GPU, or a CPU with a long run"
     ] = "auto"
+    deterministic: Annotated[
+        bool, "on CUDA, only kernels that repeat bit for bit; a CPU's always do"
+    ] = False
     seed: Annotated[int, "the run's seed: initialisation, order, augmentation, dropout"] = 0
 
     def __post_init__(self):
         for name, least in (("epochs", 1), ("batch_size", 1), ("crop_padding", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if not 1 <= self.accumulate <= self.batch_size:
+            raise ValueError(
+                f"accumulate must be from 1 to the batch_size {self.batch_size}, "
+                f"not {self.accumulate}"
+            )
         for name in ("learning_rate", "muon_learning_rate", "weight_decay", "gradient_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")

@@ -1,8 +1,8 @@
 """Training: schedule, optimizers, evaluation, runs that repeat and go on, and the command line."""
 
-import csv
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -18,6 +18,7 @@ import trainer
 import utils
 from data import Split
 from recipes import RECIPES, TrainConfig
+from small import rows_of, same_weights, weights_of
 from trainer import evaluate, learning_rate_factor, make_optimizers
 from ViT import MODELS, ViT, ViTConfig
 
@@ -102,21 +103,6 @@ def test_evaluation_counts_each_image_once_and_each_class_apart(small_shapes):
 # ---------------------------------------------------------------------------- runs
 
 
-def rows_of(path):
-    """metrics.csv without its times."""
-    timed = ("seconds", "images_per_second")
-    with path.open() as file:
-        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
-
-
-def weights_of(path):
-    return utils.load_checkpoint(path)["weights"]
-
-
-def same_weights(first, second):
-    return all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
-
-
 def test_a_run_leaves_its_files_and_the_figures_agree(train, tmp_path, capsys):
     assert train("--name a --epochs 2") == 0
     folder = tmp_path / "a"
@@ -152,37 +138,37 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, tmp
     assert same_weights(a, b) and not same_weights(a, c)
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(train, tmp_path, monkeypatch, capsys):
-    flags = "--epochs 3 --dropout 0.2 --drop-path 0.2"
-    assert train(f"--name whole {flags}") == 0
-
-    train_epoch = trainer.train_epoch
-
-    def stopped_in_the_third(run, forward):
-        if run.epoch == 2:
-            raise KeyboardInterrupt
-        return train_epoch(run, forward)
-
-    monkeypatch.setattr(trainer, "train_epoch", stopped_in_the_third)
-    assert train(f"--name parts {flags}") == 130
-    assert "--resume" in capsys.readouterr().err
-    monkeypatch.setattr(trainer, "train_epoch", train_epoch)
-    torch.manual_seed(12345)  # what the process drew before must not matter
-    assert train(f"--resume {tmp_path / 'parts'}") == 0
-
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert same_weights(weights_of(whole / "last.pt"), weights_of(parts / "last.pt"))
-    assert rows_of(whole / "metrics.csv") == rows_of(parts / "metrics.csv")
-    first, second = (json.loads((folder / "result.json").read_text()) for folder in (whole, parts))
-    assert first["test_loss"] == second["test_loss"]
-
-
 def test_a_finished_run_says_so_and_trains_on_when_epochs_are_raised(train, tmp_path, capsys):
     assert train("--name a --epochs 1") == 0
     assert train(f"--resume {tmp_path / 'a'}") == 0
     assert "raise --epochs" in capsys.readouterr().out
-    assert train(f"--resume {tmp_path / 'a'} --epochs 2") == 0
+    assert train(f"--resume {tmp_path / 'a'} --epochs 2 --accumulate 2") == 0
+    # Linear from 3e-3 over 10 steps with 2 of warm-up, 5 of them done.
+    said = "the linear schedule now reaches 0 at epoch 2 instead of 1: "
+    assert said + "the learning rate goes on at 0.0019" in capsys.readouterr().out
     assert len(rows_of(tmp_path / "a/metrics.csv")) == 2
+    assert json.loads((tmp_path / "a/result.json").read_text())["epochs"] == 2
+
+
+def test_epochs_cannot_be_fewer_than_are_done(train, tmp_path, capsys):
+    assert train("--name a --epochs 2") == 0
+    before = (tmp_path / "a/last.pt").read_bytes()
+    assert train(f"--resume {tmp_path / 'a'} --epochs 1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--epochs 1 is less than" in line and "epoch 2" in line
+    assert (tmp_path / "a/last.pt").read_bytes() == before
+
+
+def test_deterministic_asks_cuda_for_kernels_that_repeat(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        trainer.only_deterministic_kernels()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] and not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 @pytest.mark.parametrize(("flags", "looks"), [("", [50, 50, 60]), ("--no-test", [50, 50])])
@@ -247,7 +233,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
     (line,) = capsys.readouterr().err.splitlines()
     # Linear decay over 10 steps with 2 (half an epoch of 5, rounded to even) of warm-up.
     assert "loss is nan at step 9 (epoch 2, learning rate 0.00075)" in line
-    assert "--learning-rate" in line and "holds epoch 1" in line
+    assert "--learning-rate" in line and "holds step 5" in line
     assert utils.load_checkpoint(tmp_path / "a/last.pt")["epoch"] == 1
 
 
@@ -278,6 +264,8 @@ def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tm
         ("--learning-rate nan", "nan"),
         ("--label-smoothing 1", "1.0"),
         ("--warmup-epochs 9", "9.0"),
+        ("--accumulate 41", "41"),
+        ("--save-minutes -1", "-1"),
         ("--precision fp8", "fp8"),
         ("--recipe nonsense", "nonsense"),
         ("--name ../outside", "../outside"),

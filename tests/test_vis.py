@@ -20,6 +20,7 @@ from PIL import Image
 import catalogue
 import data
 import explain
+import small
 import utils
 import vis
 from recipes import TrainConfig
@@ -43,12 +44,12 @@ KINDS = {
 
 
 @pytest.fixture
-def draw(monkeypatch, tmp_path, small_shapes, load_small_shapes):
+def draw(monkeypatch, tmp_path, small_shapes):
     """draw("model --dpi 50") draws the checkpoint tmp/run/last.pt into tmp/out.
 
     Where no test has trained one, it is of an untrained model, in its shape like `train`'s.
     """
-    monkeypatch.setattr(catalogue, "load_dataset", load_small_shapes)
+    monkeypatch.setattr(catalogue, "load_dataset", small.load_small)
     checkpoint = tmp_path / "run/last.pt"
 
     def run(flags):
@@ -71,12 +72,12 @@ def write_checkpoint(path, dataset, validation_images=50, **options):
         model_config=dataclasses.asdict(model.config),
         train_config=dataclasses.asdict(config),
         recipe="demo",
-        weights=model.state_dict(),
+        weights=dict(model.state_dict()),
         optimizers=[],
         epoch=0,
-        random_state=utils.random_state(),
+        partial={},
         history=[],
-        seconds={},
+        seconds={"compile": 0.0, "total": 0.0},
         classes=list(dataset.classes),
         mean=list(dataset.mean),
         std=list(dataset.std),

@@ -1,0 +1,252 @@
+"""What a run has to do with other processes: those that stop it, want its folder, share its work.
+
+    StopSignals    Ctrl-C and SIGTERM, granted when the training loop is ready for them
+    folder_lock    one run at a time in a folder
+    World          the processes that train one model together, started by torchrun
+    Job            the three of them, for as long as the process has work
+
+A process started by hand is a world of one, and none of the methods then communicates.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None
+
+
+class FolderInUse(Exception):
+    """Another run has the folder; the message is one line for the user."""
+
+
+class WorldError(Exception):
+    """The processes of a job cannot work together; the message is one line for the user."""
+
+
+# ---------------------------------------------------------------------------- signals
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM ends the process; like KeyboardInterrupt, no error to be caught on the way.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number  # as a shell reports it: 130 for Ctrl-C, 143 for SIGTERM
+
+
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM into `Stopped`: at once, or when the loop is ready.
+
+    A second signal takes its default action, which ends the process there and then.
+    """
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._postponed = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        for each in self.NUMBERS:
+            signal.signal(each, signal.SIG_DFL)
+        self.received = number
+        if not self._postponed:
+            raise Stopped(number)
+
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """A block that no signal interrupts; it looks at `received` itself, or is left in its end.
+
+        Raises:
+            Stopped: on leaving, a signal has come and nobody has raised for it.
+        """
+        self._postponed = True
+        try:
+            yield
+        finally:
+            self._postponed = False
+        if self.received:
+            raise Stopped(self.received)
+
+
+# ---------------------------------------------------------------------------- the run folder
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder until the block or the process ends, however it ends.
+
+    The lock is on the folder itself: no lock file is left behind by a run that was killed.
+
+    Raises:
+        FolderInUse: another run has it.
+        OSError: there is no such folder, or it cannot be read.
+    """
+    if fcntl is None:
+        print(f"cannot lock {folder} on this platform; start no second run in it")
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FolderInUse(
+                f"{folder} is in use by another run; wait for it, or stop it"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"cannot lock {folder} ({error.strerror}); start no second run in it")
+        yield
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------------------- many devices
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train one model together. Each has a rank from 0 to size - 1."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # among the processes of this host
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 alone prints, locks and writes."""
+        return self.rank == 0
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This rank's part of some rows; the parts of all ranks are as equal as can be."""
+        return rows.tensor_split(self.size)[self.rank]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, on the CPU."""
+        values = values.cpu().clone()
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, wish: int) -> int:
+        """The greatest wish of any rank, so that all do the same."""
+        wishes = torch.tensor(wish)
+        if self.size > 1:
+            dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        return int(wishes)
+
+    def wait(self) -> None:
+        """Waits until every rank is here."""
+        self.agree(0)
+
+    @contextmanager
+    def one_of_each_host_first(self) -> Iterator[None]:
+        """A block that one process a host goes through before the others, say to download."""
+        if self.local_rank:
+            self.wait()
+        yield
+        if not self.local_rank:
+            self.wait()
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model, averaging its gradients over the ranks at the end of a backward pass."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model)
+
+
+ALONE = World()
+
+
+def without_averaging(model: nn.Module) -> AbstractContextManager:
+    """A block whose backward passes leave the gradients on their rank, to be added to."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def joined_world(use_gpus: bool) -> Iterator[World]:
+    """The world that torchrun's environment variables describe, or a world of one.
+
+    Args:
+        use_gpus: gradients live on GPUs and are averaged by NCCL; the rest goes by gloo.
+
+    Raises:
+        WorldError: a variable is missing, or the other processes cannot be reached.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    try:
+        rank, size, local_rank = (
+            int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        )
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpus else "gloo")
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise WorldError(f"cannot join the other processes of this job: {reason}") from error
+    try:
+        yield World(rank, size, local_rank)
+    except RuntimeError as error:
+        if not _lost_peer(error):
+            raise
+        raise WorldError("another process of this job has ended, and so does this one") from error
+    dist.destroy_process_group()  # not after an error: it might wait for a process that is gone
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    """Whether an error says that another process no longer answers."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+@dataclass(frozen=True)
+class Job:
+    """This process among others: its world, its signals, and the locks it holds."""
+
+    world: World
+    stop: StopSignals
+    held: ExitStack
+
+    def lock(self, folder: Path) -> None:
+        """Takes a folder for all ranks until the job ends; raises what `folder_lock` does."""
+        if self.world.leads:
+            self.held.enter_context(folder_lock(folder))
+        self.world.wait()
+
+
+@contextmanager
+def joined_job(use_gpus: bool) -> Iterator[Job]:
+    """A job for the time of a block; see `joined_world` for what it takes and raises."""
+    with ExitStack() as held, StopSignals() as stop, joined_world(use_gpus) as world:
+        yield Job(world, stop, held)
+
+
+def complain(message: str) -> None:
+    """One line on standard error, with the rank of a process that does not lead."""
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"rank {rank}: " * (rank > 0) + f"trainer.py: {message}", file=sys.stderr)

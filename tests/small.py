@@ -1,0 +1,206 @@
+"""The trainer on a small data set, also in processes of its own: to be killed, or to work together.
+
+The processes are real ones, forked from a server that has torch imported already, so that a test
+can afford dozens of them.
+"""
+
+import csv
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import trainer
+import utils
+
+TINY = "--patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 40 --warmup-epochs 0.5".split()
+PATIENCE = 120  # seconds until a process counts as hung
+
+
+def small_shapes():
+    """The Shapes data set with 200 training images (the last 40 in a short batch), 50 and 60."""
+    classes = tuple(data.SHAPES)
+    draw = data.draw_shapes
+    parts = {"train": draw(200, seed=0), "validation": draw(50, seed=1), "test": draw(60, seed=2)}
+    return data.Dataset("shapes", classes, (0.31,) * 3, (0.247,) * 3, **parts)
+
+
+SHAPES = small_shapes()
+
+
+def load_small(name, *, validation_images, **_):
+    """In place of `data.load_dataset`."""
+    held_out = SHAPES.validation.take(torch.arange(0 if validation_images == 0 else 50))
+    return dataclasses.replace(SHAPES, validation=held_out)
+
+
+def arguments(flags, folder):
+    recipe = [] if "--resume" in flags or "--evaluate" in flags else ["--recipe", "demo", *TINY]
+    return [*recipe, "--output-dir", str(folder), *flags.split()]
+
+
+# ---------------------------------------------------------------------------- what a run came to
+
+
+def rows_of(path):
+    """metrics.csv without its times."""
+    timed = ("seconds", "images_per_second")
+    with path.open() as file:
+        return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
+
+
+def result_of(path):
+    """result.json without what depends on the process that wrote it."""
+    timed = ("seconds", "images_per_second", "peak_memory_bytes", "command")
+    result = json.loads(path.read_text())
+    return {key: value for key, value in result.items() if key not in timed}
+
+
+def weights_of(path):
+    return utils.load_checkpoint(path)["weights"]
+
+
+def same_weights(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
+
+
+def differing(first, second):
+    """How many numbers differ between two runs' ends: weights, optimizers, metrics and result."""
+    ends = [utils.load_checkpoint(folder / "last.pt") for folder in (first, second)]
+    a, b = ([end["weights"], *flat(end["optimizers"])] for end in ends)
+    count = sum(int((x[key] != y[key]).sum()) for x, y in zip(a, b, strict=True) for key in x)
+    count += rows_of(first / "metrics.csv") != rows_of(second / "metrics.csv")
+    return count + (result_of(first / "result.json") != result_of(second / "result.json"))
+
+
+def flat(optimizers):
+    return [state for optimizer in optimizers for state in optimizer.values()]
+
+
+# ---------------------------------------------------------------------------- processes
+
+PLACES = ("empty", "half", "unflushed", "unnamed", "named")
+
+
+def die_in_save(place, number):
+    """Has this process kill itself while it writes its so-manieth file."""
+    calls = {"count": 0}
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(function, before, after):
+        def wrapped(*arguments):
+            calls["count"] += function is mkstemp
+            due = calls["count"] == number
+            if due and before:
+                die()
+            result = function(*arguments)
+            if due and after:
+                die()
+            return result
+
+        return wrapped
+
+    class HalfWriter:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, content):
+            if calls["count"] == number:
+                self.file.write(content[: len(content) // 2])
+                self.file.flush()
+                die()
+            self.file.write(content)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    mkstemp, fdopen = utils.tempfile.mkstemp, os.fdopen
+    utils.tempfile.mkstemp = counted(mkstemp, False, place == "empty")
+    if place == "half":
+        os.fdopen = lambda *arguments: HalfWriter(fdopen(*arguments))
+    os.fsync = counted(os.fsync, place == "unflushed", False)
+    os.replace = counted(os.replace, place == "unnamed", place == "named")
+
+
+def work(flags, folder, log, environment, death, double):
+    """A process of its own: the trainer, as `python src/trainer.py` starts it."""
+    os.environ.update(environment)
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process leaks
+    if double:
+        torch.set_default_dtype(torch.float64)
+    if death:
+        die_in_save(*death)
+    trainer.load_dataset = load_small
+    sys.exit(trainer.main(arguments(flags, folder)))
+
+
+def start(flags, folder, *, log="log", environment=None, death=None, double=False):
+    """Starts the trainer with flags; what it prints goes to the file `log` in the folder."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["small"])
+    parts = (flags, folder, folder / log, environment or {}, death, double)
+    process = context.Process(target=work, args=parts)
+    process.start()
+    return process
+
+
+def finished(process):
+    """The exit status of a process that was started; a process that hangs is a failure."""
+    process.join(PATIENCE)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"still running after {PATIENCE} s")
+    return process.exitcode
+
+
+def start_ranks(flags, folder, size, **options):
+    """Starts the processes that torchrun would, on the CPU of this host."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["GLOO_SOCKET_IFNAME"] = "lo"
+    return [
+        start(
+            flags,
+            folder,
+            log=f"log{rank}",
+            environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **options,
+        )
+        for rank in range(size)
+    ]
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+ROOT = Path(__file__).parent.parent

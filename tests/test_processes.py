@@ -1,0 +1,504 @@
+"""Runs that are stopped, killed, locked out, starved of disk or shared among processes."""
+
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import processes
+import small
+import trainer
+import utils
+from small import ROOT, differing, finished, result_of, rows_of, start, start_ranks
+
+DROPOUT = "--dropout 0.2 --attention-dropout 0.1 --drop-path 0.2"
+
+
+# ---------------------------------------------------------------------------- signals
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """signal_at(number, step) sends a signal to this process in the middle of a step, from 1."""
+    cross_entropy = F.cross_entropy
+
+    def arrange(number, step):
+        calls = []
+
+        def interrupted(logits, labels, **options):
+            if logits.requires_grad:  # not in evaluation
+                calls.append(0)
+                if len(calls) == step:
+                    os.kill(os.getpid(), number)
+            return cross_entropy(logits, labels, **options)
+
+        monkeypatch.setattr(F, "cross_entropy", interrupted)
+
+    return arrange
+
+
+def stop_at_and_go_on(train, signal_at, tmp_path, flags, steps):
+    """Runs to the end whole, and in parts that end with the given steps; returns the difference."""
+    signal_at(signal.SIGTERM, -1)
+    assert train(f"--name whole {flags}") == 0
+    task = f"--name parts {flags}"
+    for begun, step in zip([0, *steps], steps, strict=False):
+        signal_at(signal.SIGTERM, step - begun)
+        assert train(task) == 143
+        saved = utils.load_checkpoint(tmp_path / "parts/last.pt")
+        assert saved["epoch"] * 5 + saved["partial"]["steps"] == step
+        task = f"--resume {tmp_path / 'parts'}"
+    signal_at(signal.SIGTERM, -1)
+    torch.manual_seed(12345)  # what the process drew before must not matter
+    assert train(task) == 0
+    return differing(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_stopped_within_epochs_goes_on_to_the_same_end(
+    train, signal_at, tmp_path, optimizer, precision
+):
+    flags = f"--epochs 3 {DROPOUT} --optimizer {optimizer} --precision {precision}"
+    # In the middle of epochs, with an epoch's first step, and with its last.
+    assert stop_at_and_go_on(train, signal_at, tmp_path, flags, [3, 5, 6, 13, 15]) == 0
+
+
+def test_accumulation_and_a_short_last_batch_go_on_to_the_same_end(train, signal_at, tmp_path):
+    flags = f"--epochs 2 {DROPOUT} --batch-size 45 --accumulate 1"
+    assert stop_at_and_go_on(train, signal_at, tmp_path, flags, [4, 9]) == 0
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(
+    train, signal_at, tmp_path, capsys, number, status
+):
+    before = signal.getsignal(number)
+    signal_at(number, 7)
+    assert train("--name a --epochs 3 --no-test") == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"go on with --resume {tmp_path / 'a'} --no-test" in line
+    saved = utils.load_checkpoint(tmp_path / "a/last.pt")
+    assert (saved["epoch"], saved["partial"]["steps"]) == (1, 2)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_before_the_first_step_says_that_nothing_is_saved(train, monkeypatch, capsys):
+    def terminated(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal came too late")
+
+    monkeypatch.setattr(trainer, "make_optimizers", terminated)
+    assert train("--name a --epochs 1") == 143
+    assert "nothing was trained" in capsys.readouterr().err
+
+
+def test_a_signal_in_the_final_test_leaves_only_that_to_do(train, tmp_path, monkeypatch):
+    assert train("--name whole --epochs 1") == 0
+    evaluate = trainer.evaluate
+
+    def terminated_on_test_images(model, split, *rest):
+        if len(split) == 60:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(model, split, *rest)
+
+    monkeypatch.setattr(trainer, "evaluate", terminated_on_test_images)
+    assert train("--name parts --epochs 1") == 143
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    assert train(f"--resume {tmp_path / 'parts'}") == 0
+    assert differing(tmp_path / "whole", tmp_path / "parts") == 0
+
+
+def test_a_second_signal_ends_the_process_at_once(tmp_path):
+    source = "import os, signal, processes\n"
+    source += "with processes.StopSignals() as stop, stop.postponed():\n"
+    source += "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", source], env=environment)
+    assert done.returncode == -signal.SIGTERM
+
+
+# ---------------------------------------------------------------------------- SIGKILL
+
+
+def test_killed_at_every_point_of_a_save_and_at_random_moments(tmp_path):
+    """A run is killed and gone on with, again and again, and ends as one that never was."""
+    flags = f"--epochs 5 {DROPOUT} --save-minutes 0"
+    assert finished(start("--evaluate nowhere", tmp_path)) == 2  # the server of processes is up
+    began = time.monotonic()
+    assert finished(start(f"--name whole {flags}", tmp_path)) == 0
+    length = time.monotonic() - began
+
+    folder, task = tmp_path / "parts", f"--name parts {flags} --overwrite"
+    chance = random.Random(0)
+    # The odd files of a run are metrics.csv, the even ones last.pt.
+    deaths = [(place, number) for place in small.PLACES for number in (2, 3)] + [None] * 6
+    kills = resumes = 0
+    for death in deaths:
+        process = start(task, tmp_path, death=death)
+        if death is None:
+            process.join(chance.uniform(0, length))
+            process.kill()
+        killed = finished(process) == -signal.SIGKILL
+        assert killed or (death is None and process.exitcode == 0)
+        kills += killed
+        if (folder / "last.pt").exists():
+            utils.load_model(folder / "last.pt")
+            task = f"--resume {folder} --save-minutes 0"
+            resumes += 1
+    assert finished(start(task, tmp_path)) == 0
+    changed = differing(tmp_path / "whole", folder)
+    print(f"{kills} kills, {resumes} resumes, {changed} differing numbers")
+    assert changed == 0
+    names = {"last.pt", "metrics.csv", "result.json", "curves.png"}
+    assert {path.name for path in folder.iterdir()} == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_the_real_program_stopped_at_20_random_moments(tmp_path, number):
+    recipe = "--recipe demo --patch-size 8 --epochs 4 --dropout 0.1 --drop-path 0.1".split()
+    program = [sys.executable, str(ROOT / "src/trainer.py"), "--output-dir", str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def started(*flags):
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
+        return subprocess.Popen([*program, *flags], text=True, **pipes)
+
+    assert started(*recipe, "--name", "whole").wait(10 * small.PATIENCE) == 0
+    length = json.loads((tmp_path / "whole/result.json").read_text())["seconds"]["training"]
+
+    folder, resumes, stopped = tmp_path / "parts", 0, 0
+    task = [*recipe, "--name", "parts", "--save-minutes", "0.001"]
+    chance = random.Random(0)
+    for _ in range(20):
+        process = started(*task)
+        if number != signal.SIGKILL or chance.random() < 0.8:  # else while it is loading
+            assert "parameters" in process.stdout.readline()
+        time.sleep(chance.uniform(0, length / 15))
+        process.send_signal(number)
+        _, error = process.communicate(timeout=small.PATIENCE)
+        wanted = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+        assert process.returncode in (wanted, 0), error
+        stopped += process.returncode == wanted
+        if (folder / "last.pt").exists():
+            utils.load_model(folder / "last.pt")
+            task = ["--resume", str(folder), "--save-minutes", "0.001"]
+            resumes += 1
+    assert started(*task).wait(10 * small.PATIENCE) == 0
+    changed = differing(tmp_path / "whole", folder)
+    print(f"{stopped} times {number.name}, {resumes} resumes, {changed} differing numbers")
+    assert changed == 0 and stopped > 10
+
+
+# ---------------------------------------------------------------------------- one run, one folder
+
+
+def wait_for(condition, process):
+    until = time.monotonic() + small.PATIENCE
+    while not condition():
+        assert process.is_alive() and time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_a_second_run_is_refused_until_the_first_is_killed(train, tmp_path, capsys):
+    folder = tmp_path / "a"
+    first = start("--name a --epochs 5000 --save-minutes 0", tmp_path)
+    wait_for((folder / "last.pt").exists, first)
+    for flags in (f"--resume {folder}", "--name a --epochs 1 --overwrite"):
+        assert train(flags) == 2
+        assert capsys.readouterr().err == (
+            f"trainer.py: {folder} is in use by another run; wait for it, or stop it\n"
+        )
+    assert first.is_alive() and (folder / "last.pt").exists()
+    first.kill()
+    finished(first)
+    stray = folder / ".last.pt.stray.part"
+    stray.write_bytes(b"half a checkpoint")
+    done = utils.load_checkpoint(folder / "last.pt")["epoch"]
+    assert train(f"--resume {folder} --epochs {done + 1}") == 0
+    assert not stray.exists()
+
+
+def test_where_there_are_no_locks_a_run_says_so_and_goes_on(train, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(processes.fcntl, "flock", no_locks)
+    assert train("--name a --epochs 1") == 0
+    assert "cannot lock" in capsys.readouterr().out
+    monkeypatch.setattr(processes, "fcntl", None)  # as on Windows
+    assert train("--name b --epochs 1") == 0
+    assert "cannot lock" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- saves that fail
+
+
+@pytest.fixture
+def failing_saves(monkeypatch):
+    """failing_saves(error, first, last) has the so-manieth files to be written fail."""
+    replace = os.replace
+
+    def arrange(error, first, last=math.inf):
+        calls = []
+
+        def failing(*arguments):
+            calls.append(0)
+            if first <= len(calls) <= last:
+                raise error
+            return replace(*arguments)
+
+        monkeypatch.setattr(os, "replace", failing)
+
+    return arrange
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_said_and_training_goes_on_to_the_same_end(
+    train, tmp_path, failing_saves, capsys
+):
+    assert train("--name whole --epochs 3") == 0
+    failing_saves(FULL, first=3, last=3)  # the second epoch's metrics.csv
+    assert train("--name a --epochs 3") == 0
+    assert "cannot save step 10" in (printed := capsys.readouterr().out)
+    assert "No space left on device; training goes on" in printed
+    assert differing(tmp_path / "whole", tmp_path / "a") == 0
+
+
+def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint_and_ends_the_run_with_1(
+    train, tmp_path, failing_saves, capsys
+):
+    failing_saves(FULL, first=4)  # the second epoch's last.pt, and all that comes after it
+    assert train("--name a --epochs 3") == 1
+    out, error = capsys.readouterr()
+    assert "test accuracy" in out  # the figures are not lost with the files
+    assert "cannot write the result" in error and len(error.splitlines()) == 1
+    assert utils.load_checkpoint(tmp_path / "a/last.pt")["epoch"] == 1
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"last.pt", "metrics.csv"}
+
+
+def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_1(
+    train, tmp_path, failing_saves, capsys
+):
+    failing_saves(FULL, first=1, last=2)  # the one epoch's save, and the second try
+    assert train("--name a --epochs 1") == 1
+    assert "last checkpoint could not be written" in capsys.readouterr().err
+    assert not (tmp_path / "a/last.pt").exists()
+
+
+def test_a_folder_removed_under_a_run_is_made_again(train, tmp_path, monkeypatch):
+    save = trainer.Run.save
+
+    def removing(run, **options):
+        save(run, **options)
+        if run.epoch == 1:
+            shutil.rmtree(run.folder)
+
+    monkeypatch.setattr(trainer.Run, "save", removing)
+    assert train("--name a --epochs 2") == 0
+    assert utils.load_checkpoint(tmp_path / "a/last.pt")["epoch"] == 2
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_becomes_read_only_ends_the_run_with_1(train, tmp_path, monkeypatch):
+    save = trainer.Run.save
+
+    def closing(run, **options):
+        save(run, **options)
+        run.folder.chmod(0o500)
+
+    monkeypatch.setattr(trainer.Run, "save", closing)
+    assert train("--name a --epochs 2") == 1
+    assert utils.load_checkpoint(tmp_path / "a/last.pt")["epoch"] == 1
+
+
+def test_a_stop_that_cannot_save_says_so(train, signal_at, failing_saves, capsys):
+    signal_at(signal.SIGTERM, 7)
+    failing_saves(FULL, first=3)
+    assert train("--name a --epochs 3") == 143
+    out, error = capsys.readouterr()
+    assert "training goes on" not in out
+    assert "the last steps could not be saved; go on with --resume" in error
+
+
+# ---------------------------------------------------------------------------- not finite
+
+
+def test_weights_that_are_no_numbers_are_never_saved(train, tmp_path, monkeypatch, capsys):
+    step = torch.optim.AdamW.step
+    calls = []
+
+    def breaking(optimizer, *arguments):
+        step(optimizer, *arguments)
+        calls.append(0)
+        if len(calls) == 10:  # the last of the second epoch: no loss has met these weights
+            optimizer.param_groups[0]["params"][0].data.flatten()[3] = math.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
+    assert train("--name a --epochs 2 --validation-images 0") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "weights are not finite at step 10 (epoch 2" in line and "holds step 5" in line
+    assert utils.load_checkpoint(tmp_path / "a/last.pt")["epoch"] == 1
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+)
+def test_out_of_memory_is_one_line_that_says_what_to_try(train, monkeypatch, capsys, error):
+    def greedy(*_, **__):
+        raise error
+
+    monkeypatch.setattr(trainer, "add_gradients", greedy)
+    assert train("--name a --epochs 1 --accumulate 2") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out of memory with --batch-size 40 --accumulate 2" in line
+    assert "--accumulate 4" in line and "smaller --batch-size" in line and "holds" not in line
+
+
+def test_the_cpus_own_allocator_is_recognised(train, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "add_gradients", lambda *_: torch.empty(2**55))
+    assert train("--name a --epochs 1") == 1
+    assert "out of memory with --batch-size 40" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------- accumulation
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(train, tmp_path):
+    """In float64 no rounding hides a wrong weight of a part; 45 images are not 4 equal parts."""
+    with small.default_dtype(torch.float64):
+        for name, parts in (("whole", 1), ("parts", 4), ("singles", 45)):
+            flags = f"--name {name} --epochs 4 --batch-size 45 --accumulate {parts}"
+            assert train(f"{flags} --precision fp32 --optimizer muon") == 0
+    ends = [torch_weights(tmp_path / name) for name in ("whole", "parts", "singles")]
+    assert greatest_difference(ends[0], ends[1]) < 1e-9
+    assert greatest_difference(ends[0], ends[2]) < 1e-9
+
+
+def torch_weights(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["weights"]
+
+
+def greatest_difference(first, second):
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
+
+
+# ---------------------------------------------------------------------------- many processes
+
+JOINT = "--epochs 4 --batch-size 45 --precision fp32 --optimizer adamw --gradient-clip 1"
+
+
+@pytest.mark.parametrize("flags", ["", "--accumulate 3"])
+def test_two_ranks_train_as_one_does(train, tmp_path, flags):
+    """20 steps in float64; neither 45 nor the last batch's 20 images, nor 50, divide evenly."""
+    with small.default_dtype(torch.float64):
+        assert train(f"--name one {JOINT} {flags}") == 0
+    ranks = start_ranks(f"--name two {JOINT} {flags}", tmp_path, 2, double=True)
+    assert [finished(rank) for rank in ranks] == [0, 0]
+    one, two = tmp_path / "one", tmp_path / "two"
+    difference = greatest_difference(torch_weights(one), torch_weights(two))
+    print(f"two ranks against one, 20 steps: weights differ by {difference:.1e} at most")
+    assert difference < 1e-9
+    assert rows_of(one / "metrics.csv") == rows_of(two / "metrics.csv")
+    counted = ("validation_accuracy", "test_accuracy")
+    results = [result_of(folder / "result.json") for folder in (one, two)]
+    assert [results[0][name] for name in counted] == [results[1][name] for name in counted]
+    assert results[1]["test_loss"] == pytest.approx(results[0]["test_loss"], abs=1e-9)
+    assert (tmp_path / "log1").read_text() == ""  # rank 0 alone speaks
+    assert "epoch   4/4" in (tmp_path / "log0").read_text()
+
+
+def test_a_batch_of_fewer_images_than_ranks_counts_each_once(train, tmp_path):
+    """Four batches of 199 and 1 image: rank 1 has no share of the second."""
+    flags = "--epochs 4 --batch-size 199 --precision fp32"
+    with small.default_dtype(torch.float64):
+        assert train(f"--name one {flags}") == 0
+    ranks = start_ranks(f"--name two {flags}", tmp_path, 2, double=True)
+    assert [finished(rank) for rank in ranks] == [0, 0]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert greatest_difference(torch_weights(one), torch_weights(two)) < 1e-9
+    assert rows_of(one / "metrics.csv") == rows_of(two / "metrics.csv")
+
+
+def test_ranks_stop_together_and_the_run_goes_on_with_another_number_of_them(train, tmp_path):
+    flags = f"{JOINT} --save-minutes 0"
+    with small.default_dtype(torch.float64):
+        assert train(f"--name one {JOINT}") == 0
+    folder = tmp_path / "two"
+    ranks = start_ranks(f"--name two {flags}", tmp_path, 2, double=True)
+    wait_for((folder / "last.pt").exists, ranks[0])
+    os.kill(ranks[1].pid, signal.SIGTERM)  # one is told, both stop
+    statuses = [finished(rank) for rank in ranks]
+    assert statuses in ([143, 143], [0, 0])  # 0: it was done before the signal came
+    task = f"--resume {folder}"
+    with small.default_dtype(torch.float64):
+        assert train(task) == 0
+    difference = greatest_difference(torch_weights(tmp_path / "one"), torch_weights(folder))
+    assert difference < 1e-9
+    assert rows_of(tmp_path / "one/metrics.csv") == rows_of(folder / "metrics.csv")
+
+
+def test_a_rank_that_dies_ends_the_job_and_leaves_a_checkpoint(train, tmp_path):
+    folder = tmp_path / "a"
+    ranks = start_ranks("--name a --epochs 5000 --save-minutes 0", tmp_path, 2)
+    wait_for((folder / "last.pt").exists, ranks[0])
+    ranks[1].kill()
+    assert finished(ranks[0]) == 1
+    assert "another process of this job has ended" in (tmp_path / "log0").read_text()
+    assert "Traceback" not in (tmp_path / "log0").read_text()
+    done = utils.load_checkpoint(folder / "last.pt")["epoch"]
+    assert train(f"--resume {folder} --epochs {done + 1}") == 0
+
+
+def test_bad_input_ends_every_rank_with_2_and_its_line(tmp_path):
+    ranks = start_ranks("--name a --epochs 1 --classes 100", tmp_path, 2)
+    assert [finished(rank) for rank in ranks] == [2, 2]
+    for rank, prefix in enumerate(("trainer.py: ", "rank 1: trainer.py: ")):
+        (line,) = (tmp_path / f"log{rank}").read_text().splitlines()
+        assert line.startswith(prefix) and "100" in line
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 60, 64])
+def test_shares_hold_each_row_once(size):
+    rows = torch.arange(60)
+    shares = [processes.World(rank, size).share(rows) for rank in range(size)]
+    assert torch.equal(torch.cat(shares), rows)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_evaluates_with_2_processes_and_goes_on_with_3(tmp_path):
+    recipe = "--recipe demo --patch-size 8 --epochs 1 --compile on --accumulate 2".split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+
+    def torchrun(size, *flags):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        program = [f"--nproc-per-node={size}", str(ROOT / "src/trainer.py"), "--device", "cpu"]
+        command = [*launcher, *program, *flags]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = torchrun(2, *recipe, "--name", "a", "--output-dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   1/1") == 1 and "not available" not in done.stdout
+    done = torchrun(3, "--resume", str(tmp_path / "a"), "--epochs", "2")
+    assert done.returncode == 0, done.stderr
+    result = result_of(tmp_path / "a/result.json")
+    assert result["processes"] == 3 and result["epochs"] == 2
+    done = torchrun(2, "--evaluate", str(tmp_path / "a/last.pt"))
+    assert f"{result['test_accuracy']:.2%}" in done.stdout, done.stderr

@@ -17,11 +17,9 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -38,10 +36,10 @@ from tqdm import tqdm
 import processes
 import utils
 from augment import random_crop, random_flip
-from data import DataError, Dataset, Split, batches, load_dataset, normalise
+from data import DataError, Dataset, Split, batches, normalise
+from optimizers import set_learning_rates
 from processes import (
     FolderInUse,
-    Job,
     Stopped,
     World,
     WorldError,
@@ -50,84 +48,14 @@ from processes import (
     without_averaging,
 )
 from recipes import DEFAULT_RECIPE, RECIPES, TrainConfig
-from ViT import MODELS, ViT, ViTConfig, parameters_of
+from run import Diverged, Run, check_fit, checkpoint_file, dataset_for, new_run, resumed_run
+from utils import UsageError, choose_device
+from ViT import MODELS, ViT, parameters_of
 
 Forward = Callable[[Tensor], Tensor]  # a model, compiled or not
 
 
-RUN_FILES = ("last.pt", "metrics.csv", "curves.png", "result.json")
-
-
-class UsageError(Exception):
-    """The command line asks for what cannot be; the message is one line for the user."""
-
-
-class Diverged(Exception):
-    """The loss or a weight is no longer a number; all ranks of a job raise it together."""
-
-
-# ---------------------------------------------------------------------------- schedule
-
-
-def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """The learning rate of a step as a share of the highest: linear up, then down to 0.
-
-    Args:
-        step: 0 for the first; at `steps`, after the last one, the factor is 0.
-        warmup: steps of linear warm-up; the last of them is the first at the full rate.
-        schedule: "cosine" or "linear", the way down.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / (steps - warmup)
-    return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-
-
-# ---------------------------------------------------------------------------- optimizers
-
-
-def make_optimizers(model: ViT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW, and beside it Muon for the matrices of the blocks where the config says so.
-
-    Weight decay is for matrices alone: not for biases, norms, the class token and positions. Muon
-    (Jordan et al., 2024, kellerjordan.github.io/posts/muon) makes a matrix' update orthogonal.
-    """
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    use_muon = config.optimizer == "muon"
-    hidden = [w for name, w in named if use_muon and name.startswith("blocks.") and w.ndim == 2]
-    rest = [w for name, w in named if not any(w is matrix for matrix in hidden)]
-    groups = [
-        {"params": [w for w in rest if w.ndim == 2], "weight_decay": config.weight_decay},
-        {"params": [w for w in rest if w.ndim != 2], "weight_decay": 0.0},
-    ]
-    optimizers = [torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)]
-    if use_muon:
-        optimizers.append(
-            torch.optim.Muon(hidden, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
-        )
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["highest_lr"] = group["lr"]
-    return optimizers
-
-
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["highest_lr"] * factor
-
-
 # ---------------------------------------------------------------------------- arithmetic
-
-
-def resolve_precision(choice: str, device: torch.device) -> str:
-    """ "auto" to "bf16" where the device has instructions that multiply bfloat16, else "fp32"."""
-    if choice != "auto":
-        return choice
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if device.type == "cpu":
-        flags = torch.cpu.get_capabilities()
-        return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "fp32"
-    return "fp32"
 
 
 @contextmanager
@@ -182,153 +110,7 @@ def only_deterministic_kernels() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-# ---------------------------------------------------------------------------- a run
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far the epoch under way is; of several ranks, what this one has done of it."""
-
-    losses: Tensor  # (steps an epoch,): of each step done, then zeros
-    correct: Tensor  # () int64: training images classified right
-    steps: int = 0  # done
-    seconds: float = 0.0
-
-
-@dataclasses.dataclass(kw_only=True)
-class Run:
-    """A run in progress: what it works with, and the state that a checkpoint brings back."""
-
-    folder: Path
-    recipe: str
-    config: TrainConfig
-    dataset: Dataset
-    device: torch.device
-    precision: str  # "bf16" or "fp32"
-    model: ViT
-    optimizers: list[torch.optim.Optimizer]
-    job: Job
-    save_minutes: float
-    history: list[dict[str, Any]]  # a row for each epoch done
-    seconds: dict[str, float]  # "compile" and "total", of the processes before this one
-    saved_step: int = 0  # of the checkpoint there is to go on from; 0: there is none
-    save_failed: bool = False  # the last time it was tried
-
-    def __post_init__(self):
-        self.parallel = self.world.parallel(self.model)  # the model, over all ranks
-        self.looked_at = self.saved_at = time.perf_counter()
-        self.begin_epoch()
-
-    @property
-    def world(self) -> World:
-        return self.job.world
-
-    @property
-    def epoch(self) -> int:
-        """Epochs done, which is also the number of the next one, counted from 0."""
-        return len(self.history)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.dataset.train) / self.config.batch_size)
-
-    @property
-    def step(self) -> int:
-        """Steps done since the run began."""
-        return self.epoch * self.steps_per_epoch + self.progress.steps
-
-    def rate_factor(self, step: int) -> float:
-        """`learning_rate_factor` at a step of the run, 0 for its first."""
-        return learning_rate_factor(
-            step,
-            steps=self.config.epochs * self.steps_per_epoch,
-            warmup=round(self.config.warmup_epochs * self.steps_per_epoch),
-            schedule=self.config.schedule,
-        )
-
-    def begin_epoch(self) -> None:
-        losses = torch.zeros(self.steps_per_epoch, device=self.device)
-        self.progress = Progress(losses, torch.zeros((), dtype=torch.int64, device=self.device))
-
-    def end_epoch(self, row: dict[str, Any]) -> None:
-        self.history.append(row)
-        self.begin_epoch()
-
-    def total_seconds(self) -> float:
-        return self.seconds["total"] + utils.process_seconds()
-
-    def say(self, line: str) -> None:
-        if self.world.leads:
-            print(line, flush=True)
-
-    def check_losses(self) -> Tensor:
-        """The losses (steps,) of the epoch so far, over all ranks, on the CPU.
-
-        Raises:
-            Diverged: one is not finite; names the step and its learning rate.
-        """
-        losses = self.world.sum(self.progress.losses[: self.progress.steps])
-        broken = (~losses.isfinite()).nonzero()
-        if len(broken):
-            step = self.epoch * self.steps_per_epoch + int(broken[0])
-            raise self.diverged(f"the loss is {float(losses[broken[0]])}", step)
-        return losses
-
-    def diverged(self, what: str, step: int) -> Diverged:
-        """What to raise when `what` is wrong since a step of the run, 0 for its first."""
-        rate = self.rate_factor(step) * self.config.learning_rate
-        return Diverged(
-            f"{what} at step {step + 1} (epoch {step // self.steps_per_epoch + 1}, "
-            f"learning rate {rate:.2g}); try a lower --learning-rate, more --warmup-epochs, "
-            f"--gradient-clip 1 or --precision fp32{self.what_is_kept()}"
-        )
-
-    def what_is_kept(self) -> str:
-        last = self.folder / "last.pt"
-        return f"; {last} holds step {self.saved_step}" if self.saved_step else ""
-
-    def save(self, *, last: bool = False) -> None:
-        """Writes last.pt and metrics.csv; where that fails, says so and keeps the last good ones.
-
-        Args:
-            last: the run makes no other try.
-
-        Raises:
-            Diverged: there are losses or weights that no checkpoint should hold.
-        """
-        done, losses = self.progress, self.check_losses()
-        correct = int(self.world.sum(done.correct))
-        weights = self.model.state_dict()
-        if not all(weight.isfinite().all() for weight in weights.values()):
-            raise self.diverged("the weights are not finite", self.step - 1)
-        self.saved_at = time.perf_counter()
-        if not self.world.leads:
-            return
-        partial = {"steps": done.steps, "losses": losses, "correct": correct}
-        try:
-            # The rows first: a run that is killed in between goes on, and writes them again.
-            utils.write_metrics(self.folder / "metrics.csv", self.history)
-            utils.save_checkpoint(
-                self.folder / "last.pt",
-                model_config=dataclasses.asdict(self.model.config),
-                train_config=dataclasses.asdict(self.config),
-                recipe=self.recipe,
-                weights=dict(weights),
-                optimizers=[optimizer.state_dict()["state"] for optimizer in self.optimizers],
-                epoch=self.epoch,
-                partial=partial | {"seconds": done.seconds} if done.steps else {},
-                history=self.history,
-                seconds=self.seconds | {"total": self.total_seconds()},
-                classes=list(self.dataset.classes),
-                mean=list(self.dataset.mean),
-                std=list(self.dataset.std),
-            )
-            self.saved_step, self.save_failed = self.step, False
-        except OSError as error:
-            self.save_failed = True
-            goes_on = "" if last else "; training goes on, and the next checkpoint is another try"
-            reason = error.strerror or error
-            print(f"cannot save step {self.step} to {self.folder}: {reason}{goes_on}", flush=True)
+# ---------------------------------------------------------------------------- training
 
 
 def augment(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
@@ -521,11 +303,11 @@ def evaluate(
 
 def report(path: Path, arguments: argparse.Namespace, device: torch.device, world: World) -> None:
     """--evaluate: loss, top-1, top-5 and the accuracy of each class on the test images."""
-    path = _checkpoint_file(path)
+    path = checkpoint_file(path)
     model, checkpoint = utils.load_model(path, device)
     name = str(checkpoint["train_config"].get("dataset"))
-    dataset = _dataset(name, 0, arguments, device, world)
-    _check_fit(model.config, dataset)
+    dataset = dataset_for(name, 0, arguments, device, world)
+    check_fit(model.config, dataset)
     result = evaluate(model, dataset.test, dataset, world)
     if not world.leads:
         return
@@ -537,7 +319,7 @@ def report(path: Path, arguments: argparse.Namespace, device: torch.device, worl
         print(f"  {label:10}{accuracy:8.2%}")
 
 
-# ---------------------------------------------------------------------------- from flags to a run
+# ---------------------------------------------------------------------------- command line
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -608,198 +390,6 @@ def _minutes(text: str) -> float:
     if not minutes >= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes")
     return minutes
-
-
-def choose_device(name: str | None, world: World = processes.ALONE) -> torch.device:
-    """The named device, or the best there is; of several ranks, each on a GPU of its own.
-
-    Raises:
-        UsageError: this machine does not have it.
-    """
-    if world.size > 1:
-        if name not in (None, "cuda", "cpu"):
-            raise UsageError(f"--device {name} is one device for {world.size} processes; try cuda")
-        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-        name = f"cuda:{world.local_rank}" if name == "cuda" else name
-    if name is None:
-        return utils.best_device()
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"--device {name} is not here; try cpu, or none for the best") from None
-    if world.size > 1 and device.type == "cuda":
-        torch.cuda.set_device(device)  # for NCCL
-    return device
-
-
-def new_run(arguments: argparse.Namespace, device: torch.device, job: Job) -> Run:
-    """A fresh run of a recipe, changed by the flags given."""
-    recipe = RECIPES[arguments.recipe]
-    size = MODELS[arguments.model] if arguments.model else {}
-    try:
-        model_config = dataclasses.replace(recipe.model, **size | utils.given(arguments, ViTConfig))
-        config = dataclasses.replace(recipe.train, **utils.given(arguments, TrainConfig))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    name = arguments.name or arguments.recipe
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
-        raise UsageError(f"--name {name!r} must be letters, digits, '.', '_' and '-'")
-    folder = arguments.output_dir / name
-    if job.world.leads:
-        _refuse_existing(folder, arguments)  # before what may be a long download
-    dataset = _dataset(config.dataset, config.validation_images, arguments, device, job.world)
-    _check_fit(model_config, dataset)
-    _take_new_folder(folder, arguments, job)
-    torch.manual_seed(config.seed)
-    model = ViT(model_config).to(device)
-    return Run(
-        folder=folder,
-        recipe=arguments.recipe,
-        config=config,
-        dataset=dataset,
-        device=device,
-        precision=resolve_precision(config.precision, device),
-        model=model,
-        optimizers=make_optimizers(model, config),
-        job=job,
-        save_minutes=arguments.save_minutes,
-        history=[],
-        seconds={"compile": 0.0, "total": 0.0},
-    )
-
-
-def resumed_run(arguments: argparse.Namespace, device: torch.device, job: Job) -> Run:
-    """The run whose folder or checkpoint is given, as its last checkpoint left it."""
-    changed = utils.given(arguments, ViTConfig) | utils.given(arguments, TrainConfig)
-    refused = [name for name in changed if name not in ("epochs", "accumulate")]
-    if refused or arguments.model:
-        flag = (refused or ["model"])[0].replace("_", "-")
-        raise UsageError(
-            f"--{flag} cannot change while a run goes on; only --epochs and --accumulate can"
-        )
-    path = _checkpoint_file(arguments.resume)
-    _take_folder(path.parent, job)
-    model, checkpoint = utils.load_model(path, device)
-    try:
-        before = utils.config_from(TrainConfig, checkpoint["train_config"])
-        optimizers = make_optimizers(model, before)
-        utils.load_optimizers(optimizers, checkpoint["optimizers"])
-    except ValueError as error:
-        raise utils.CheckpointError(f"{path} cannot be gone on with: {error}") from error
-    try:
-        config = dataclasses.replace(before, **changed)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    dataset = _dataset(config.dataset, config.validation_images, arguments, device, job.world)
-    _check_fit(model.config, dataset)
-    run = Run(
-        folder=path.parent,
-        recipe=checkpoint["recipe"],
-        config=config,
-        dataset=dataset,
-        device=device,
-        precision=resolve_precision(config.precision, device),
-        model=model,
-        optimizers=optimizers,
-        job=job,
-        save_minutes=arguments.save_minutes,
-        history=checkpoint["history"],
-        seconds=checkpoint["seconds"],
-    )
-    _go_on_within_epoch(run, checkpoint["partial"])
-    run.saved_step = run.step
-    if run.step > config.epochs * run.steps_per_epoch:
-        raise UsageError(
-            f"--epochs {config.epochs} is less than {run.folder} has done: epoch {run.epoch}"
-            f" and {run.progress.steps} steps"
-        )
-    if config.epochs != before.epochs:
-        rate = config.learning_rate * run.rate_factor(run.step)
-        run.say(
-            f"the {config.schedule} schedule now reaches 0 at epoch {config.epochs} instead of "
-            f"{before.epochs}: the learning rate goes on at {rate:.2g}"
-        )
-    return run
-
-
-def _go_on_within_epoch(run: Run, partial: dict[str, Any]) -> None:
-    """Sets a run to where it was in an epoch; what all ranks did together, rank 0 now has done."""
-    if not partial:
-        return
-    if not 0 < partial["steps"] <= run.steps_per_epoch:
-        raise utils.CheckpointError(
-            f"{run.folder} cannot be gone on with: step {partial['steps']} "
-            f"of an epoch of {run.steps_per_epoch}"
-        )
-    run.progress.steps, run.progress.seconds = partial["steps"], partial["seconds"]
-    if run.world.leads:
-        run.progress.losses[: partial["steps"]] = partial["losses"]
-        run.progress.correct += partial["correct"]
-
-
-def _refuse_existing(folder: Path, arguments: argparse.Namespace) -> None:
-    if any((folder / name).exists() for name in RUN_FILES) and not arguments.overwrite:
-        raise UsageError(f"{folder} exists; --resume it, --overwrite it, or choose another --name")
-
-
-def _take_new_folder(folder: Path, arguments: argparse.Namespace, job: Job) -> None:
-    """Makes the folder of a new run, and empties it where the user said so."""
-    try:
-        if job.world.leads:
-            folder.mkdir(parents=True, exist_ok=True)
-        _take_folder(folder, job)
-        if job.world.leads:
-            _refuse_existing(folder, arguments)
-            with tempfile.TemporaryFile(dir=folder):
-                pass  # better to learn here than after an epoch that nothing can be written
-            for name in RUN_FILES:
-                (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def _take_folder(folder: Path, job: Job) -> None:
-    """Locks a run's folder and removes what a killed run was writing there."""
-    try:
-        job.lock(folder)
-        if job.world.leads:
-            utils.remove_partial_files(folder)
-    except OSError as error:
-        raise UsageError(f"cannot use {folder}: {error.strerror}") from error
-
-
-def _checkpoint_file(path: Path) -> Path:
-    return path / "last.pt" if path.is_dir() else path
-
-
-def _dataset(
-    name: str,
-    validation_images: int,
-    arguments: argparse.Namespace,
-    device: torch.device,
-    world: World,
-) -> Dataset:
-    with world.one_of_each_host_first():
-        return load_dataset(
-            name,
-            validation_images=validation_images,
-            device=device,
-            data_dir=arguments.data_dir,
-            data_url=arguments.data_url,
-        )
-
-
-def _check_fit(config: ViTConfig, dataset: Dataset) -> None:
-    channels, *size = dataset.train.images.shape[1:]
-    wanted = (config.channels, *config.image_size, config.classes)
-    found = (channels, *size, len(dataset.classes))
-    if wanted != found:
-        names = ("channels", "height", "width", "classes")
-        raise UsageError(
-            f"the model is for {dict(zip(names, wanted, strict=True))}, "
-            f"but {dataset.name} has {dict(zip(names, found, strict=True))}"
-        )
 
 
 # ---------------------------------------------------------------------------- main

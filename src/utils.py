@@ -8,19 +8,14 @@ import dataclasses
 import difflib
 import io
 import json
-import math
 import os
-import pickle
-import pickletools
 import platform
-import reprlib
 import sys
 import tempfile
 import time
 import types
 import typing
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +26,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from checks import (
+    CHECKPOINT,
+    CHECKPOINT_FORMAT,
+    METRICS,
+    OPTIMIZER_STATE,
+    check_content,
+    check_fields,
+    sound_copy,
+)
+from processes import ALONE, World
 from ViT import ViT, ViTConfig
 
 _IMPORTED = time.perf_counter()
@@ -38,41 +43,6 @@ ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the cu
 
 
 # ---------------------------------------------------------------------------- checkpoints
-
-CHECKPOINT_FORMAT = 2
-
-METRICS = {  # the columns of metrics.csv
-    "epoch": int,
-    "step": int,
-    "learning_rate": float,
-    "train_loss": float,
-    "train_accuracy": float,
-    "seconds": float,
-    "images_per_second": float,
-    "validation_loss": float | None,
-    "validation_accuracy": float | None,
-}
-# Seeds follow from the train config and the step (`seed_for`), so no random state is kept.
-CHECKPOINT = {
-    "format": int,
-    "model_config": dict[str, Any],  # of ViTConfig
-    "train_config": dict[str, Any],  # of TrainConfig
-    "recipe": str,
-    "weights": dict[str, Tensor],
-    "optimizers": list[dict[int, dict[str, Tensor]]],  # of each: parameter's number to its state
-    "epoch": int,  # epochs done
-    "partial": dict[str, Any],  # PARTIAL of the epoch under way; empty between epochs
-    "history": list[dict[str, Any]],  # METRICS of each epoch done
-    "seconds": dict[str, float],  # SECONDS
-    "classes": list[str],
-    "mean": list[float],
-    "std": list[float],
-    "versions": dict[str, str],
-}
-PARTIAL = {"steps": int, "losses": Tensor, "correct": int, "seconds": float}
-SECONDS = {"compile": float, "total": float}
-OPTIMIZER_STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
-LARGEST_BUFFER = 2**26  # numbers; no honest image has positions that take more
 
 
 class CheckpointError(Exception):
@@ -109,7 +79,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"{path} is no file")
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(_sound_copy(file), map_location="cpu", weights_only=True)
+            checkpoint = torch.load(sound_copy(file), map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except CheckpointError:
@@ -117,7 +87,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file can fail in any way inside zipfile and torch.load
         raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from error
     try:
-        _check_content(checkpoint)
+        check_content(checkpoint)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} is no checkpoint to use: {reason[:300]}") from error
@@ -157,176 +127,6 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict])
                 if value.shape != (() if key == "step" else weight.shape):
                     raise ValueError(f"{key!r} of {name} has shape {tuple(value.shape)}")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-
-
-def _sound_copy(file: typing.BinaryIO) -> io.BytesIO:
-    """The records of an archive that match their checksums, as a new archive.
-
-    torch's own reader looks at no checksum, and believes sizes that the standard library's does
-    not; so it gets a copy. What is no archive, a bare pickle for one, never reaches it, nor does
-    what torch does not write: a compressed or overlapping record could outgrow the memory.
-
-    Raises:
-        BadZipFile and others: the archive is damaged, or is none.
-    """
-    copy = io.BytesIO()
-    with zipfile.ZipFile(file) as archive, zipfile.ZipFile(copy, "w") as sound:
-        records = archive.infolist()
-        compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
-        overlap = sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size
-        twice = len(set(archive.namelist())) < len(records)
-        if compressed or overlap or twice:
-            raise zipfile.BadZipFile
-        for record in records:
-            content = archive.read(record)
-            if record.filename.lower().endswith(".pkl"):
-                _check_pickle(content)
-            sound.writestr(record.filename, content)
-    copy.seek(0)
-    return copy
-
-
-def _check_pickle(content: bytes) -> None:
-    """Refuses tuples that are in a pickle once and used twice, as torch.save never writes them.
-
-    Nested 60 deep, each within the next twice, they are a key that takes 2^60 steps to hash.
-
-    Raises:
-        UnpicklingError and others: there is one, or this is no pickle.
-    """
-    tuples, on_top = set(), False
-    for operation, argument, _ in pickletools.genops(content):
-        if operation.name in ("BINPUT", "LONG_BINPUT"):
-            tuples |= {argument} if on_top else set()
-        elif operation.name in ("BINGET", "LONG_BINGET") and argument in tuples:
-            raise pickle.UnpicklingError
-        else:
-            on_top = operation.name.startswith("TUPLE")
-
-
-def _check_content(checkpoint: Any) -> None:
-    """Raises ValueError, or what a config raises, where something is not as it was written."""
-    if type(checkpoint) is not dict or type(checkpoint.get("format")) is not int:
-        raise ValueError("it is nothing that src/trainer.py wrote")
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(
-            f"it has checkpoint format {_shown(checkpoint['format'])}, "
-            f"but this code reads {CHECKPOINT_FORMAT}"
-        )
-    check_fields(checkpoint, CHECKPOINT, "the checkpoint")
-    config = config_from(ViTConfig, checkpoint["model_config"])
-    _check_weights(config, checkpoint["weights"])
-    for key, length in (("classes", config.classes), ("mean", config.channels)):
-        if len(checkpoint[key]) != length:
-            raise ValueError(f"{key!r} has {len(checkpoint[key])} entries, not {length}")
-    if len(checkpoint["std"]) != config.channels or min(checkpoint["std"]) <= 0:
-        raise ValueError(f"'std' must be {config.channels} positive numbers")
-    for number, row in enumerate(checkpoint["history"], start=1):
-        check_fields(row, METRICS, f"epoch {number} of 'history'")
-        if row["epoch"] != number:
-            raise ValueError(f"epoch {number} of 'history' calls itself {_shown(row['epoch'])}")
-        if row["seconds"] <= 0:
-            raise ValueError(f"epoch {number} of 'history' took no time")
-    validation = [row[key] for row in checkpoint["history"] for key in METRICS if "valid" in key]
-    if None in validation and any(value is not None for value in validation):
-        raise ValueError("'history' has validation figures for a part of the epochs")
-    if checkpoint["epoch"] != len(checkpoint["history"]):
-        raise ValueError("'epoch' and the length of 'history' differ")
-    check_fields(checkpoint["seconds"], SECONDS, "'seconds'")
-    if partial := checkpoint["partial"]:
-        check_fields(partial, PARTIAL, "'partial'")
-        if partial["losses"].shape != (partial["steps"],):
-            raise ValueError("'partial' must have one loss for each step")
-
-
-def _check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
-    """Holds weights against a model without memory, before one that takes memory is made."""
-    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    if len(blocks) != config.depth:
-        raise ValueError(f"depth {_shown(config.depth)}, but weights of {len(blocks)} blocks")
-    with torch.device("meta"):
-        model = ViT(config)
-    expected = model.state_dict()
-    check_fields(weights, dict.fromkeys(expected, Tensor), "'weights'")
-    for name, weight in weights.items():
-        wanted = expected[name]
-        if (weight.shape, weight.dtype) != (wanted.shape, wanted.dtype):
-            found, wanted = ((tuple(w.shape), str(w.dtype)) for w in (weight, wanted))
-            raise ValueError(f"{name} is {found}, but the model's is {wanted}")
-    if any(buffer.numel() > LARGEST_BUFFER for buffer in model.buffers()):
-        raise ValueError(f"image_size {config.image_size} has too many patches")
-
-
-def check_fields(fields: dict[Any, Any], kinds: dict[Any, Any], what: str) -> None:
-    """Raises ValueError unless a dict has exactly the keys of `kinds`, with values of those kinds.
-
-    Args:
-        kinds: a type for each key, which may say what is inside, as `list[float]` does.
-        what: the dict's name in the message.
-    """
-    if missing := kinds.keys() - fields.keys():
-        raise ValueError(f"{what} lacks {min(missing)!r}")
-    if unknown := fields.keys() - kinds.keys():
-        raise ValueError(f"{what} has an unknown {_shown(unknown.pop())}")
-    for key, kind in kinds.items():
-        _check_kind(fields[key], kind, f"{key!r} of {what}")
-
-
-def config_from(config_class: type, values: dict[str, Any]) -> Any:
-    """A config of the values in a checkpoint, all of them there and of their declared types.
-
-    Raises:
-        ValueError: they are not, or make no config.
-    """
-    check_fields(values, typing.get_type_hints(config_class), config_class.__name__)
-    return config_class(**values)
-
-
-def _check_kind(value: Any, kind: Any, what: str) -> None:
-    """Raises ValueError unless a value is of a type, with all that is in it."""
-    container, inner = typing.get_origin(kind), typing.get_args(kind)
-    if not _fits(value, container if container in (dict, list) else kind):
-        name = kind.__name__ if isinstance(kind, type) else str(kind)
-        raise ValueError(f"{what} must be {name}, not {_shown(value)}")
-    if container is list:
-        for number, item in enumerate(value):
-            _check_kind(item, inner[0], f"entry {number} of {what}")
-    if container is dict:
-        for key, item in value.items():
-            _check_kind(key, inner[0], f"a key of {what}")
-            _check_kind(item, inner[1], f"{_shown(key)} of {what}")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a type exactly; but an int is a float too, and a float is finite.
-
-    A tensor must be finite, and plain: dense, on the CPU, and no larger than what holds it.
-    """
-    inner = typing.get_args(kind)
-    if kind is Any:
-        return True
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if kind is Tensor:
-        plain = type(value) is Tensor and value.layout is torch.strided and not value.is_quantized
-        plain = plain and value.device.type == "cpu" and value.is_contiguous()
-        return plain and bool(value.isfinite().all())
-    if typing.get_origin(kind) is typing.Literal:
-        return type(value) is str and value in inner
-    if typing.get_origin(kind) is types.UnionType:
-        return any(_fits(value, each) for each in inner)
-    if typing.get_origin(kind) is tuple:
-        return type(value) is tuple and len(value) == len(inner) and all(map(_fits, value, inner))
-    return type(value) is kind
-
-
-def _shown(value: Any) -> str:
-    """A value of a stranger's, short whatever it is: some take exponentially long to print."""
-    if isinstance(value, Tensor):
-        return "a tensor that is not plain or not finite"
-    if isinstance(value, int | float | str | None):
-        return reprlib.repr(value)
-    return f"a {type(value).__name__}"
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -438,11 +238,50 @@ def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Genera
 # ---------------------------------------------------------------------------- the machine
 
 
+class UsageError(Exception):
+    """What a user asks for cannot be; the message is one line for the user."""
+
+
 def best_device() -> torch.device:
     """cuda, else mps, else cpu."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_device(name: str | None, world: World = ALONE) -> torch.device:
+    """The named device, or the best there is; of several ranks, each on a GPU of its own.
+
+    Raises:
+        UsageError: this machine does not have it.
+    """
+    if world.size > 1:
+        if name not in (None, "cuda", "cpu"):
+            raise UsageError(f"--device {name} is one device for {world.size} processes; try cuda")
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+        name = f"cuda:{world.local_rank}" if name == "cuda" else name
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"--device {name} is not here; try cpu, or none for the best") from None
+    if world.size > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)  # for NCCL
+    return device
+
+
+def resolve_precision(choice: str, device: torch.device) -> str:
+    """ "auto" to "bf16" where the device has instructions that multiply bfloat16, else "fp32"."""
+    if choice != "auto":
+        return choice
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        flags = torch.cpu.get_capabilities()
+        return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "fp32"
+    return "fp32"
 
 
 def device_name(device: torch.device) -> str:

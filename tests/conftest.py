@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import run
 import small
 import trainer
 
@@ -22,5 +23,5 @@ def small_shapes():
 @pytest.fixture
 def train(monkeypatch, tmp_path):
     """train("--epochs 2 ...") runs a tiny demo recipe into tmp_path and returns its exit status."""
-    monkeypatch.setattr(trainer, "load_dataset", small.load_small)
+    monkeypatch.setattr(run, "load_dataset", small.load_small)
     return lambda flags: trainer.main(small.arguments(flags, tmp_path))

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import data
+import run
 import trainer
 import utils
 
@@ -152,7 +153,7 @@ def work(flags, folder, log, environment, death, double):
         torch.set_default_dtype(torch.float64)
     if death:
         die_in_save(*death)
-    trainer.load_dataset = load_small
+    run.load_dataset = load_small
     sys.exit(trainer.main(arguments(flags, folder)))
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import data
 import explain
+from optimizers import learning_rate_factor, make_optimizers, set_learning_rates
 from recipes import TrainConfig
-from trainer import learning_rate_factor, make_optimizers, set_learning_rates
 from ViT import ViT, ViTConfig, patchify
 
 A1, A2 = torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 
 import processes
+import run
 import small
 import trainer
 import utils
+from run import Run
 from small import ROOT, differing, finished, result_of, rows_of, start, start_ranks
 
 DROPOUT = "--dropout 0.2 --attention-dropout 0.1 --drop-path 0.2"
@@ -98,7 +100,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_saved(train, monkey
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal came too late")
 
-    monkeypatch.setattr(trainer, "make_optimizers", terminated)
+    monkeypatch.setattr(run, "make_optimizers", terminated)
     assert train("--name a --epochs 1") == 143
     assert "nothing was trained" in capsys.readouterr().err
 
@@ -215,7 +217,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(train, tmp_path, caps
     folder = tmp_path / "a"
     first = start("--name a --epochs 5000 --save-minutes 0", tmp_path)
     wait_for((folder / "last.pt").exists, first)
-    for flags in (f"--resume {folder}", "--name a --epochs 1 --overwrite"):
+    for flags in (f"--resume {folder} --epochs 1", "--name a --epochs 1 --overwrite"):
         assert train(flags) == 2
         assert capsys.readouterr().err == (
             f"trainer.py: {folder} is in use by another run; wait for it, or stop it\n"
@@ -300,27 +302,27 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_1(
 
 
 def test_a_folder_removed_under_a_run_is_made_again(train, tmp_path, monkeypatch):
-    save = trainer.Run.save
+    save = Run.save
 
     def removing(run, **options):
         save(run, **options)
         if run.epoch == 1:
             shutil.rmtree(run.folder)
 
-    monkeypatch.setattr(trainer.Run, "save", removing)
+    monkeypatch.setattr(Run, "save", removing)
     assert train("--name a --epochs 2") == 0
     assert utils.load_checkpoint(tmp_path / "a/last.pt")["epoch"] == 2
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_becomes_read_only_ends_the_run_with_1(train, tmp_path, monkeypatch):
-    save = trainer.Run.save
+    save = Run.save
 
     def closing(run, **options):
         save(run, **options)
         run.folder.chmod(0o500)
 
-    monkeypatch.setattr(trainer.Run, "save", closing)
+    monkeypatch.setattr(Run, "save", closing)
     assert train("--name a --epochs 2") == 1
     assert utils.load_checkpoint(tmp_path / "a/last.pt")["epoch"] == 1
 

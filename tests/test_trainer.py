@@ -17,9 +17,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 import trainer
 import utils
 from data import Split
+from optimizers import learning_rate_factor, make_optimizers
 from recipes import RECIPES, TrainConfig
 from small import rows_of, same_weights, weights_of
-from trainer import evaluate, learning_rate_factor, make_optimizers
+from trainer import evaluate
 from ViT import MODELS, ViT, ViTConfig
 
 ROOT = Path(__file__).parent.parent

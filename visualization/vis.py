@@ -36,7 +36,7 @@ import figures
 import utils
 from catalogue import OF_AN_IMAGE, OF_THE_MODEL, Model, NotApplicable, Picture, Subject
 from data import DataError, image_files, read_image
-from trainer import UsageError, choose_device
+from utils import UsageError, choose_device
 
 GROUPS = ("image", *OF_THE_MODEL)
 DEFAULT_IMAGES = (0, 7)

@@ -112,11 +112,15 @@ def test_a_signal_in_the_final_test_leaves_only_that_to_do(train, tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(model, split, *rest)
 
-    monkeypatch.setattr(trainer, "evaluate", terminated_on_test_images)
-    assert train("--name parts --epochs 1") == 143
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
-    assert train(f"--resume {tmp_path / 'parts'}") == 0
-    assert differing(tmp_path / "whole", tmp_path / "parts") == 0
+    parts = tmp_path / "parts"
+    # Once in a new run, and once in one that goes on and still has the result of fewer epochs.
+    for task in ("--name parts --epochs 1", f"--resume {parts} --epochs 2"):
+        monkeypatch.setattr(trainer, "evaluate", terminated_on_test_images)
+        assert train(task) == 143
+        monkeypatch.setattr(trainer, "evaluate", evaluate)
+        assert train(f"--resume {parts}") == 0
+        assert differing(tmp_path / "whole", parts) == 0
+        assert train(f"--resume {tmp_path / 'whole'} --epochs 2") == 0
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
@@ -215,7 +219,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(train, tmp_path, caps
     folder = tmp_path / "a"
     first = start("--name a --epochs 5000 --save-minutes 0", tmp_path)
     wait_for((folder / "last.pt").exists, first)
-    for flags in (f"--resume {folder}", "--name a --epochs 1 --overwrite"):
+    for flags in (f"--resume {folder} --epochs 1", "--name a --epochs 1 --overwrite"):
         assert train(flags) == 2
         assert capsys.readouterr().err == (
             f"trainer.py: {folder} is in use by another run; wait for it, or stop it\n"

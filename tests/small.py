@@ -163,7 +163,7 @@ def start(flags, folder, *, log="log", environment=None, death=None, double=Fals
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small"])
     parts = (flags, folder, folder / log, environment or {}, death, double)
-    process = context.Process(target=work, args=parts, daemon=True)
+    process = context.Process(target=work, args=parts, daemon=True)  # a failed test leaves none
     process.start()
     return process
 

@@ -114,11 +114,15 @@ def test_a_signal_in_the_final_test_leaves_only_that_to_do(train, tmp_path, monk
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(model, split, *rest)
 
-    monkeypatch.setattr(trainer, "evaluate", terminated_on_test_images)
-    assert train("--name parts --epochs 1") == 143
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
-    assert train(f"--resume {tmp_path / 'parts'}") == 0
-    assert differing(tmp_path / "whole", tmp_path / "parts") == 0
+    parts = tmp_path / "parts"
+    # Once in a new run, and once in one that goes on and still has the result of fewer epochs.
+    for task in ("--name parts --epochs 1", f"--resume {parts} --epochs 2"):
+        monkeypatch.setattr(trainer, "evaluate", terminated_on_test_images)
+        assert train(task) == 143
+        monkeypatch.setattr(trainer, "evaluate", evaluate)
+        assert train(f"--resume {parts}") == 0
+        assert differing(tmp_path / "whole", parts) == 0
+        assert train(f"--resume {tmp_path / 'whole'} --epochs 2") == 0
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):

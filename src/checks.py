@@ -71,8 +71,7 @@ def sound_copy(file: typing.BinaryIO) -> io.BytesIO:
         records = archive.infolist()
         compressed = any(record.compress_type != zipfile.ZIP_STORED for record in records)
         overlap = sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size
-        twice = len(set(archive.namelist())) < len(records)
-        if compressed or overlap or twice:
+        if compressed or overlap:
             raise zipfile.BadZipFile
         for record in records:
             content = archive.read(record)

@@ -248,7 +248,7 @@ def attention_distance(A: Tensor, grid: tuple[int, int], patch_size: int) -> Ten
     """
     N = grid[0] * grid[1]
     A = A[..., -N:, -N:]
-    A = A / A.sum(dim=-1, keepdim=True)
+    A = A / A.sum(dim=-1, keepdim=True).clamp(min=1e-12)  # a class token can take all there is
     return (A * patch_distances(grid, patch_size).to(A)).sum(dim=-1).mean(dim=-1)
 
 

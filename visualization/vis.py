@@ -36,6 +36,7 @@ import figures
 import utils
 from catalogue import OF_AN_IMAGE, OF_THE_MODEL, Model, NotApplicable, Picture, Subject
 from data import DataError, image_files, read_image
+from run import checkpoint_file
 from utils import UsageError, choose_device
 
 GROUPS = ("image", *OF_THE_MODEL)
@@ -56,7 +57,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--checkpoint",
         metavar="FILE",
         type=utils.existing_path,
-        help="whose model to draw (the newest under checkpoints/)",
+        help="whose model to draw, or its run's folder (the newest under checkpoints/)",
     )
     subject = parser.add_mutually_exclusive_group()
     subject.add_argument(
@@ -352,7 +353,7 @@ def main(argv: list[str]) -> int:
     arguments = parse_arguments(argv)
     try:
         choose_backend(arguments.show)
-        path = arguments.checkpoint or newest_checkpoint()
+        path = checkpoint_file(arguments.checkpoint or newest_checkpoint())
         model = Model(path, choose_device(arguments.device), arguments)
         check_arguments(model)
         draw_all(model, shlex.join(["python", "visualization/vis.py", *argv]))

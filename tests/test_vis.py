@@ -261,6 +261,20 @@ def test_with_only_a_checkpoint_what_needs_no_data_is_drawn(draw, tmp_path, monk
         assert capsys.readouterr().err == "vis.py: no CIFAR-10 in data\n"
 
 
+def test_image_files_need_no_data_set(draw, tmp_path, monkeypatch):
+    assert draw("model") == 0
+    monkeypatch.setattr(catalogue, "load_dataset", lambda *_, **__: pytest.fail("it was loaded"))
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    assert draw(f"image --image {tmp_path / 'red.png'} --query cls") == 0
+
+
+def test_a_data_set_of_other_images_is_refused(draw, tmp_path, small_shapes, capsys):
+    write_checkpoint(tmp_path / "run/last.pt", small_shapes, image_size=16)
+    assert draw("data") == 2
+    said = "10 classes of images of 3 x 16 x 16, but shapes has 10 of 3 x 32 x 32"
+    assert said in capsys.readouterr().err
+
+
 def test_non_square_images_have_a_wide_grid(draw, monkeypatch, tmp_path, small_shapes):
     split = small_shapes.validation
     wide = data.Split(split.images[:, :, 8:24, 4:28], split.labels)

@@ -19,7 +19,7 @@ from torch import Tensor
 import explain
 import figures
 import utils
-from data import Dataset, Split, batches, load_dataset, normalise
+from data import DataError, Dataset, Split, batches, load_dataset, normalise
 from trainer import predict
 from ViT import ViT, patchify
 
@@ -78,14 +78,22 @@ class Model:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """Raises DataError where it cannot be had."""
-        training = self.checkpoint["train_config"]
-        return load_dataset(
+        """Raises DataError where it cannot be had, or is none for this model."""
+        training, config = self.checkpoint["train_config"], self.config
+        dataset = load_dataset(
             training.get("dataset"),
             validation_images=training.get("validation_images", 0),
             device=self.device,
             data_dir=self.arguments.data_dir,
         )
+        shape = tuple(getattr(dataset, self.split_name).images.shape[1:])
+        if (shape, len(dataset.classes)) != ((config.channels, *config.image_size), config.classes):
+            raise DataError(
+                f"{self.path} is for {config.classes} classes of images of {config.channels} x "
+                f"{' x '.join(map(str, config.image_size))}, but {dataset.name} has "
+                f"{len(dataset.classes)} of {' x '.join(map(str, shape))}"
+            )
+        return dataset
 
     @property
     def split_name(self) -> str:

@@ -201,22 +201,24 @@ def plan(model: Model) -> tuple[dict[str, Callable[[], Picture]], dict[str, str]
     """
     arguments = model.arguments
     groups = GROUPS if arguments.what == "all" else (arguments.what,)
-    reason = None if groups == ("model",) else why_no_data(model)
+    from_files = bool(arguments.image or arguments.dir)
+    without_data = {"model", "image"} if from_files else {"model"}
+    reason = None if without_data.issuperset(groups) else why_no_data(model)
     drawings: dict[str, Callable[[], Picture]] = {}
     missing: dict[str, str] = {}
     for group in groups:
         if group != "image":
             for name, draw in OF_THE_MODEL[group].items():
                 drawings[f"{group}/{name}"] = partial(draw, model)
-        elif reason and not (arguments.image or arguments.dir or arguments.index):
+        elif reason and not (from_files or arguments.index):
             missing["image"] = reason
         else:
             for subject in subjects(model):
                 for name, draw in of_an_image(arguments.query).items():
                     drawings[f"image/{subject.name}/{name}"] = partial(draw, model, subject)
     if reason:
-        without = ("image/", "model/", "run/curves")
-        missing |= {name: reason for name in drawings if not name.startswith(without)}
+        needs_none = ("image/", "model/", "run/curves")
+        missing |= {name: reason for name in drawings if not name.startswith(needs_none)}
     return {name: draw for name, draw in drawings.items() if name not in missing}, missing
 
 
@@ -231,7 +233,9 @@ def why_no_data(model: Model) -> str | None:
 
 def of_an_image(query: str | tuple[int, int] | None) -> dict[str, Callable]:
     """The figures of an image: attention of the classifier and of a patch, or of the one asked."""
-    left_out = {"cls": "attention-of-patch", None: None}.get(query, "attention")
+    if query is None:
+        return OF_AN_IMAGE
+    left_out = "attention-of-patch" if query == "cls" else "attention"
     return {name: draw for name, draw in OF_AN_IMAGE.items() if name != left_out}
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ViT import ViT, ViTConfig
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
 
 METRICS = {  # the columns of metrics.csv
     "epoch": int,
@@ -40,6 +40,7 @@ CHECKPOINT = {
     "train_config": dict[str, Any],  # of TrainConfig
     "recipe": str,
     "weights": dict[str, Tensor],
+    "averaged": dict[str, Tensor],  # the averaged weights; empty where a recipe keeps none
     "optimizers": list[dict[int, dict[str, Tensor]]],  # of each: parameter's number to its state
     "epoch": int,  # epochs done
     "partial": dict[str, Any],  # PARTIAL of the epoch under way; empty between epochs
@@ -112,6 +113,8 @@ def check_content(checkpoint: Any) -> None:
     check_fields(checkpoint, CHECKPOINT, "the checkpoint")
     config = config_from(ViTConfig, checkpoint["model_config"])
     _check_weights(config, checkpoint["weights"])
+    if checkpoint["averaged"]:
+        _check_weights(config, checkpoint["averaged"])
     for key, length in (("classes", config.classes), ("mean", config.channels)):
         if len(checkpoint[key]) != length:
             raise ValueError(f"{key!r} has {len(checkpoint[key])} entries, not {length}")

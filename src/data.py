@@ -128,22 +128,24 @@ def stratified_split(labels: Tensor, held_out: int, classes: int) -> tuple[Tenso
     return kept, torch.cat([rows[:each] for rows in by_class]).sort().values
 
 
-def batches(
-    split: Split, batch_size: int, generator: torch.Generator | None = None, start: int = 0
-) -> Iterator[Split]:
-    """Cuts a split into batches; each image comes once, and the last batch may be short.
+def batch_rows(
+    count: int, batch_size: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, ...]:
+    """Cuts the rows of a split into batches; each row comes once, and the last batch may be short.
 
     Args:
         generator: shuffles, on the CPU, so that the order is the same on every device; without
             one the order is the split's own.
-        start: batches to leave out at the beginning.
     """
     if generator is None:
-        order = torch.arange(len(split))
-    else:
-        order = torch.randperm(len(split), generator=generator)
-    for rows in order.to(split.labels.device).split(batch_size)[start:]:
-        yield split.take(rows)
+        return torch.arange(count).split(batch_size)
+    return torch.randperm(count, generator=generator).split(batch_size)
+
+
+def batches(split: Split, batch_size: int) -> Iterator[Split]:
+    """A split in its own order, batch by batch."""
+    for rows in batch_rows(len(split), batch_size):
+        yield split.take(rows.to(split.labels.device))
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

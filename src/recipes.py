@@ -32,8 +32,22 @@ class TrainConfig:
     schedule: Annotated[Literal["cosine", "linear"], "decay to 0 after the warm-up"] = "cosine"
     gradient_clip: Annotated[float, "longest gradient, over all weights; 0 is any"] = 1.0
     label_smoothing: Annotated[float, "share of a label that is spread over all classes"] = 0.1
-    flip: Annotated[bool, "mirror each training image with probability 1/2"] = True
+    flip: Annotated[
+        Literal["off", "random", "alternating"], "mirror half of the images, or all in turn"
+    ] = "random"
     crop_padding: Annotated[int, "pad by so many pixels and crop at random; 0 is off"] = 4
+    colour: Annotated[float, "change of brightness, contrast and saturation; 0 is off"] = 0.0
+    policy: Annotated[
+        Literal["off", "trivial", "rand"], "torchvision's TrivialAugmentWide or RandAugment"
+    ] = "off"
+    magnitude: Annotated[int, "how strong RandAugment is, 0 to 30"] = 9
+    erase: Annotated[float, "share of the images in which a box is erased"] = 0.0
+    mixup: Annotated[float, "a of Beta(a, a), the shares of mixed images; 0 is off"] = 0.0
+    cutmix: Annotated[float, "the same for CutMix; with both, either for each image"] = 0.0
+    mixed_epochs: Annotated[float, "share of the epochs, from the first, in which images mix"] = 1.0
+    averaging: Annotated[
+        float, "decay a step of the averaged weights that are evaluated; 0 is none"
+    ] = 0.0
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], "auto is bf16 autocast where the hardware multiplies bf16"
     ] = "auto"
@@ -54,7 +68,8 @@ class TrainConfig:
                 f"accumulate must be from 1 to the batch_size {self.batch_size}, "
                 f"not {self.accumulate}"
             )
-        for name in ("learning_rate", "muon_learning_rate", "weight_decay", "gradient_clip"):
+        unlimited = ("learning_rate", "muon_learning_rate", "weight_decay", "gradient_clip")
+        for name in (*unlimited, "mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if not 0 <= self.warmup_epochs < self.epochs:
@@ -62,10 +77,14 @@ class TrainConfig:
                 f"warmup_epochs must be at least 0 and below the {self.epochs} epochs, "
                 f"not {self.warmup_epochs}"
             )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"label_smoothing must be at least 0 and below 1, not {self.label_smoothing}"
-            )
+        for name in ("label_smoothing", "averaging"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1, not {getattr(self, name)}"
+                )
+        for name, most in (("colour", 1), ("erase", 1), ("mixed_epochs", 1), ("magnitude", 30)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be from 0 to {most}, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ to save it, and to bring it back where it was.
 """
 
 import argparse
+import copy
 import dataclasses
 import math
 import re
@@ -56,6 +57,7 @@ class Run:
     device: torch.device
     precision: str  # "bf16" or "fp32"
     model: ViT
+    averaged: ViT | None  # the model of the averaged weights, where the config asks for them
     optimizers: list[torch.optim.Optimizer]
     job: Job
     save_minutes: float
@@ -66,6 +68,8 @@ class Run:
 
     def __post_init__(self):
         self.parallel = self.world.parallel(self.model)  # the model, over all ranks
+        coins = utils.generator_for(self.config.seed)
+        self.coins = torch.rand(len(self.dataset.train), generator=coins).to(self.device) < 0.5
         self.looked_at = self.saved_at = time.perf_counter()
         self.begin_epoch()
 
@@ -95,6 +99,24 @@ class Run:
             warmup=round(self.config.warmup_epochs * self.steps_per_epoch),
             schedule=self.config.schedule,
         )
+
+    @property
+    def evaluated(self) -> ViT:
+        """The model whose accuracy counts."""
+        return self.averaged or self.model
+
+    @torch.no_grad()
+    def average_weights(self) -> None:
+        """Moves the averaged weights towards those of the step just done.
+
+        The decay rises from 0, as in TensorFlow's ExponentialMovingAverage, so that the first
+        weights are soon forgotten.
+        """
+        if self.averaged is None:
+            return
+        decay = min(self.config.averaging, (1 + self.step) / (10 + self.step))
+        averages, weights = list(self.averaged.parameters()), list(self.model.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def begin_epoch(self) -> None:
         losses = torch.zeros(self.steps_per_epoch, device=self.device)
@@ -164,6 +186,7 @@ class Run:
                 train_config=dataclasses.asdict(self.config),
                 recipe=self.recipe,
                 weights=dict(weights),
+                averaged=dict(self.averaged.state_dict()) if self.averaged else {},
                 optimizers=[optimizer.state_dict()["state"] for optimizer in self.optimizers],
                 epoch=self.epoch,
                 partial=partial | {"seconds": done.seconds} if done.steps else {},
@@ -204,15 +227,17 @@ def new_run(arguments: argparse.Namespace, device: torch.device, job: Job) -> Ru
     _take_new_folder(folder, arguments, job)
     torch.manual_seed(config.seed)
     model = ViT(model_config).to(device)
+    precision = utils.resolve_precision(config.precision, device)
     return Run(
         folder=folder,
         recipe=arguments.recipe,
         config=config,
         dataset=dataset,
         device=device,
-        precision=utils.resolve_precision(config.precision, device),
+        precision=precision,
         model=model,
-        optimizers=make_optimizers(model, config),
+        averaged=copy.deepcopy(model).requires_grad_(False) if config.averaging else None,
+        optimizers=make_optimizers(model, config, precision),
         job=job,
         save_minutes=arguments.save_minutes,
         history=[],
@@ -231,11 +256,18 @@ def resumed_run(arguments: argparse.Namespace, device: torch.device, job: Job) -
         )
     path = checkpoint_file(arguments.resume)
     _take_folder(path.parent, job)
-    model, checkpoint = utils.load_model(path, device)
+    checkpoint = utils.load_checkpoint(path)
+    model = utils.build_model(checkpoint, "weights", device)
+    averaged = None
     try:
         before = config_from(TrainConfig, checkpoint["train_config"])
-        optimizers = make_optimizers(model, before)
+        precision = utils.resolve_precision(before.precision, device)
+        optimizers = make_optimizers(model, before, precision)
         utils.load_optimizers(optimizers, checkpoint["optimizers"])
+        if bool(before.averaging) != bool(checkpoint["averaged"]):
+            raise ValueError(f"averaging is {before.averaging}, which its averaged weights belie")
+        if before.averaging:
+            averaged = utils.build_model(checkpoint, "averaged", device).requires_grad_(False)
     except ValueError as error:
         raise utils.CheckpointError(f"{path} cannot be gone on with: {error}") from error
     try:
@@ -250,8 +282,9 @@ def resumed_run(arguments: argparse.Namespace, device: torch.device, job: Job) -
         config=config,
         dataset=dataset,
         device=device,
-        precision=utils.resolve_precision(config.precision, device),
+        precision=precision,
         model=model,
+        averaged=averaged,
         optimizers=optimizers,
         job=job,
         save_minutes=arguments.save_minutes,

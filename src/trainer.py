@@ -21,8 +21,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,13 +30,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import processes
 import utils
-from augment import random_crop, random_flip
-from data import DataError, Dataset, Split, batches, normalise
+from augment import augment
+from data import DataError, Dataset, Split, batch_rows, batches, normalise
 from optimizers import set_learning_rates
 from processes import (
     FolderInUse,
@@ -58,19 +57,9 @@ Forward = Callable[[Tensor], Tensor]  # a model, compiled or not
 # ---------------------------------------------------------------------------- arithmetic
 
 
-@contextmanager
-def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
     """The forward pass in bfloat16 where it is safe (autocast), or all of it in float32."""
-    if precision == "fp32":
-        yield
-    elif device.type == "cpu":
-        # The CPU's fused attention is 12 times slower backward in bfloat16 than in float32 (Zen 4,
-        # torch 2.15, T = 16); the plain products are not.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            yield
-    else:
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def compile_pays(model: ViT, config: TrainConfig, images: int, device: torch.device) -> bool:
@@ -113,15 +102,6 @@ def only_deterministic_kernels() -> None:
 # ---------------------------------------------------------------------------- training
 
 
-def augment(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
-    """The recipe's augmentation of a batch of uint8 images (B, C, H, W)."""
-    if config.flip:
-        images = random_flip(images, generator)
-    if config.crop_padding:
-        images = random_crop(images, config.crop_padding, generator)
-    return images
-
-
 def train_epoch(run: Run, forward: Forward) -> dict[str, Any]:
     """Shows the model every training image once, or those that an interrupted epoch has left.
 
@@ -135,23 +115,32 @@ def train_epoch(run: Run, forward: Forward) -> dict[str, Any]:
     config, epoch, done = run.config, run.epoch, run.progress
     run.model.train()
     started = time.perf_counter() - done.seconds
-    shuffle = utils.generator_for(config.seed, epoch)
+    order = batch_rows(
+        len(run.dataset.train), config.batch_size, utils.generator_for(config.seed, epoch)
+    )
     with progress_bar(run) as bar:
-        for batch in batches(run.dataset.train, config.batch_size, shuffle, start=done.steps):
+        for rows in order[done.steps :]:
             set_learning_rates(run.optimizers, run.rate_factor(run.step))
-            draws = utils.generator_for(config.seed, epoch, done.steps, device=run.device)
-            images = augment(batch.images, config, draws)
+            rows = rows.to(run.device)
+            batch, draws = run.dataset.train.take(rows), (config.seed, epoch, done.steps)
+            targets = F.one_hot(batch.labels, len(run.dataset.classes)).to(
+                torch.get_default_dtype()
+            )
+            images, targets = augment(
+                batch.images, targets, config, utils.seed_for(*draws), run.coins[rows], epoch
+            )
             # Dropout and drop path draw from torch's own generators, on each rank differently.
-            torch.manual_seed(utils.seed_for(config.seed, epoch, done.steps, run.world.rank))
+            torch.manual_seed(utils.seed_for(*draws, run.world.rank))
             # A short last batch would be compiled for its size alone; it goes uncompiled instead.
             model = forward if len(batch) == config.batch_size else run.parallel
-            loss, correct = add_gradients(run, model, images, batch.labels)
+            loss, correct = add_gradients(run, model, images, targets)
 
             if config.gradient_clip:
                 nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip)
             for optimizer in run.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
+            run.average_weights()
 
             done.losses[done.steps] = loss
             done.correct += correct
@@ -174,7 +163,7 @@ def train_epoch(run: Run, forward: Forward) -> dict[str, Any]:
 
 
 def add_gradients(
-    run: Run, model: Forward, images: Tensor, labels: Tensor
+    run: Run, model: Forward, images: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of the batch's mean loss, for the images that are this rank's to do.
 
@@ -183,13 +172,14 @@ def add_gradients(
 
     Args:
         images: (B, C, H, W) uint8 and augmented, of all ranks.
-        labels: (B,)
+        targets: (B, K), the probability of each class.
 
     Returns:
-        This rank's share of the loss, and how many of its images were classified right.
+        This rank's share of the loss, and how many of its images were classified right: as the
+        likeliest class of their target.
     """
     world, config = run.world, run.config
-    rows = world.share(torch.arange(len(labels), device=run.device))
+    rows = world.share(torch.arange(len(targets), device=run.device))
     counts = len(rows) > 0
     if not counts:  # a batch of fewer images than ranks; averaging waits for every rank
         rows = torch.zeros(1, dtype=torch.int64, device=run.device)
@@ -201,12 +191,12 @@ def add_gradients(
             with arithmetic(run.precision, run.device):
                 logits = model(inputs).to(inputs.dtype)
             summed = F.cross_entropy(
-                logits, labels[part], label_smoothing=config.label_smoothing, reduction="sum"
+                logits, targets[part], label_smoothing=config.label_smoothing, reduction="sum"
             )
-            share = summed * (counts / len(labels))
+            share = summed * (counts / len(targets))
             (share * world.size).backward()  # the ranks' gradients are averaged, not added
         loss += share.detach()
-        correct += (logits.argmax(dim=1) == labels[part]).sum() * counts
+        correct += (logits.argmax(dim=1) == targets[part].argmax(dim=1)).sum() * counts
     return loss, correct
 
 
@@ -418,14 +408,14 @@ def train(run: Run, command: str, no_test: bool) -> bool:
             row = train_epoch(run, forward)
             row |= {"validation_loss": None, "validation_accuracy": None}
             if len(run.dataset.validation):
-                validation = evaluate(run.model, run.dataset.validation, run.dataset, world)
+                validation = evaluate(run.evaluated, run.dataset.validation, run.dataset, world)
                 row |= {"validation_loss": validation.loss, "validation_accuracy": validation.top1}
             run.end_epoch(row)
             run.save()
             run.say(epoch_line(row, config.epochs))
 
     started = time.perf_counter()
-    test = None if no_test else evaluate(run.model, run.dataset.test, run.dataset, world)
+    test = None if no_test else evaluate(run.evaluated, run.dataset.test, run.dataset, world)
     if run.save_failed:
         run.save(last=True)
     return write_outcome(run, test, time.perf_counter() - started, command)

@@ -98,15 +98,23 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Vi
     """Rebuilds the model that a checkpoint holds, from the file alone.
 
     Returns:
-        The model, in evaluation mode on `device`, and the checkpoint (class names, mean, std, ...).
+        The model, with the averaged weights where there are any, in evaluation mode on `device`,
+        and the checkpoint (class names, mean, std, ...).
 
     Raises:
         CheckpointError: the file is no checkpoint, or its parts do not fit together.
     """
     checkpoint = load_checkpoint(path)
+    return build_model(
+        checkpoint, "averaged" if checkpoint["averaged"] else "weights", device
+    ).eval(), checkpoint
+
+
+def build_model(checkpoint: dict[str, Any], weights: str, device: torch.device | str) -> ViT:
+    """The model of a checkpoint with its "weights" or its "averaged" ones."""
     model = ViT(ViTConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint["weights"])
-    return model.to(device).eval(), checkpoint
+    model.load_state_dict(checkpoint[weights])
+    return model.to(device)
 
 
 def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
@@ -187,6 +195,10 @@ def write_curves(path: Path, history: list[dict[str, float]], title: str) -> Non
     figure = Figure(figsize=(10, 3.2), layout="constrained", dpi=150)
     figure.suptitle(title)
     draw_curves(figure, history)
+    write_figure(path, figure)
+
+
+def write_figure(path: Path, figure: Figure) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     write_whole(path, buffer.getbuffer())

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models import VisionTransformer
 
+import ViT as vit_module
 from ViT import (
     MLP,
     MODELS,
@@ -32,6 +33,12 @@ SMALL = {"image_size": 16, "width": 32, "depth": 3, "heads": 4}
 PATHS = ["forward", "trace"]
 DROPOUTS = ["dropout", "attention_dropout", "drop_path"]
 poolings = pytest.mark.parametrize("pooling", ["class", "mean"])
+
+
+@pytest.fixture(autouse=True)
+def fused_attention(monkeypatch):
+    """Tests of `forward` are of the fused attention, which a CPU takes for long sequences alone."""
+    monkeypatch.setattr(vit_module, "PLAIN_TOKENS", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +221,21 @@ def test_the_fast_attention_equals_the_written_out_one(dtype, tolerance):
     assert fast.std() > 0.1
     assert_all_close([fast], [written], tolerance)
     assert_all_close(gradients(fast, inputs), gradients(written, inputs), tolerance)
+
+
+def test_on_a_cpu_short_sequences_take_the_plain_products(monkeypatch):
+    attention = MultiHeadSelfAttention(small())
+    monkeypatch.setattr(vit_module, "PLAIN_TOKENS", 17)
+    calls = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, *rest, **options: calls.append(q.shape[2]) or fused(q, *rest, **options),
+    )
+    for tokens in (1, 17, 18, 40):
+        attention(torch.randn(2, tokens, 32))
+    assert calls == [18, 40]
 
 
 @pytest.mark.parametrize("width, heads", [(32, 4), (48, 3), (16, 1)])

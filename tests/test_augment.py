@@ -2,9 +2,26 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2 as v2
 import torchvision.transforms.v2.functional as reference
 
-from augment import random_crop, random_flip
+import augment as augmentation
+from augment import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    alternating_flip,
+    augment,
+    auto_augment,
+    cutmix,
+    mixup,
+    random_colour,
+    random_crop,
+    random_erase,
+    random_flip,
+)
+from recipes import TrainConfig
 
 
 @pytest.fixture
@@ -12,8 +29,16 @@ def images():
     return torch.randint(0, 256, (64, 3, 8, 12), dtype=torch.uint8, generator=generator(0))
 
 
+@pytest.fixture
+def targets():
+    return F.one_hot(torch.arange(64) % 10, 10).double()
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------- place
 
 
 def test_each_image_is_itself_or_its_mirror_image_about_half_of_the_time(images):
@@ -25,6 +50,14 @@ def test_each_image_is_itself_or_its_mirror_image_about_half_of_the_time(images)
     same = [torch.equal(*pair) for pair in zip(images, flipped, strict=True)]
     assert all(a != b for a, b in zip(mirrored, same, strict=True))
     assert 20 < sum(mirrored) < 44
+
+
+def test_alternating_flips_show_each_image_and_its_mirror_image_in_turn(images):
+    coins = torch.arange(64) % 3 == 0
+    epochs = [alternating_flip(images, coins, epoch) for epoch in range(3)]
+    for before, coin, *after in zip(images, coins, *epochs, strict=True):
+        mirrored = [torch.equal(image, reference.horizontal_flip(before)) for image in after]
+        assert mirrored == ([True, False, True] if coin else [False, True, False])
 
 
 def test_each_image_is_some_crop_of_its_padded_self(images):
@@ -45,7 +78,188 @@ def test_each_image_is_some_crop_of_its_padded_self(images):
     assert {top for top, _ in places} == {left for _, left in places} == set(range(2 * padding + 1))
 
 
-@pytest.mark.parametrize("operation", [random_flip, lambda x, g: random_crop(x, 4, g)])
-def test_the_same_generator_state_gives_the_same_images(images, operation):
-    assert torch.equal(operation(images, generator(3)), operation(images, generator(3)))
-    assert not torch.equal(operation(images, generator(3)), operation(images, generator(4)))
+def test_erasing_puts_one_box_of_noise_into_the_stated_share_of_the_images():
+    images = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8)
+    # Noise is 0 in all three channels once in 16.8 million pixels.
+    erased = random_erase(images, 0.6, generator(1)).bool().any(dim=1)  # (B, H, W)
+    heights, widths, tops = [], [], []
+    for place in erased[erased.any(dim=(1, 2))]:
+        y, x = place.nonzero(as_tuple=True)
+        box = (int(y.min()), int(x.min()), int(y.max() - y.min()) + 1, int(x.max() - x.min()) + 1)
+        assert torch.equal(
+            reference.erase(torch.zeros(32, 32), *box, torch.tensor(1.0)).bool(), place
+        )
+        tops.append(box[0])
+        heights.append(box[2])
+        widths.append(box[3])
+    assert len(heights) == pytest.approx(1200, abs=90)  # 4 standard errors
+    areas = torch.tensor(heights) * torch.tensor(widths) / 1024
+    assert 0.01 < areas.min() < 0.03 and 0.28 < areas.max() < 0.36
+    assert areas.mean() == pytest.approx(0.175, abs=0.012)
+    assert (
+        min(tops) == 0
+        and max(top + height for top, height in zip(tops, heights, strict=True)) == 32
+    )
+    assert torch.equal(random_erase(images, 0.0, generator(1)), images)
+
+
+# ---------------------------------------------------------------------------- colour
+
+
+@pytest.mark.parametrize(
+    ("ours", "torchvisions"),
+    [
+        (adjust_brightness, reference.adjust_brightness),
+        (adjust_contrast, reference.adjust_contrast),
+        (adjust_saturation, reference.adjust_saturation),
+    ],
+)
+def test_colours_change_as_torchvisions_do(images, ours, torchvisions):
+    factors = torch.linspace(0, 2, 64)
+    changed = ours(images, factors)
+    expected = torch.stack(
+        [torchvisions(*pair) for pair in zip(images, factors.tolist(), strict=True)]
+    )
+    assert changed.dtype == torch.uint8
+    # A product that is a whole number but for float32's rounding may fall to either side of it.
+    apart = (changed.int() - expected.int()).abs()
+    assert apart.max() <= 1 and apart.double().mean() < 0.005
+
+
+def test_random_colour_is_the_three_with_factors_within_its_strength(images):
+    plain = torch.full((4000, 3, 1, 1), 100, dtype=torch.uint8)
+    levels = random_colour(plain, 0.4, generator(1))[:, 0, 0, 0]
+    # Of a plain grey image contrast and saturation change nothing, but for their rounding down.
+    assert 58 <= levels.min() <= 61 and 138 <= levels.max() <= 140
+    assert torch.equal(random_colour(images, 0.0, generator(1)), images)
+    assert not torch.equal(random_colour(images, 0.4, generator(1)), images)
+
+
+@pytest.mark.parametrize("policy", [v2.TrivialAugmentWide(), v2.RandAugment()])
+def test_a_policy_is_torchvisions_with_a_draw_for_each_group(images, policy):
+    before = torch.get_rng_state()
+    changed = auto_augment(images, policy, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert changed.shape == images.shape and changed.dtype == torch.uint8
+    torch.manual_seed(5)
+    expected = [policy(group) for group in images.split(2)]  # 32 groups
+    assert torch.equal(changed, torch.cat(expected))
+    assert len(auto_augment(images[:3], policy, seed=5)) == 3
+
+
+# ---------------------------------------------------------------------------- mixing
+
+
+def test_mixup_is_torchvisions_with_a_share_for_each_image(images, targets):
+    shares = torch.linspace(0, 1, 64, dtype=torch.float64)
+    mixed, labels = mixup(images, targets, shares)
+    for row in range(64):
+        pair, their_targets = images[[row - 1, row]], targets[[row - 1, row]]
+        transform = v2.MixUp(num_classes=10)
+        parameters = {"lam": shares[row].item(), "labels": their_targets, "batch_size": 2}
+        expected = transform.transform(pair.double(), parameters)[1]
+        torch.testing.assert_close(mixed[row].double(), expected, atol=1, rtol=0)  # rounded down
+        torch.testing.assert_close(labels[row], transform.transform(their_targets, parameters)[1])
+
+
+def test_cutmix_is_torchvisions_with_a_box_for_each_image(targets):
+    images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(64, 3, 8, 12)
+    shares = torch.linspace(0, 1, 64, dtype=torch.float64)
+    mixed, labels = cutmix(images, targets, shares, generator(2))
+    corners = set()
+    for row in range(64):
+        changed = mixed[row, 0] != row
+        assert (mixed[row] == torch.where(changed, (row - 1) % 64, row)).all()
+        kept = 1 - changed.double().mean()
+        expected = kept * targets[row] + (1 - kept) * targets[row - 1]
+        torch.testing.assert_close(labels[row], expected)
+        if not changed.any():
+            continue
+        # The box is the one that torchvision makes of this share around this centre.
+        y, x = changed.nonzero(as_tuple=True)
+        top, left, bottom, right = int(y.min()), int(x.min()), int(y.max()) + 1, int(x.max()) + 1
+        assert changed[top:bottom, left:right].all()
+        half = 0.5 * (1 - shares[row].item()) ** 0.5
+        assert bottom - top <= 2 * int(half * 8) and right - left <= 2 * int(half * 12)
+        if 0 < top and bottom < 8:
+            assert bottom - top == 2 * int(half * 8)
+        if 0 < left and right < 12:
+            assert right - left == 2 * int(half * 12)
+        corners.add((top, left))
+    assert len(corners) > 10
+
+
+# ---------------------------------------------------------------------------- a recipe's
+
+
+EVERYTHING = {
+    "flip": "random",
+    "crop_padding": 2,
+    "policy": "trivial",
+    "colour": 0.3,
+    "erase": 0.5,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+}
+NOTHING = {"flip": "off", "crop_padding": 0}
+COINS = torch.arange(64) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"flip": "alternating"},
+        {"policy": "rand"},
+        *({name: EVERYTHING[name]} for name in EVERYTHING),
+    ],
+    ids=str,
+)
+def test_each_option_of_a_recipe_changes_the_images(images, targets, options):
+    config = TrainConfig(**NOTHING | options)
+    seen, labels = augment(images, targets, config, 1, COINS, epoch=0)
+    assert not torch.equal(seen, images) and seen.dtype == torch.uint8
+    assert torch.equal(labels, targets) == (not {"mixup", "cutmix"} & options.keys())
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(64, dtype=torch.float64))
+
+
+def test_without_any_option_nothing_changes(images, targets):
+    seen, labels = augment(images, targets, TrainConfig(**NOTHING), 1, COINS, epoch=0)
+    assert torch.equal(seen, images) and torch.equal(labels, targets)
+
+
+def test_the_same_seed_gives_the_same_images_and_another_seed_others(images, targets):
+    config = TrainConfig(**EVERYTHING)
+    first, second, other = (augment(images, targets, config, seed, COINS, 0) for seed in (3, 3, 4))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
+
+
+def test_mixing_ends_after_its_share_of_the_epochs(images, targets):
+    config = TrainConfig(**NOTHING, cutmix=1.0, epochs=10, warmup_epochs=0, mixed_epochs=0.8)
+    mixes = [
+        not torch.equal(augment(images, targets, config, 1, COINS, epoch)[1], targets)
+        for epoch in range(10)
+    ]
+    assert mixes == [True] * 8 + [False] * 2
+
+
+def test_with_both_kinds_of_mixing_each_image_has_one_of_them(targets):
+    images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(64, 3, 8, 12) * 4
+    config = TrainConfig(**NOTHING, mixup=1.0, cutmix=1.0)
+    seen, _ = augment(images, targets, config, 1, COINS, epoch=0)
+    plain = (seen == seen[:, :1, :1, :1]).all(dim=(1, 2, 3))  # a blend of two plain images is plain
+    assert 15 < plain.sum() < 55
+
+
+def test_the_contact_sheet_has_a_row_for_each_operation(tmp_path, capsys):
+    out = tmp_path / "sheet.png"
+    assert augmentation.main(["--recipe", "demo", "--images", "3", "--out", str(out)]) == 0
+    assert out.stat().st_size > 10_000 and str(out) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["--images 1", "--recipe nonsense", "--out /dev/null/x.png"])
+def test_the_contact_sheet_refuses_bad_input_in_one_line(capsys, flags):
+    with pytest.raises(SystemExit) as stop:
+        augmentation.main(["--recipe", "demo", *flags.split()])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("augment.py: ")

@@ -37,19 +37,20 @@ def saved_for_backward(function, x):
 
 @forms
 @dtypes
-def test_gelu_has_the_values_and_gradients_of_torch(approximate, dtype):
+def test_the_formula_has_the_values_and_gradients_of_torch(approximate, dtype):
     far = torch.tensor([0.0, -0.0, 40, -40, 1e4, -1e4, 1e10, -1e10])
     x = torch.cat([torch.linspace(-12, 12, 2001), far]).to(dtype)
-    ours = value_and_gradient(GELU(approximate), x)
+    ours = value_and_gradient(GELU(approximate).written_out, x)
     torchs = value_and_gradient(lambda x: F.gelu(x, approximate=approximate), x)
     for got, expected in zip(ours, torchs, strict=True):
         assert got.dtype == dtype and got.isfinite().all()
         torch.testing.assert_close(got, expected, **TOLERANCE[dtype])
 
 
-def test_bfloat16_gelu_is_the_float64_one_rounded_once():
+@pytest.mark.parametrize("path", [GELU.forward, GELU.written_out])
+def test_bfloat16_gelu_is_the_float64_one_rounded_once(path):
     x = torch.linspace(-4, 4, 2001).bfloat16()
-    ours = value_and_gradient(GELU(), x)
+    ours = value_and_gradient(lambda x: path(GELU(), x), x)
     exact = value_and_gradient(F.gelu, x.double())
     for got, expected in zip(ours, exact, strict=True):
         # Rounding once errs by at most half of the distance to the next number.
@@ -57,15 +58,25 @@ def test_bfloat16_gelu_is_the_float64_one_rounded_once():
 
 
 @forms
-def test_gelu_gradient_agrees_with_finite_differences(approximate):
+def test_gelu_is_torchs_kernel_in_eager_mode_and_the_formula_when_compiled(approximate):
+    x = torch.randn(1000)
+    assert torch.equal(GELU(approximate)(x), F.gelu(x, approximate=approximate))
+    # The same graph that a compiler would get, run as it is.
+    compiled = torch.compile(GELU(approximate), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), GELU(approximate).written_out(x))
+
+
+@forms
+def test_the_formulas_gradient_agrees_with_finite_differences(approximate):
     x = torch.tensor([[-6.0, -1.5, -0.75], [0.0, 0.3, 5.0]], dtype=torch.float64)
-    assert torch.autograd.gradcheck(GELU(approximate), x.requires_grad_())
+    assert torch.autograd.gradcheck(GELU(approximate).written_out, x.requires_grad_())
 
 
+@forms
 @dtypes
-def test_exact_gelu_keeps_only_its_input_for_backward(dtype):
+def test_gelu_keeps_only_its_input_for_backward(approximate, dtype):
     x = torch.randn(8, dtype=dtype, requires_grad=True)
-    saved = saved_for_backward(GELU(), x)
+    saved = saved_for_backward(GELU(approximate), x)
     assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr()]
 
 

@@ -19,7 +19,15 @@ import torchvision.transforms.v2.functional as reference
 from PIL import Image
 
 import data
-from data import DataError, batches, draw_shapes, load_dataset, normalise, stratified_split
+from data import (
+    DataError,
+    batch_rows,
+    batches,
+    draw_shapes,
+    load_dataset,
+    normalise,
+    stratified_split,
+)
 
 REAL = Path(__file__).parent.parent / "data"
 needs_cifar10 = pytest.mark.skipif(
@@ -193,18 +201,22 @@ def test_an_impossible_split_is_refused_with_its_number(held_out):
         stratified_split(torch.arange(1000) % 10, held_out, classes=10)
 
 
-def test_batches_hold_each_image_once_in_an_order_of_the_generator():
-    split = data.Split(torch.arange(70, dtype=torch.uint8).view(70, 1, 1, 1), torch.arange(70))
-
+def test_batches_of_rows_hold_each_once_in_an_order_of_the_generator():
     def order(seed):
-        parts = list(batches(split, 32, torch.Generator().manual_seed(seed)))
+        parts = batch_rows(70, 32, torch.Generator().manual_seed(seed))
         assert [len(part) for part in parts] == [32, 32, 6]
-        assert all(torch.equal(part.images.flatten().long(), part.labels) for part in parts)
-        return torch.cat([part.labels for part in parts]).tolist()
+        return torch.cat(parts).tolist()
 
     assert order(1) == order(1) != order(2)
     assert sorted(order(1)) == list(range(70))
-    assert torch.cat([part.labels for part in batches(split, 32)]).tolist() == list(range(70))
+
+
+def test_batches_hold_a_split_in_its_own_order():
+    split = data.Split(torch.arange(70, dtype=torch.uint8).view(70, 1, 1, 1), torch.arange(70))
+    parts = list(batches(split, 32))
+    assert [len(part) for part in parts] == [32, 32, 6]
+    assert all(torch.equal(part.images.flatten().long(), part.labels) for part in parts)
+    assert torch.cat([part.labels for part in parts]).tolist() == list(range(70))
 
 
 def test_normalise_is_torchvisions():

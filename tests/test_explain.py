@@ -174,7 +174,7 @@ def test_relevance_points_at_the_object_of_its_class_and_rollout_cannot():
     mean, std = (0.31,) * 3, (0.247,) * 3
     size = {"image_size": (32, 48), "patch_size": CELL, "width": 64, "depth": 2, "heads": 4}
     model = ViT(ViTConfig(**size, classes=3, positions="sincos"))
-    optimizers = make_optimizers(model, TrainConfig(optimizer="muon", learning_rate=3e-3))
+    optimizers = make_optimizers(model, TrainConfig(optimizer="muon", learning_rate=3e-3), "fp32")
     shapes, textures = draw_cells(classes, 4000, seed=0)
     steps = 500
     for step in range(steps):

@@ -12,69 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 import trainer
 import utils
 from data import Split
-from optimizers import learning_rate_factor, make_optimizers
 from recipes import RECIPES, TrainConfig
 from small import rows_of, same_weights, weights_of
 from trainer import evaluate
-from ViT import MODELS, ViT, ViTConfig
+from ViT import ViT, ViTConfig
 
 ROOT = Path(__file__).parent.parent
-MICRO = ViTConfig(**MODELS["micro"])
-
-
-# ---------------------------------------------------------------------------- schedule, optimizers
-
-
-@pytest.mark.parametrize(
-    ("schedule", "reference"),
-    [
-        ("cosine", lambda optimizer: CosineAnnealingLR(optimizer, T_max=90)),
-        ("linear", lambda optimizer: LinearLR(optimizer, 1.0, 0.0, total_iters=90)),
-    ],
-)
-def test_the_decay_is_torchs(schedule, reference):
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    scheduler = reference(optimizer)
-    for step in range(10, 101):
-        factor = learning_rate_factor(step, steps=100, warmup=10, schedule=schedule)
-        assert factor == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
-        optimizer.step()
-        scheduler.step()
-
-
-def test_the_schedule_has_the_stated_end_points():
-    factors = [learning_rate_factor(step, 100, 10, "cosine") for step in range(101)]
-    assert factors[0] == 0.1 and factors[9] == factors[10] == 1
-    assert factors[100] == pytest.approx(0, abs=1e-12)
-    assert learning_rate_factor(0, 100, 0, "linear") == 1
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_in_exactly_one_group_with_the_decay_of_its_kind(optimizer):
-    model = ViT(MICRO)
-    optimizers = make_optimizers(model, TrainConfig(optimizer=optimizer, weight_decay=0.3))
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    decay_of = {id(w): group["weight_decay"] for group in groups for w in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    for name, weight in model.named_parameters():
-        free = (
-            name.endswith("bias") or "norm" in name or name.startswith(("embed.class", "embed.pos"))
-        )
-        assert decay_of[id(weight)] == (0 if free else 0.3), name
-
-
-def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else():
-    model = ViT(MICRO)
-    _, muon = make_optimizers(model, TrainConfig(optimizer="muon"))
-    taken = {id(weight) for weight in muon.param_groups[0]["params"]}
-    names = {name for name, weight in model.named_parameters() if id(weight) in taken}
-    kinds = ("attention.qkv", "attention.output", "mlp.expand", "mlp.contract")
-    assert names == {f"blocks.{i}.{kind}.weight" for i in range(4) for kind in kinds}
 
 
 # ---------------------------------------------------------------------------- evaluation
@@ -123,6 +70,39 @@ def test_a_run_leaves_its_files_and_the_figures_agree(train, tmp_path, capsys):
     rows = rows_of(folder / "metrics.csv")
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert float(rows[1]["validation_accuracy"]) == pytest.approx(result["validation_accuracy"])
+
+
+def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated(
+    train, tmp_path, monkeypatch
+):
+    """The averages worked out again from the weights after each of the 10 steps."""
+    seen, evaluated = [], []
+    average, predict = trainer.Run.average_weights, trainer.predict
+
+    def watched(run):
+        average(run)
+        seen.append([weight.detach().clone() for weight in run.model.parameters()])
+
+    monkeypatch.setattr(trainer.Run, "average_weights", watched)
+    monkeypatch.setattr(
+        trainer, "predict", lambda model, *rest: evaluated.append(model) or predict(model, *rest)
+    )
+    assert train("--name a --epochs 2 --averaging 0.6 --seed 4") == 0
+    checkpoint = utils.load_checkpoint(tmp_path / "a/last.pt")
+    torch.manual_seed(4)
+    start = ViT(ViTConfig(**checkpoint["model_config"]))
+    averages = list(start.parameters())
+    for step, weights in enumerate(seen):
+        decay = min(0.6, (1 + step) / (10 + step))
+        averages = [decay * a + (1 - decay) * w for a, w in zip(averages, weights, strict=True)]
+    assert len(seen) == 10
+    for (name, _), average in zip(start.named_parameters(), averages, strict=True):
+        torch.testing.assert_close(checkpoint["averaged"][name], average.detach())
+        assert not torch.equal(checkpoint["averaged"][name], checkpoint["weights"][name])
+    model, _ = utils.load_model(tmp_path / "a/last.pt")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, checkpoint["averaged"][name])
+        assert torch.equal(weight, dict(evaluated[-1].named_parameters())[name])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -266,6 +246,11 @@ def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tm
         ("--label-smoothing 1", "1.0"),
         ("--warmup-epochs 9", "9.0"),
         ("--accumulate 41", "41"),
+        ("--flip sideways", "sideways"),
+        ("--erase 1.5", "1.5"),
+        ("--magnitude 31", "31"),
+        ("--cutmix -1", "-1.0"),
+        ("--averaging 1", "1.0"),
         ("--save-minutes -1", "-1"),
         ("--precision fp8", "fp8"),
         ("--recipe nonsense", "nonsense"),
@@ -301,8 +286,8 @@ def test_only_epochs_can_change_when_a_run_goes_on(train, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_parses_and_a_flag_beats_it(name):
-    arguments = trainer.parse_arguments(["--recipe", name, "--epochs", "7", "--no-flip"])
-    assert utils.given(arguments, TrainConfig) == {"epochs": 7, "flip": False}
+    arguments = trainer.parse_arguments(["--recipe", name, "--epochs", "7", "--flip", "off"])
+    assert utils.given(arguments, TrainConfig) == {"epochs": 7, "flip": "off"}
     assert ViT(RECIPES[name].model)
 
 

@@ -122,7 +122,7 @@ def deep(levels):
 GONE = object()
 LIES = [
     ("format", 99, "format 99"),
-    ("format", 1, "format 1"),
+    ("format", 2, "format 2"),
     ("format", True, "nothing that src/trainer.py wrote"),
     ("format", deep(60), "nothing that src/trainer.py wrote"),
     ("weights", GONE, "lacks 'weights'"),
@@ -147,6 +147,9 @@ LIES = [
     ("weights.head.bias", torch.zeros(10).to_sparse(), "head.bias"),
     ("weights.head.bias", torch.zeros(10, device="meta"), "head.bias"),
     ("weights.head.bias", [0.0] * 10, "'weights'"),
+    ("averaged", GONE, "lacks 'averaged'"),
+    ("averaged", {}, "averaged weights"),
+    ("averaged.head", torch.zeros(10), "unknown 'head'"),
     ("epoch", 2, "'epoch'"),
     ("epoch", "1", "'epoch'"),
     ("history", [], "'epoch'"),
@@ -181,9 +184,10 @@ LIES = [
 
 @pytest.fixture(scope="module")
 def half_way(tmp_path_factory):
-    """A checkpoint from within an epoch, by both optimizers."""
+    """A checkpoint from within an epoch, by both optimizers, with averaged weights."""
     folder = tmp_path_factory.mktemp("half_way")
-    start = small.start("--name a --epochs 2 --optimizer muon --save-minutes 0", folder)
+    flags = "--name a --epochs 2 --optimizer muon --averaging 0.9 --save-minutes 0"
+    start = small.start(flags, folder)
     assert small.finished(start) == 0
     whole = torch.load(folder / "a/last.pt", weights_only=True)
     whole |= {"epoch": 1, "history": whole["history"][:1]}
@@ -241,7 +245,7 @@ def parts_of_archive(path):
 
 
 def tensors_of(checkpoint):
-    return [checkpoint["weights"], *small.flat(checkpoint["optimizers"])]
+    return [checkpoint["weights"], checkpoint["averaged"], *small.flat(checkpoint["optimizers"])]
 
 
 def fuzz(half_way, tmp_path, each, seed):

@@ -172,6 +172,7 @@ class PatchEmbedding(nn.Module):
         super().__init__()
         self.image_shape = (config.channels, *config.image_size)
         self.patch_size = config.patch_size
+        self.patch_dropout = 0.0  # a trainer's to set; see `drop_patches`
         self.projection = nn.Linear(config.channels * config.patch_size**2, config.width)
         self.class_token = None
         if config.pooling == "class":
@@ -192,7 +193,22 @@ class PatchEmbedding(nn.Module):
         z = self.projection(patchify(images, self.patch_size))  # (B, N, D)
         if self.class_token is not None:
             z = torch.cat([self.class_token.expand(len(z), -1, -1), z], dim=1)  # (B, N+1, D)
-        return self.dropout(z + self.positions)  # (B, T, D)
+        z = self.dropout(z + self.positions)  # (B, T, D)
+        return self.drop_patches(z) if self.training and self.patch_dropout else z
+
+    def drop_patches(self, z: Tensor) -> Tensor:
+        """Leaves a share of the patches out, at random in each image; the others know their place.
+
+        PatchDropout (Liu et al., arXiv 2208.07220): a step costs what is left, and each image is
+        seen in other parts each time. (B, T, D) to (B, T - patch_dropout N, D).
+        """
+        B, T, D = z.shape
+        first = 0 if self.class_token is None else 1  # the class token stays
+        kept = round((T - first) * (1 - self.patch_dropout))
+        draw = torch.rand(B, T - first, device=z.device)
+        rows = draw.argsort(dim=1)[:, :kept] + first  # (B, kept)
+        patches = z.gather(1, rows[:, :, None].expand(-1, -1, D))  # (B, kept, D)
+        return torch.cat([z[:, :first], patches], dim=1)
 
 
 # ---------------------------------------------------------------------------- attention (Eqs. 5-8)
@@ -354,6 +370,32 @@ class ViT(nn.Module):
                 nn.init.xavier_uniform_(linear.weight)
                 nn.init.normal_(linear.bias, std=1e-6)
         nn.init.zeros_(self.head.weight)
+
+    @torch.no_grad()
+    def mimic_trained_attention(self) -> None:
+        """Gives attention weights the products that trained ones have.
+
+        Mimetic initialisation (Trockman & Kolter, arXiv 2305.09828): with Z of random numbers of
+        variance 1/D, W_q W_k^T of each head is near 0.7 Z + 0.7 I, so that alike tokens attend to
+        each other, and W_v W_msa is near 0.4 Z - 0.4 I.
+        """
+        D, heads = self.config.width, self.config.heads
+        identity = torch.eye(D)
+        for block in self.blocks:
+            q, k, v = block.attention.qkv.weight.chunk(3)  # each (D, D), h times D_h rows
+            for q_h, k_h in zip(q.chunk(heads), k.chunk(heads), strict=True):  # (D_h, D)
+                left, right = _factors(0.7 * torch.randn(D, D) * D**-0.5 + 0.7 * identity)
+                q_h.copy_(left.T[: len(q_h)])
+                k_h.copy_(right[: len(k_h)])
+            left, right = _factors(0.4 * torch.randn(D, D) * D**-0.5 - 0.4 * identity)
+            v.copy_(left.T)
+            block.attention.output.weight.copy_(right.T)
+
+
+def _factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices of equal singular values whose product is the given one, the largest first."""
+    U, S, Vh = torch.linalg.svd(matrix)
+    return U * S.sqrt(), S.sqrt()[:, None] * Vh
 
 
 # ---------------------------------------------------------------------------- a first look

@@ -58,13 +58,10 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
     """Surrounds each image with `padding` black pixels and cuts its size out at a random place."""
     B, _, H, W = images.shape
     device = images.device
-    top, left = torch.randint(2 * padding + 1, (2, B, 1), generator=generator, device=device)
-    rows = (top + torch.arange(H, device=device)).view(B, 1, H, 1)
-    columns = (left + torch.arange(W, device=device)).view(B, 1, 1, W)
+    top, left = torch.randint(2 * padding + 1, (2, B), generator=generator, device=device)
     padded = F.pad(images, [padding] * 4)  # (B, C, H + 2 padding, W + 2 padding)
-    image = torch.arange(B, device=device).view(B, 1, 1, 1)
-    channel = torch.arange(images.shape[1], device=device).view(1, -1, 1, 1)
-    return padded[image, channel, rows, columns]  # (B, C, H, W)
+    crops = padded.unfold(2, H, 1).unfold(3, W, 1)  # a view of all: (B, C, place, place, H, W)
+    return crops[torch.arange(B, device=device), :, top, left]  # (B, C, H, W)
 
 
 def boxes(

@@ -129,23 +129,27 @@ def stratified_split(labels: Tensor, held_out: int, classes: int) -> tuple[Tenso
 
 
 def batch_rows(
-    count: int, batch_size: int, generator: torch.Generator | None = None
+    split: Split, batch_size: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, ...]:
-    """Cuts the rows of a split into batches; each row comes once, and the last batch may be short.
+    """Cuts a split's rows into batches; each comes once, and the last batch may be short.
 
     Args:
         generator: shuffles, on the CPU, so that the order is the same on every device; without
             one the order is the split's own.
+
+    Returns:
+        Row numbers, on the split's device.
     """
     if generator is None:
-        return torch.arange(count).split(batch_size)
-    return torch.randperm(count, generator=generator).split(batch_size)
+        rows = torch.arange(len(split))
+    else:
+        rows = torch.randperm(len(split), generator=generator)
+    return rows.to(split.labels.device).split(batch_size)
 
 
 def batches(split: Split, batch_size: int) -> Iterator[Split]:
     """A split in its own order, batch by batch."""
-    for rows in batch_rows(len(split), batch_size):
-        yield split.take(rows.to(split.labels.device))
+    return map(split.take, batch_rows(split, batch_size))
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:

@@ -17,6 +17,9 @@ class TrainConfig:
 
     dataset: Annotated[Literal["cifar10", "shapes"], "what to train on"] = "cifar10"
     validation_images: Annotated[int, "training images held out; 0 trains on all of them"] = 5000
+    initialisation: Annotated[
+        Literal["paper", "mimetic"], "the reference code's, or with attention as if it were trained"
+    ] = "paper"
     epochs: Annotated[int, "times each training image is seen"] = 100
     batch_size: Annotated[int, "images a step, over all devices"] = 500
     accumulate: Annotated[
@@ -45,6 +48,7 @@ class TrainConfig:
     mixup: Annotated[float, "a of Beta(a, a), the shares of mixed images; 0 is off"] = 0.0
     cutmix: Annotated[float, "the same for CutMix; with both, either for each image"] = 0.0
     mixed_epochs: Annotated[float, "share of the epochs, from the first, in which images mix"] = 1.0
+    patch_dropout: Annotated[float, "share of the patches left out of each training image"] = 0.0
     averaging: Annotated[
         float, "decay a step of the averaged weights that are evaluated; 0 is none"
     ] = 0.0
@@ -77,7 +81,7 @@ class TrainConfig:
                 f"warmup_epochs must be at least 0 and below the {self.epochs} epochs, "
                 f"not {self.warmup_epochs}"
             )
-        for name in ("label_smoothing", "averaging"):
+        for name in ("label_smoothing", "averaging", "patch_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1, not {getattr(self, name)}"

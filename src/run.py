@@ -67,6 +67,7 @@ class Run:
     save_failed: bool = False  # the last time it was tried
 
     def __post_init__(self):
+        self.model.embed.patch_dropout = self.config.patch_dropout
         self.parallel = self.world.parallel(self.model)  # the model, over all ranks
         coins = utils.generator_for(self.config.seed)
         self.coins = torch.rand(len(self.dataset.train), generator=coins).to(self.device) < 0.5
@@ -226,7 +227,10 @@ def new_run(arguments: argparse.Namespace, device: torch.device, job: Job) -> Ru
     check_fit(model_config, dataset)
     _take_new_folder(folder, arguments, job)
     torch.manual_seed(config.seed)
-    model = ViT(model_config).to(device)
+    model = ViT(model_config)
+    if config.initialisation == "mimetic":
+        model.mimic_trained_attention()
+    model.to(device)
     precision = utils.resolve_precision(config.precision, device)
     return Run(
         folder=folder,

@@ -66,8 +66,7 @@ def compile_pays(model: ViT, config: TrainConfig, images: int, device: torch.dev
     """Whether compiling is worth its half minute: on a GPU, or in minutes of work for a CPU."""
     if config.compile != "auto":
         return config.compile == "on"
-    # 6 operations a weight and token: 2 forward, 4 backward (Kaplan et al., arXiv 2001.08361).
-    work = 6 * parameters_of(model.blocks) * model.config.tokens * images * config.epochs
+    work = utils.training_flops(model.config, config.patch_dropout) * images * config.epochs
     return device.type == "cuda" or (device.type == "cpu" and work > 2e13)
 
 
@@ -115,13 +114,11 @@ def train_epoch(run: Run, forward: Forward) -> dict[str, Any]:
     config, epoch, done = run.config, run.epoch, run.progress
     run.model.train()
     started = time.perf_counter() - done.seconds
-    order = batch_rows(
-        len(run.dataset.train), config.batch_size, utils.generator_for(config.seed, epoch)
-    )
+    shuffle = utils.generator_for(config.seed, epoch)
+    order = batch_rows(run.dataset.train, config.batch_size, shuffle)
     with progress_bar(run) as bar:
         for rows in order[done.steps :]:
             set_learning_rates(run.optimizers, run.rate_factor(run.step))
-            rows = rows.to(run.device)
             batch, draws = run.dataset.train.take(rows), (config.seed, epoch, done.steps)
             targets = F.one_hot(batch.labels, len(run.dataset.classes)).to(
                 torch.get_default_dtype()
@@ -160,6 +157,11 @@ def train_epoch(run: Run, forward: Forward) -> dict[str, Any]:
         "seconds": done.seconds,
         "images_per_second": images / done.seconds,
     }
+
+
+def targets_of(batch: Split, classes: int) -> Tensor:
+    """The labels as probabilities (B, K)."""
+    return F.one_hot(batch.labels, classes).to(torch.get_default_dtype())
 
 
 def add_gradients(
@@ -451,6 +453,9 @@ def write_outcome(
         return True
     outcome = f"test loss {test.loss:.4f}   test accuracy {test.top1:.2%}" if test else "not tested"
     training = sum(row["seconds"] for row in run.history)
+    images_per_second = len(run.dataset.train) * run.config.epochs / training
+    flops = utils.training_flops(run.model.config, run.config.patch_dropout)
+    rate = run.world.size * utils.matrix_rate(run.device, run.precision)
     result = {
         "command": command,
         "recipe": run.recipe,
@@ -473,7 +478,9 @@ def write_outcome(
             "compile": run.seconds["compile"],
             "total": run.total_seconds(),
         },
-        "images_per_second": len(run.dataset.train) * run.config.epochs / training,
+        "images_per_second": images_per_second,
+        "matrix_flops_per_second": rate,
+        "matrix_rate_share": flops * images_per_second / rate,
         "peak_memory_bytes": utils.peak_memory_bytes(run.device),
     }
     print(f"{outcome}   {training:.0f} s of training, {result['seconds']['total']:.0f} s in all")

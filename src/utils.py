@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import io
 import json
+import math
 import os
 import platform
 import sys
@@ -330,6 +331,34 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def training_flops(config: ViTConfig, patch_dropout: float = 0.0) -> int:
+    """Floating-point operations of a training step for each image, as the scaling papers count.
+
+    2 a weight and token forward, twice that backward, and the two products of attention; norms,
+    softmax and GELU are left out (Kaplan et al., arXiv 2001.08361; PaLM, arXiv 2204.02311, B).
+    """
+    D, hidden = config.width, round(config.mlp_ratio * config.width)
+    N = config.grid[0] * config.grid[1]
+    T = config.tokens - N + round(N * (1 - patch_dropout))
+    block = T * (4 * D * D + 2 * D * hidden) + 2 * T * T * D
+    patches = N * config.channels * config.patch_size**2 * D
+    return 6 * (config.depth * block + patches + D * config.classes)
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """Floating-point operations a second that square matrix products reach here, at their best."""
+    size, dtype = (8192 if device.type == "cuda" else 1024), torch.float32
+    if precision == "bf16":
+        dtype = torch.bfloat16
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(4):  # the first of them warms up
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()  # which waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
 
 
 def keep_freed_memory() -> None:

@@ -477,6 +477,23 @@ def test_each_dropout_acts_in_training_and_not_in_evaluation(name):
         torch.testing.assert_close(path(images), plain(images))
 
 
+@poolings
+def test_dropped_patches_are_another_random_share_in_each_image(pooling):
+    embed = PatchEmbedding(small(pooling=pooling))
+    embed.patch_dropout = 0.75
+    images = random_images(small(), 400)
+    with torch.no_grad():
+        whole, part = embed.eval()(images), embed.train()(images)
+    first = int(pooling == "class")
+    assert part.shape == (400, first + 4, 32)
+    assert_all_close([part[:, :first]], [whole[:, :first]], 1e-6)
+    apart = (part[:, first:, None] - whole[:, None, first:]).abs()
+    same = apart.amax(dim=-1) < 1e-5  # (B, kept, N)
+    assert (same.sum(dim=2) == 1).all() and same.sum(dim=1).max() == 1  # each once
+    counts = same.sum(dim=(0, 1))  # each of 16 patches is kept in a quarter of 400 images
+    assert 65 < counts.min() and counts.max() < 135  # 4 standard errors
+
+
 # ---------------------------------------------------------------------------- initialisation
 
 
@@ -517,6 +534,37 @@ def test_positions_and_mlp_biases_start_small_and_random_and_the_rest_at_zero_or
         elif name.endswith("bias") or name in ("embed.class_token", "head.weight"):
             assert not parameter.any(), name
     assert len(random) == 5
+
+
+def test_mimetic_attention_has_the_products_of_the_paper():
+    """Each product less its multiple of I is random, with the stated deviation."""
+    model = ViT(small(width=96, heads=3)).requires_grad_(False)
+    model.mimic_trained_attention()
+    for block in model.blocks:
+        q, k, v = (part.double() for part in block.attention.qkv.weight.chunk(3))
+        output = block.attention.output.weight.double()
+        rest = v.T @ output.T + 0.4 * torch.eye(96)
+        assert rest.std() == pytest.approx(0.4 * 96**-0.5, rel=0.05)
+        assert abs(rest.diagonal().mean()) < 0.02
+        for q_h, k_h in zip(q.chunk(3), k.chunk(3), strict=True):
+            product = q_h.T @ k_h  # (D, D), the best of rank D_h to a 0.7 Z + 0.7 I
+            singular = torch.linalg.svdvals(product)
+            assert (singular[32:] < 1e-5).all() and singular[31] > 0.5
+            assert product.diagonal().mean() > 10 * product.mean().abs()
+            torch.testing.assert_close(q_h.norm(), k_h.norm(), rtol=1e-4, atol=0)
+
+
+def test_mimetic_products_of_whole_rank_are_exact():
+    """With one head nothing is cut off: the same draws give 0.7 Z + 0.7 I."""
+    model = ViT(small(width=16, heads=1, depth=1)).requires_grad_(False)
+    torch.manual_seed(7)
+    model.mimic_trained_attention()
+    torch.manual_seed(7)
+    similar, contrary = (torch.randn(16, 16) / 4 for _ in range(2))
+    q, k, v = model.blocks[0].attention.qkv.weight.chunk(3)
+    output = model.blocks[0].attention.output.weight
+    torch.testing.assert_close(q.T @ k, 0.7 * similar + 0.7 * torch.eye(16))
+    torch.testing.assert_close(v.T @ output.T, 0.4 * contrary - 0.4 * torch.eye(16))
 
 
 # ---------------------------------------------------------------------------- as a whole

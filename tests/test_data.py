@@ -201,9 +201,14 @@ def test_an_impossible_split_is_refused_with_its_number(held_out):
         stratified_split(torch.arange(1000) % 10, held_out, classes=10)
 
 
-def test_batches_of_rows_hold_each_once_in_an_order_of_the_generator():
+@pytest.fixture
+def seventy():
+    return data.Split(torch.arange(70, dtype=torch.uint8).view(70, 1, 1, 1), torch.arange(70))
+
+
+def test_rows_of_batches_come_once_each_in_an_order_of_the_generator(seventy):
     def order(seed):
-        parts = batch_rows(70, 32, torch.Generator().manual_seed(seed))
+        parts = batch_rows(seventy, 32, torch.Generator().manual_seed(seed))
         assert [len(part) for part in parts] == [32, 32, 6]
         return torch.cat(parts).tolist()
 
@@ -211,9 +216,8 @@ def test_batches_of_rows_hold_each_once_in_an_order_of_the_generator():
     assert sorted(order(1)) == list(range(70))
 
 
-def test_batches_hold_a_split_in_its_own_order():
-    split = data.Split(torch.arange(70, dtype=torch.uint8).view(70, 1, 1, 1), torch.arange(70))
-    parts = list(batches(split, 32))
+def test_batches_hold_a_split_in_its_own_order(seventy):
+    parts = list(batches(seventy, 32))
     assert [len(part) for part in parts] == [32, 32, 6]
     assert all(torch.equal(part.images.flatten().long(), part.labels) for part in parts)
     assert torch.cat([part.labels for part in parts]).tolist() == list(range(70))

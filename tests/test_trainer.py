@@ -19,7 +19,7 @@ from data import Split
 from recipes import RECIPES, TrainConfig
 from small import rows_of, same_weights, weights_of
 from trainer import evaluate
-from ViT import ViT, ViTConfig
+from ViT import EncoderBlock, ViT, ViTConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,6 +103,26 @@ def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated(
     for name, weight in model.named_parameters():
         assert torch.equal(weight, checkpoint["averaged"][name])
         assert torch.equal(weight, dict(evaluated[-1].named_parameters())[name])
+
+
+def test_a_recipe_sets_the_models_start_and_the_patches_it_trains_on(train, tmp_path, monkeypatch):
+    """With a learning rate of 0 the weights stay as they began."""
+    tokens = []
+    forward = EncoderBlock.forward
+    monkeypatch.setattr(
+        EncoderBlock, "forward", lambda block, z: tokens.append(z.shape[1]) or forward(block, z)
+    )
+    still = "--epochs 1 --learning-rate 0 --weight-decay 0 --optimizer adamw --seed 4"
+    for initialisation in ("paper", "mimetic"):
+        flags = f"--initialisation {initialisation} --patch-dropout 0.75 --name {initialisation}"
+        assert train(f"{flags} {still}") == 0
+        saved = utils.load_checkpoint(tmp_path / initialisation / "last.pt")
+        torch.manual_seed(4)
+        model = ViT(ViTConfig(**saved["model_config"]))
+        if initialisation == "mimetic":
+            model.mimic_trained_attention()
+        assert same_weights(saved["weights"], model.state_dict())
+    assert set(tokens) == {4, 16}  # of training and of evaluation
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -251,6 +271,7 @@ def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tm
         ("--magnitude 31", "31"),
         ("--cutmix -1", "-1.0"),
         ("--averaging 1", "1.0"),
+        ("--patch-dropout 1", "1.0"),
         ("--save-minutes -1", "-1"),
         ("--precision fp8", "fp8"),
         ("--recipe nonsense", "nonsense"),

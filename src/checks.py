@@ -126,9 +126,8 @@ def check_content(checkpoint: Any) -> None:
             raise ValueError(f"epoch {number} of 'history' calls itself {_shown(row['epoch'])}")
         if row["seconds"] <= 0:
             raise ValueError(f"epoch {number} of 'history' took no time")
-    validation = [row[key] for row in checkpoint["history"] for key in METRICS if "valid" in key]
-    if None in validation and any(value is not None for value in validation):
-        raise ValueError("'history' has validation figures for a part of the epochs")
+        if (row["validation_loss"] is None) != (row["validation_accuracy"] is None):
+            raise ValueError(f"epoch {number} of 'history' has one of two validation figures")
     if checkpoint["epoch"] != len(checkpoint["history"]):
         raise ValueError("'epoch' and the length of 'history' differ")
     check_fields(checkpoint["seconds"], SECONDS, "'seconds'")

@@ -52,6 +52,7 @@ class TrainConfig:
     averaging: Annotated[
         float, "decay a step of the averaged weights that are evaluated; 0 is none"
     ] = 0.0
+    validate_every: Annotated[int, "epochs to the next validation; the last has one always"] = 1
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], "auto is bf16 autocast where the hardware multiplies bf16"
     ] = "auto"
@@ -64,7 +65,8 @@ class TrainConfig:
     seed: Annotated[int, "the run's seed: initialisation, order, augmentation, dropout"] = 0
 
     def __post_init__(self):
-        for name, least in (("epochs", 1), ("batch_size", 1), ("crop_padding", 0), ("seed", 0)):
+        positive = ("epochs", "batch_size", "validate_every")
+        for name, least in (*((name, 1) for name in positive), ("crop_padding", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not 1 <= self.accumulate <= self.batch_size:

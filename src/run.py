@@ -106,6 +106,13 @@ class Run:
         """The model whose accuracy counts."""
         return self.averaged or self.model
 
+    @property
+    def validates(self) -> bool:
+        """Whether the epoch under way ends with a look at the validation images."""
+        number = self.epoch + 1
+        due = number % self.config.validate_every == 0 or number == self.config.epochs
+        return due and len(self.dataset.validation) > 0
+
     @torch.no_grad()
     def average_weights(self) -> None:
         """Moves the averaged weights towards those of the step just done.

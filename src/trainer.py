@@ -409,7 +409,7 @@ def train(run: Run, command: str, no_test: bool) -> bool:
         while run.epoch < config.epochs:
             row = train_epoch(run, forward)
             row |= {"validation_loss": None, "validation_accuracy": None}
-            if len(run.dataset.validation):
+            if run.validates:
                 validation = evaluate(run.evaluated, run.dataset.validation, run.dataset, world)
                 row |= {"validation_loss": validation.loss, "validation_accuracy": validation.top1}
             run.end_epoch(row)

@@ -211,17 +211,17 @@ def draw_curves(figure: Figure, history: list[dict[str, float]]) -> None:
     The training curves are of augmented images and smoothed labels, as the model met them.
     """
     losses, accuracies, rates = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in history]
 
     def curve(axes, name: str, label: str | None = None, scale: float = 1.0, **style) -> None:
-        axes.plot(epochs, [scale * row[name] for row in history], label=label, **style)
+        points = [(row["epoch"], scale * row[name]) for row in history if row[name] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
 
     curve(losses, "train_loss", "training, as augmented", marker=".")
     curve(accuracies, "train_accuracy", "training", 100, marker=".")
     curve(rates, "learning_rate", color="tab:gray")
-    if history[0]["validation_loss"] is not None:
-        curve(losses, "validation_loss", "validation", marker=".")
-        curve(accuracies, "validation_accuracy", "validation", 100, marker=".")
+    curve(losses, "validation_loss", "validation", marker=".")
+    curve(accuracies, "validation_accuracy", "validation", 100, marker=".")
     labels = ("loss (nats)", "accuracy (%)", "learning rate at the epoch's end")
     for axes, label in zip((losses, accuracies, rates), labels, strict=True):
         axes.set(xlabel="epoch", ylabel=label)

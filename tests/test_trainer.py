@@ -190,6 +190,15 @@ def test_the_test_images_are_looked_at_once_or_not_at_all(
     assert (result["test_accuracy"] is None) == (flags == "--no-test")
 
 
+def test_validation_may_skip_epochs_but_not_the_last(train, tmp_path):
+    assert train("--name a --epochs 5 --validate-every 2") == 0
+    rows = rows_of(tmp_path / "a/metrics.csv")
+    assert [row["validation_loss"] != "" for row in rows] == [False, True, False, True, True]
+    result = json.loads((tmp_path / "a/result.json").read_text())
+    assert float(rows[4]["validation_accuracy"]) == pytest.approx(result["validation_accuracy"])
+    assert train(f"--evaluate {tmp_path / 'a'}") == 0  # its checkpoint is a good one
+
+
 def test_training_on_all_images_leaves_validation_empty(train, tmp_path):
     assert train("--name a --epochs 1 --validation-images 0") == 0
     assert json.loads((tmp_path / "a/result.json").read_text())["validation_accuracy"] is None
@@ -272,6 +281,7 @@ def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tm
         ("--cutmix -1", "-1.0"),
         ("--averaging 1", "1.0"),
         ("--patch-dropout 1", "1.0"),
+        ("--validate-every 0", "0"),
         ("--save-minutes -1", "-1"),
         ("--precision fp8", "fp8"),
         ("--recipe nonsense", "nonsense"),

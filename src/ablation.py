@@ -1,0 +1,114 @@
+"""What each choice of the cpu recipe is worth: one change at a time, over a few seeds.
+
+    python src/ablation.py                 the runs that results/ablation lacks, then the table
+    python src/ablation.py --table         the table of those that are there
+
+Every run is the trainer's own, shortened, on one thread, and judged by the validation images
+(--no-test). It leaves result.json and metrics.csv in results/ablation/<change>/seed<seed>/, and all
+of them results/ablation/table.csv. Two at a time on two cores they take about an hour.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import utils
+
+BASE = "--recipe cpu --epochs 4 --validate-every 4 --no-test --device cpu"
+SEEDS = (0, 1, 2)
+CHANGES = {  # a folder name and the flags
+    "none": "",
+}
+RESULTS = utils.ROOT / "results/ablation"
+
+
+def run(change: str, seed: int) -> str:
+    """Trains with a change and a seed, and keeps the figures; returns a line about it."""
+    kept = RESULTS / change / f"seed{seed}"
+    flags = f"{BASE} --seed {seed} {CHANGES[change]}"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(utils.ROOT / "src/trainer.py"), *shlex.split(flags)]
+        command += ["--output-dir", folder, "--name", change]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=one_thread, capture_output=True, text=True)
+        if done.returncode:
+            return f"{change}, seed {seed}: {done.stderr.strip()}"
+        for file in ("metrics.csv", "result.json"):
+            utils.write_whole(kept / file, (Path(folder) / change / file).read_bytes())
+    accuracy = json.loads((kept / "result.json").read_text())["validation_accuracy"]
+    return f"{change}, seed {seed}: {accuracy:.2%}"
+
+
+def table() -> list[dict[str, Any]]:
+    """A row for each change that was run; accuracies in percent, deviations over the seeds."""
+    rows: list[dict[str, Any]] = []
+    for change, flags in CHANGES.items():
+        files = sorted(RESULTS.glob(f"{change}/seed*/result.json"))
+        results = [json.loads(file.read_text()) for file in files]
+        if not results:
+            continue
+        accuracies = [100 * result["validation_accuracy"] for result in results]
+        row = {"change": change, "flags": flags, "seeds": len(results)}
+        row["validation_accuracy"] = statistics.mean(accuracies)
+        row["deviation"] = statistics.stdev(accuracies) if len(results) > 1 else 0.0
+        row["seconds"] = statistics.median(result["seconds"]["training"] for result in results)
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table as the README has it."""
+    print("| change | flags | validation | training |\n|---|---|---|---|")
+    for row in rows:
+        flags = f"`{row['flags']}`" if row["flags"] else ""
+        accuracy = f"{row['validation_accuracy']:.1f} ± {row['deviation']:.1f}%"
+        print(f"| {row['change']} | {flags} | {accuracy} | {row['seconds']:.0f} s |")
+
+
+def main(argv: list[str]) -> int:
+    parser = utils.Parser(
+        prog="ablation.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--table", action="store_true", help="no runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each (2)")
+    arguments = parser.parse_args(argv)
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {arguments.jobs}")
+    if not arguments.table:
+        # Seed by seed, so that the changes compare however far it gets.
+        wanted = [(change, seed) for seed in SEEDS for change in CHANGES]
+        missing = [
+            (change, seed)
+            for change, seed in wanted
+            if not (RESULTS / change / f"seed{seed}/result.json").exists()
+        ]
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for line in pool.map(lambda key: run(*key), missing):
+                print(line, flush=True)
+    rows = table()
+    if rows:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
+        utils.write_whole(RESULTS / "table.csv", text.getvalue().encode())
+        show(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

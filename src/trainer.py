@@ -62,12 +62,18 @@ def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def compile_pays(model: ViT, config: TrainConfig, images: int, device: torch.device) -> bool:
+def operations_of(run: Run) -> float:
+    """Floating-point operations that a run's training comes to."""
+    per_image = utils.training_flops(run.model.config, run.config.patch_dropout)
+    return float(per_image) * len(run.dataset.train) * run.config.epochs
+
+
+def compile_pays(run: Run) -> bool:
     """Whether compiling is worth its half minute: on a GPU, or in minutes of work for a CPU."""
-    if config.compile != "auto":
-        return config.compile == "on"
-    work = utils.training_flops(model.config, config.patch_dropout) * images * config.epochs
-    return device.type == "cuda" or (device.type == "cpu" and work > 2e13)
+    if run.config.compile != "auto":
+        return run.config.compile == "on"
+    kind = run.device.type
+    return kind == "cuda" or (kind == "cpu" and operations_of(run) > 2e13)
 
 
 def compile_model(model: nn.Module, batch: Tensor, precision: str) -> Forward:
@@ -399,10 +405,10 @@ def train(run: Run, command: str, no_test: bool) -> bool:
         f"{run.folder}: ViT of {parameters_of(run.model):,} parameters on "
         f"{len(run.dataset.train):,} images of {config.dataset}, {run.precision} on {devices}"
     )
+    if run.device.type == "cpu" and operations_of(run) > 1e16:
+        run.say("made for a GPU, this takes days on a CPU; --recipe cpu takes ten minutes")
     forward: Forward = run.parallel
-    if run.epoch < config.epochs and compile_pays(
-        run.model, config, len(run.dataset.train), run.device
-    ):
+    if run.epoch < config.epochs and compile_pays(run):
         forward = compiled(run)
 
     with run.job.stop.postponed():
@@ -454,7 +460,6 @@ def write_outcome(
     outcome = f"test loss {test.loss:.4f}   test accuracy {test.top1:.2%}" if test else "not tested"
     training = sum(row["seconds"] for row in run.history)
     images_per_second = len(run.dataset.train) * run.config.epochs / training
-    flops = utils.training_flops(run.model.config, run.config.patch_dropout)
     rate = run.world.size * utils.matrix_rate(run.device, run.precision)
     result = {
         "command": command,
@@ -480,7 +485,7 @@ def write_outcome(
         },
         "images_per_second": images_per_second,
         "matrix_flops_per_second": rate,
-        "matrix_rate_share": flops * images_per_second / rate,
+        "matrix_rate_share": operations_of(run) / training / rate,
         "peak_memory_bytes": utils.peak_memory_bytes(run.device),
     }
     print(f"{outcome}   {training:.0f} s of training, {result['seconds']['total']:.0f} s in all")

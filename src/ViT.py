@@ -238,7 +238,7 @@ class MultiHeadSelfAttention(nn.Module):
         Row i of A says how much token i takes from every token; it sums to 1.
         """
         q, k, v = self.split(z)
-        A = torch.softmax(q / q.shape[-1] ** 0.5 @ k.mT, dim=-1)  # (B, h, T, T)  Eq. 6
+        A = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)  # (B, h, T, T)  Eq. 6
         heads = F.dropout(A, self.attention_dropout, self.training) @ v  # (B, h, T, D_h)  Eq. 7
         return self.merge(heads), A
 

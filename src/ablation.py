@@ -24,10 +24,24 @@ from typing import Any
 
 import utils
 
-BASE = "--recipe cpu --epochs 4 --validate-every 4 --no-test --device cpu"
+BASE = "--recipe cpu --epochs 3 --patch-dropout 0.75 --whole-epochs 0 --compile on"
+BASE += " --validate-every 3 --no-test --device cpu"
 SEEDS = (0, 1, 2)
-CHANGES = {  # a folder name and the flags
+CHANGES = {  # a folder's name, and the flags
     "none": "",
+    "adamw": "--optimizer adamw --learning-rate 2e-3",
+    "rate": "--learning-rate 3e-3",
+    "muon-rate": "--muon-learning-rate 0.04",
+    "paper-start": "--initialisation paper",
+    "patch-8": "--patch-size 8 --patch-dropout 0",
+    "class-token": "--pooling class --positions learned",
+    "whole-epoch": "--whole-epochs 1",
+    "averaging": "--averaging 0.99",
+    "drop-path": "--drop-path 0.1",
+    "alternating": "--flip alternating",
+    "no-crop": "--crop-padding 0",
+    "cutmix": "--cutmix 1",
+    "trivial": "--policy trivial",
 }
 RESULTS = utils.ROOT / "results/ablation"
 

@@ -67,7 +67,6 @@ class Run:
     save_failed: bool = False  # the last time it was tried
 
     def __post_init__(self):
-        self.model.embed.patch_dropout = self.config.patch_dropout
         self.parallel = self.world.parallel(self.model)  # the model, over all ranks
         coins = utils.generator_for(self.config.seed)
         self.coins = torch.rand(len(self.dataset.train), generator=coins).to(self.device) < 0.5
@@ -127,6 +126,7 @@ class Run:
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def begin_epoch(self) -> None:
+        self.model.embed.patch_dropout = self.config.patch_dropout_in(self.epoch)
         losses = torch.zeros(self.steps_per_epoch, device=self.device)
         self.progress = Progress(losses, torch.zeros((), dtype=torch.int64, device=self.device))
 

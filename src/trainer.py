@@ -46,7 +46,7 @@ from processes import (
     joined_job,
     without_averaging,
 )
-from recipes import DEFAULT_RECIPE, RECIPES, TrainConfig
+from recipes import DEFAULT_RECIPE, RECIPES
 from run import Diverged, Run, check_fit, checkpoint_file, dataset_for, new_run, resumed_run
 from utils import UsageError, choose_device
 from ViT import MODELS, ViT, parameters_of
@@ -64,8 +64,9 @@ def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
 
 def operations_of(run: Run) -> float:
     """Floating-point operations that a run's training comes to."""
-    per_image = utils.training_flops(run.model.config, run.config.patch_dropout)
-    return float(per_image) * len(run.dataset.train) * run.config.epochs
+    dropped = map(run.config.patch_dropout_in, range(run.config.epochs))
+    of_an_image = sum(utils.training_flops(run.model.config, share) for share in dropped)
+    return float(len(run.dataset.train)) * of_an_image
 
 
 def compile_pays(run: Run) -> bool:
@@ -430,14 +431,17 @@ def train(run: Run, command: str, no_test: bool) -> bool:
 
 
 def compiled(run: Run) -> Forward:
-    """The model, compiled for the batches that this rank will see."""
+    """The model, compiled for the batches that this rank will see, of each number of patches."""
     run.say("compiling the model ...")
     started = time.perf_counter()
     run.model.train()
-    share = run.world.share(torch.arange(run.config.batch_size, device=run.device))
-    example = run.dataset.train.take(share.tensor_split(run.config.accumulate)[0]).images
+    rows = run.world.share(torch.arange(run.config.batch_size, device=run.device))
+    example = run.dataset.train.take(rows.tensor_split(run.config.accumulate)[0]).images
     example = normalise(example, run.dataset.mean, run.dataset.std)
-    forward = compile_model(run.parallel, example, run.precision)
+    shares = {run.config.patch_dropout_in(epoch) for epoch in range(run.epoch, run.config.epochs)}
+    for share in sorted(shares):  # ends with the epoch's own
+        run.model.embed.patch_dropout = share
+        forward = compile_model(run.parallel, example, run.precision)
     run.seconds["compile"] += time.perf_counter() - started
     return forward
 

@@ -618,7 +618,7 @@ def measure(name: str, modes: list[str], setting: Setting) -> dict[str, Any]:
         "input_ratio": inputs["ratio"],
         "outside": outside,
         "outside_share": outside["outside_share"],
-        "growth": measure_growth(shape, setting),
+        "growth": measure_growth(shape, setting._replace(rounds=-(-setting.rounds // 3))),
     }
 
 

@@ -11,6 +11,7 @@ import math
 import re
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,15 @@ class Run:
         number = self.epoch + 1
         due = number % self.config.validate_every == 0 or number == self.config.epochs
         return due and len(self.dataset.validation) > 0
+
+    def operations(self) -> dict[float, float]:
+        """Floating-point operations of the training, by the share of patches that is left out."""
+        done: dict[float, float] = defaultdict(float)
+        for epoch in range(self.config.epochs):
+            share = self.config.patch_dropout_in(epoch)
+            of_an_image = utils.training_flops(self.model.config, share)
+            done[share] += of_an_image * len(self.dataset.train)
+        return done
 
     @torch.no_grad()
     def average_weights(self) -> None:

@@ -62,19 +62,11 @@ def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def operations_of(run: Run) -> float:
-    """Floating-point operations that a run's training comes to."""
-    dropped = map(run.config.patch_dropout_in, range(run.config.epochs))
-    of_an_image = sum(utils.training_flops(run.model.config, share) for share in dropped)
-    return float(len(run.dataset.train)) * of_an_image
-
-
-def compile_pays(run: Run) -> bool:
+def compile_pays(run: Run, operations: float) -> bool:
     """Whether compiling is worth its half minute: on a GPU, or in minutes of work for a CPU."""
     if run.config.compile != "auto":
         return run.config.compile == "on"
-    kind = run.device.type
-    return kind == "cuda" or (kind == "cpu" and operations_of(run) > 2e13)
+    return run.device.type == "cuda" or (run.device.type == "cpu" and operations > 2e13)
 
 
 def compile_model(model: nn.Module, batch: Tensor, precision: str) -> Forward:
@@ -406,15 +398,13 @@ def train(run: Run, command: str, no_test: bool) -> bool:
         f"{run.folder}: ViT of {parameters_of(run.model):,} parameters on "
         f"{len(run.dataset.train):,} images of {config.dataset}, {run.precision} on {devices}"
     )
-    if run.device.type == "cpu" and operations_of(run) > 1e16:
+    if run.device.type == "cpu" and sum(run.operations().values()) > 1e16:
         run.say("made for a GPU, this takes days on a CPU; --recipe cpu takes ten minutes")
-    forward: Forward = run.parallel
-    if run.epoch < config.epochs and compile_pays(run):
-        forward = compiled(run)
+    forwards = forwards_of(run)
 
     with run.job.stop.postponed():
         while run.epoch < config.epochs:
-            row = train_epoch(run, forward)
+            row = train_epoch(run, forwards[config.patch_dropout_in(run.epoch)])
             row |= {"validation_loss": None, "validation_accuracy": None}
             if run.validates:
                 validation = evaluate(run.evaluated, run.dataset.validation, run.dataset, world)
@@ -430,20 +420,28 @@ def train(run: Run, command: str, no_test: bool) -> bool:
     return write_outcome(run, test, time.perf_counter() - started, command)
 
 
-def compiled(run: Run) -> Forward:
-    """The model, compiled for the batches that this rank will see, of each number of patches."""
-    run.say("compiling the model ...")
+def forwards_of(run: Run) -> dict[float, Forward]:
+    """The model for each share of patches that is left out in an epoch, compiled where it pays.
+
+    Compiled for the batches that this rank will see. Whether it pays does not depend on how far the
+    run is: one that goes on must compute as before.
+    """
+    config, forwards = run.config, {}
+    ahead = {config.patch_dropout_in(epoch) for epoch in range(run.epoch, config.epochs)}
+    rows = run.world.share(torch.arange(config.batch_size, device=run.device))
+    example = run.dataset.train.take(rows.tensor_split(config.accumulate)[0]).images
+    example = normalise(example, run.dataset.mean, run.dataset.std)
     started = time.perf_counter()
     run.model.train()
-    rows = run.world.share(torch.arange(run.config.batch_size, device=run.device))
-    example = run.dataset.train.take(rows.tensor_split(run.config.accumulate)[0]).images
-    example = normalise(example, run.dataset.mean, run.dataset.std)
-    shares = {run.config.patch_dropout_in(epoch) for epoch in range(run.epoch, run.config.epochs)}
-    for share in sorted(shares):  # ends with the epoch's own
-        run.model.embed.patch_dropout = share
-        forward = compile_model(run.parallel, example, run.precision)
+    for share, operations in run.operations().items():
+        forwards[share] = run.parallel
+        if share in ahead and compile_pays(run, operations):
+            run.say("compiling the model ...")
+            run.model.embed.patch_dropout = share
+            forwards[share] = compile_model(run.parallel, example, run.precision)
+    run.model.embed.patch_dropout = config.patch_dropout_in(run.epoch)
     run.seconds["compile"] += time.perf_counter() - started
-    return forward
+    return forwards
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
@@ -489,7 +487,7 @@ def write_outcome(
         },
         "images_per_second": images_per_second,
         "matrix_flops_per_second": rate,
-        "matrix_rate_share": operations_of(run) / training / rate,
+        "matrix_rate_share": sum(run.operations().values()) / training / rate,
         "peak_memory_bytes": utils.peak_memory_bytes(run.device),
     }
     print(f"{outcome}   {training:.0f} s of training, {result['seconds']['total']:.0f} s in all")

@@ -199,6 +199,30 @@ def test_validation_may_skip_epochs_but_not_the_last(train, tmp_path):
     assert train(f"--evaluate {tmp_path / 'a'}") == 0  # its checkpoint is a good one
 
 
+def test_the_last_epochs_see_whole_images_and_work_of_each_kind_is_compiled_where_it_pays(
+    train, tmp_path, monkeypatch
+):
+    tokens, compiled = [], []
+    forward, compile_model = EncoderBlock.forward, trainer.compile_model
+    monkeypatch.setattr(
+        EncoderBlock, "forward", lambda block, z: tokens.append(z.shape[1]) or forward(block, z)
+    )
+
+    def watched(model, *rest):
+        compiled.append(model.embed.patch_dropout)
+        monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+        return compile_model(model, *rest)
+
+    monkeypatch.setattr(trainer, "compile_model", watched)
+    monkeypatch.setattr(
+        trainer, "compile_pays", lambda run, work: work == max(run.operations().values())
+    )
+    flags = "--name a --epochs 5 --whole-epochs 1 --patch-dropout 0.5 --validation-images 0"
+    assert train(flags + " --no-test") == 0
+    assert compiled == [0.5]
+    assert tokens[:2] == [8, 8] and tokens[2:] == [8] * 40 + [16] * 10  # 2 blocks, 5 steps an epoch
+
+
 def test_training_on_all_images_leaves_validation_empty(train, tmp_path):
     assert train("--name a --epochs 1 --validation-images 0") == 0
     assert json.loads((tmp_path / "a/result.json").read_text())["validation_accuracy"] is None

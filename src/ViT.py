@@ -161,6 +161,11 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     return torch.cat(parts, dim=1).float()  # (N, D)
 
 
+def patches_kept(patches: int, patch_dropout: float) -> int:
+    """How many of an image's patches are left in training; one at least."""
+    return max(1, round(patches * (1 - patch_dropout)))
+
+
 class PatchEmbedding(nn.Module):
     """Eq. 1: patches through one linear map E, the class token before them, positions added.
 
@@ -200,11 +205,11 @@ class PatchEmbedding(nn.Module):
         """Leaves a share of the patches out, at random in each image; the others know their place.
 
         PatchDropout (Liu et al., arXiv 2208.07220): a step costs what is left, and each image is
-        seen in other parts each time. (B, T, D) to (B, T - patch_dropout N, D).
+        seen in other parts each time. (B, T, D) to (B, class token and `patches_kept`, D).
         """
         B, T, D = z.shape
         first = 0 if self.class_token is None else 1  # the class token stays
-        kept = round((T - first) * (1 - self.patch_dropout))
+        kept = patches_kept(T - first, self.patch_dropout)
         draw = torch.rand(B, T - first, device=z.device)
         rows = draw.argsort(dim=1)[:, :kept] + first  # (B, kept)
         patches = z.gather(1, rows[:, :, None].expand(-1, -1, D))  # (B, kept, D)

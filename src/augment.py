@@ -2,7 +2,7 @@
 
 Each function takes and returns uint8 images (B, C, H, W); those that mix two images also take and
 return targets (B, K), the probability of each class. A generator lives on the images' device; the
-same state of it gives the same result. Nothing here waits for the device.
+same state of it gives the same result. Nothing but torchvision's policies waits for the device.
 
     python src/augment.py                    draws what each does to visualization/out/augment.png
     python src/augment.py --recipe demo      and in the last row all that a recipe does
@@ -144,7 +144,7 @@ def auto_augment(images: Tensor, policy: v2.Transform, seed: int) -> Tensor:
     come from torch's generator of the CPU, whose state is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         groups = images.tensor_split(min(POLICY_GROUPS, len(images)))
         return torch.cat([policy(group) for group in groups])
 
@@ -202,7 +202,7 @@ def augment(
         coins: (B,) bool, of each image for `alternating_flip`.
         epoch: counted from 0.
     """
-    generator = torch.Generator(images.device).manual_seed(seed)
+    generator = utils.generator_for(seed, device=images.device)
     if config.flip == "random":
         images = random_flip(images, generator)
     elif config.flip == "alternating":
@@ -210,9 +210,11 @@ def augment(
     if config.crop_padding:
         images = random_crop(images, config.crop_padding, generator)
     if config.policy == "trivial":
-        images = auto_augment(images, v2.TrivialAugmentWide(), seed)
+        images = auto_augment(images, v2.TrivialAugmentWide(), utils.seed_for(seed, 1))
     elif config.policy == "rand":
-        images = auto_augment(images, v2.RandAugment(magnitude=config.magnitude), seed)
+        images = auto_augment(
+            images, v2.RandAugment(magnitude=config.magnitude), utils.seed_for(seed, 1)
+        )
     if config.colour:
         images = random_colour(images, config.colour, generator)
     if config.erase:
@@ -226,10 +228,13 @@ def _mix(
     images: Tensor, targets: Tensor, config: TrainConfig, seed: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Mixup or CutMix; where a recipe has both, one of them for each image."""
-    host = np.random.default_rng(seed)  # torch's Beta takes no generator
+    host = np.random.default_rng(utils.seed_for(seed, 2))  # torch's Beta takes no generator
 
     def shares(alpha: float) -> Tensor:
-        return torch.from_numpy(host.beta(alpha, alpha, len(images))).to(targets)
+        draw = torch.from_numpy(host.beta(alpha, alpha, len(images))).to(targets.dtype)
+        # From pinned memory a copy to a GPU does not wait for it.
+        draw = draw.pin_memory() if images.is_cuda else draw
+        return draw.to(images.device, non_blocking=True)
 
     if not config.cutmix:
         return mixup(images, targets, shares(config.mixup))

@@ -4,7 +4,9 @@
     python src/benchmark.py --recipe demo         in the shape of another recipe
     python src/benchmark.py --json FILE           the JSON and, beside it, the plot
 
-Four parts, each in the shape of a recipe's model and batch, on the device that training would take:
+Four parts, with the patch, width, depth, heads and batch of a recipe, on the device that training
+would take. In what is compared, every model has a class token and learned positions, as all peers
+offer, and sees all patches.
 
     train_step   images/s of a training step of this ViT and of those of torchvision, timm,
                  vit-pytorch and transformers (as far as they are installed), eager and compiled,
@@ -12,13 +14,14 @@ Four parts, each in the shape of a recipe's model and batch, on the device that 
                  share that the arithmetic of the model comes to
     input        an epoch of batches as training gets them, beside DataLoader with torchvision's
                  transforms
-    outside      what a step of `train_epoch` takes besides forward and backward
+    outside      what a step of the recipe takes in `train_epoch` besides forward and backward
     growth       a step's time, and what it keeps for the backward pass, against the sizes
 
 No data set is read: random images take the same time.
 """
 
 import argparse
+import copy
 import dataclasses
 import statistics
 import sys
@@ -70,8 +73,10 @@ class Setting(NamedTuple):
 
 
 def wait_for(device: torch.device) -> None:
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def seconds_of(work: Callable[[], Any], times: int, device: torch.device) -> float:
@@ -137,7 +142,7 @@ class Candidate(NamedTuple):
     compiles: bool = True  # whether the choice of attention outlives compilation
 
 
-def this_code(shape: Shape) -> Iterator[Candidate]:
+def of_this_code(shape: Shape) -> Iterator[Candidate]:
     config = ViTConfig(
         image_size=shape.image_size,
         patch_size=shape.patch_size,
@@ -148,7 +153,7 @@ def this_code(shape: Shape) -> Iterator[Candidate]:
     yield Candidate("this code", "own", ViT(config))
 
 
-def torchvisions(shape: Shape) -> Iterator[Candidate]:
+def of_torchvision(shape: Shape) -> Iterator[Candidate]:
     model = torchvision.models.VisionTransformer(
         image_size=shape.image_size,
         patch_size=shape.patch_size,
@@ -163,7 +168,7 @@ def torchvisions(shape: Shape) -> Iterator[Candidate]:
     yield Candidate("torchvision", "plain", model, calling=plain, compiles=False)
 
 
-def timms(shape: Shape) -> Iterator[Candidate]:
+def of_timm(shape: Shape) -> Iterator[Candidate]:
     import timm
 
     before = timm.layers.use_fused_attn()
@@ -181,7 +186,7 @@ def timms(shape: Shape) -> Iterator[Candidate]:
     timm.layers.set_fused_attn(bool(before))
 
 
-def vit_pytorchs(shape: Shape) -> Iterator[Candidate]:
+def of_vit_pytorch(shape: Shape) -> Iterator[Candidate]:
     import vit_pytorch
 
     model = vit_pytorch.ViT(
@@ -197,7 +202,7 @@ def vit_pytorchs(shape: Shape) -> Iterator[Candidate]:
     yield Candidate("vit-pytorch", "plain", model)
 
 
-def transformerss(shape: Shape) -> Iterator[Candidate]:
+def of_transformers(shape: Shape) -> Iterator[Candidate]:
     import transformers
 
     class Logits(nn.Module):
@@ -225,7 +230,7 @@ def transformerss(shape: Shape) -> Iterator[Candidate]:
         yield Candidate("transformers", attention, Logits(model))
 
 
-IMPLEMENTATIONS = (this_code, torchvisions, timms, vit_pytorchs, transformerss)
+IMPLEMENTATIONS = (of_this_code, of_torchvision, of_timm, of_vit_pytorch, of_transformers)
 
 
 def candidates(shape: Shape) -> list[Candidate]:
@@ -234,7 +239,7 @@ def candidates(shape: Shape) -> list[Candidate]:
         try:
             found += implementation(shape)
         except ImportError as error:
-            print(f"{error.name} is not installed; going on without it")
+            print(f"{error.name or error} is not installed; going on without it")
     return found
 
 
@@ -259,7 +264,7 @@ def step_of(
 
 def time_steps(
     shape: Shape, modes: list[str], setting: Setting, rate: float
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
+) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
     """Times a training step of every candidate in every mode.
 
     Args:
@@ -267,7 +272,7 @@ def time_steps(
 
     Returns:
         The rows, fastest first, and for each mode how many times this code is as fast as the
-        fastest peer, each with its best attention.
+        fastest peer, each with its best attention; null where one of the two did not run.
     """
     works, found = {}, candidates(shape)
     for candidate in found:
@@ -279,10 +284,14 @@ def time_steps(
                     continue
                 forward = torch.compile(candidate.model, dynamic=False)
             key = (candidate.implementation, candidate.attention, mode)
-            works[key] = step_of(candidate, forward, shape, setting)
-            started = time.perf_counter()
-            works[key]()
-            wait_for(setting.device)
+            step, started = step_of(candidate, forward, shape, setting), time.perf_counter()
+            try:
+                step()
+                wait_for(setting.device)
+            except Exception as error:  # whatever a compiler can raise; the others can do without
+                print(f"{' '.join(key)}: left out, {next(iter(str(error).splitlines()), error)}")
+                continue
+            works[key] = step
             print(f"{' '.join(key)}: first step {time.perf_counter() - started:.1f} s", flush=True)
     taken = in_turns(works, setting)
     parameters = {each.implementation: parameters_of(each.model) for each in found}
@@ -299,13 +308,15 @@ def time_steps(
         for (implementation, attention, mode), seconds in taken.items()
     ]
     rows.sort(key=lambda row: -row["images_per_second"])
-    ratios = {}
-    for mode in modes:
-        seconds = [(key[0], times) for key, times in taken.items() if key[2] == mode]
-        peers = [times for name, times in seconds if name != "this code"]
-        own = min((times for name, times in seconds if name == "this code"), key=statistics.median)
-        ratios[mode] = ratio(min(peers, key=statistics.median), own)
-    return rows, ratios
+    return rows, {mode: ratio_to_fastest_peer(taken, mode) for mode in modes}
+
+
+def ratio_to_fastest_peer(
+    taken: dict[tuple[str, str, str], list[float]], mode: str
+) -> float | None:
+    peers = [times for key, times in taken.items() if key[2] == mode and key[0] != "this code"]
+    own = [times for key, times in taken.items() if key[2] == mode and key[0] == "this code"]
+    return ratio(min(peers, key=statistics.median), own[0]) if peers and own else None
 
 
 # ---------------------------------------------------------------------------- input
@@ -367,7 +378,7 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
             images.to(setting.device, non_blocking=True)
             labels.to(setting.device, non_blocking=True)
 
-    works: dict[str, Callable[[], None]] = {"this code": ours}
+    works: dict[str, Callable[[], None]] = {}
     for workers in (0, torch.get_num_threads()):
         loader = DataLoader(
             Pictures(pixels, transform),
@@ -378,6 +389,7 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
             pin_memory=setting.device.type == "cuda",
         )
         works[f"DataLoader, {workers} workers"] = partial(epoch_of, loader)
+    works["this code"] = ours  # last: workers are forked before it has started threads
     taken = in_turns(works, setting)
     own = taken.pop("this code")
     return {
@@ -408,7 +420,7 @@ def run_of(recipe: Recipe, setting: Setting, steps: int) -> Iterator[Run]:
             device=setting.device,
             precision=setting.precision,
             model=model,
-            averaged=None,
+            averaged=copy.deepcopy(model).requires_grad_(False) if config.averaging else None,
             optimizers=make_optimizers(model, config, setting.precision),
             job=Job(ALONE, StopSignals(), held),
             save_minutes=float("inf"),
@@ -489,7 +501,7 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # itself it would be part of a cycle, which is not freed
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = forward()  # alive until all is counted, and with it what it keeps
@@ -499,12 +511,13 @@ def kept_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
 
 def measure_growth(base: Shape, setting: Setting) -> list[dict[str, Any]]:
     """Times this code's eager step, one size changed at a time, and counts what it keeps."""
-    rows, works = [], {}
+    rows: list[dict[str, Any]] = []
+    works = {}
     for size, multiples in GROWTH.items():
         for multiple in multiples:
             value = max(1, round(multiple * getattr(base, size)))
             shape = base._replace(**{size: value})
-            candidate = next(this_code(shape))
+            candidate = next(of_this_code(shape))
             candidate.model.to(setting.device).train()
             step = step_of(candidate, candidate.model, shape, setting)
             images = torch.randn(
@@ -515,12 +528,13 @@ def measure_growth(base: Shape, setting: Setting) -> list[dict[str, Any]]:
                 with arithmetic(setting.precision, setting.device):
                     return model(images)
 
-            kept = kept_bytes(candidate.model, forward)
-            rows.append({"size": size, "value": value, "kept_bytes": kept, "peak_bytes": None})
-            if setting.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
+            try:
+                kept = kept_bytes(candidate.model, forward)
                 step()
-                rows[-1]["peak_bytes"] = torch.cuda.max_memory_allocated()
+            except torch.OutOfMemoryError:
+                print(f"{size} {value} does not fit into the device's memory")
+                continue
+            rows.append({"size": size, "value": value, "kept_bytes": kept})
             works[size, value] = step
     taken = in_turns(works, setting)
     for row in rows:
@@ -578,7 +592,8 @@ def show(result: dict[str, Any]) -> None:
             f"{row['images_per_second']:9,.0f}{row['matrix_rate_share']:16.0%}"
         )
     for mode, value in result["ratio_to_fastest_peer"].items():
-        print(f"this code to the fastest peer, {mode}: {value:.2f}")
+        shown = "not measured" if value is None else f"{value:.2f}"
+        print(f"this code to the fastest peer, {mode}: {shown}")
     print("\ninput, flip and crop")
     for name, value in result["input"]["images_per_second"].items():
         print(f"{name:26}{value:12,.0f} images/s")
@@ -599,9 +614,8 @@ def measure(name: str, modes: list[str], setting: Setting) -> dict[str, Any]:
     """All four parts, in the shape of the recipe of that name."""
     recipe = RECIPES[name]
     shape = Shape.of(recipe)
-    rate = utils.matrix_rate(setting.device, setting.precision)
-    # First, since its workers are forks of this process, which should have no threads by then.
     inputs = time_input(setting, shape.batch_size)
+    rate = utils.matrix_rate(setting.device, setting.precision)
     steps, ratios = time_steps(shape, modes, setting, rate)
     outside = time_outside(recipe, modes[-1], setting)
     return {

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -157,9 +158,16 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
     The floats are of torch's default type, which is float32.
     """
-    shift = torch.tensor(mean, device=images.device).view(-1, 1, 1) * 255
-    scale = torch.tensor(std, device=images.device).view(-1, 1, 1) * 255
+    shift = _pixel_scale(tuple(mean), images.device, torch.get_default_dtype())
+    scale = _pixel_scale(tuple(std), images.device, torch.get_default_dtype())
     return (images.to(scale.dtype) - shift) / scale
+
+
+@lru_cache
+def _pixel_scale(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Values of each channel as pixels (C, 1, 1); kept, since a copy to a GPU waits for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1) * 255
 
 
 # ---------------------------------------------------------------------------- CIFAR-10

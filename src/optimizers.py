@@ -32,10 +32,10 @@ def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> f
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal (Jordan et al., kellerjordan.github.io/posts/muon).
 
-    Gives what `torch.optim.Muon` does, with two differences: matrices of one shape go through the
-    iteration as one batch, in six kernels a step of it instead of three a matrix, and a weight
-    may hold several matrices one under the other, as q, k and v are, each of which is made
-    orthogonal apart.
+    Does what `torch.optim.Muon` does, with two differences: matrices of one shape go through the
+    iteration as one batch, and a weight may hold several matrices one under the other, as q, k and
+    v are, each of which is made orthogonal apart. A step of `cpu` on two Zen 4 cores takes 16 ms,
+    torch's with three weights for q, k and v 25 ms (torch 2.14, medians of 15, in turns).
 
     Args:
         groups: of matrices; a group's `parts` says how many matrices one under the other each of

@@ -112,11 +112,11 @@ class Recipe:
 
 DEFAULT_RECIPE = "default"
 
-# No GPU was at hand when the three recipes for one were written: they are the findings of the CPU
-# (results/ablation) at the size of a GPU, with more augmentation for more epochs, and untried.
+# No GPU was at hand for the three recipes that are made for one. They take what results/ablation
+# found on a CPU to the size of a GPU, with more augmentation for more epochs; untried.
 RECIPES = {
     "default": Recipe(
-        about="""For a GPU: ViT-S/4 with Muon, strong augmentation, minutes on a data-centre card.
+        about="""For a GPU, untried: ViT-S/4 with Muon and strong augmentation.
 
         Command   python src/trainer.py
         Hardware  made for a GPU
@@ -141,7 +141,7 @@ RECIPES = {
         ),
     ),
     "speed94": Recipe(
-        about="""For a GPU: to 94% as fast as a plain ViT can, with half of the patches.
+        about="""For a GPU, untried: aims at 94% in a minute, on half of the patches.
 
         Command   python src/trainer.py --recipe speed94
         Hardware  made for a GPU
@@ -167,7 +167,7 @@ RECIPES = {
         ),
     ),
     "best": Recipe(
-        about="""For a GPU: the most accurate, half an hour on a data-centre card.
+        about="""For a GPU, untried: aims at the most accurate in half an hour, on patches of 2 x 2.
 
         Command   python src/trainer.py --recipe best
         Hardware  made for a GPU
@@ -241,11 +241,12 @@ RECIPES = {
             epochs=11,
             batch_size=250,
             optimizer="muon",
-            learning_rate=1e-3,
+            learning_rate=3e-3,
             muon_learning_rate=0.02,
             warmup_epochs=0.5,
             schedule="linear",
             gradient_clip=0,
+            crop_padding=2,
             patch_dropout=0.5,
             whole_epochs=1,
             validate_every=2,

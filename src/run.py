@@ -106,13 +106,6 @@ class Run:
         """The model whose accuracy counts."""
         return self.averaged or self.model
 
-    @property
-    def validates(self) -> bool:
-        """Whether the epoch under way ends with a look at the validation images."""
-        number = self.epoch + 1
-        due = number % self.config.validate_every == 0 or number == self.config.epochs
-        return due and len(self.dataset.validation) > 0
-
     def operations(self) -> dict[float, float]:
         """Floating-point operations of the training, by the share of patches that is left out."""
         done: dict[float, float] = defaultdict(float)
@@ -126,8 +119,8 @@ class Run:
     def average_weights(self) -> None:
         """Moves the averaged weights towards those of the step just done.
 
-        The decay rises from 0, as in TensorFlow's ExponentialMovingAverage, so that the first
-        weights are soon forgotten.
+        The decay rises from 0.1, as in TensorFlow's ExponentialMovingAverage, so that the first
+        weights are soon forgotten. To be called before the step is counted.
         """
         if self.averaged is None:
             return
@@ -227,13 +220,7 @@ class Run:
 
 def new_run(arguments: argparse.Namespace, device: torch.device, job: Job) -> Run:
     """A fresh run of a recipe, changed by the flags given."""
-    recipe = RECIPES[arguments.recipe]
-    size = MODELS[arguments.model] if arguments.model else {}
-    try:
-        model_config = dataclasses.replace(recipe.model, **size | utils.given(arguments, ViTConfig))
-        config = dataclasses.replace(recipe.train, **utils.given(arguments, TrainConfig))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    model_config, config = configs_from(arguments)
     name = arguments.name or arguments.recipe
     if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
         raise UsageError(f"--name {name!r} must be letters, digits, '.', '_' and '-'")
@@ -264,6 +251,17 @@ def new_run(arguments: argparse.Namespace, device: torch.device, job: Job) -> Ru
         history=[],
         seconds={"compile": 0.0, "total": 0.0},
     )
+
+
+def configs_from(arguments: argparse.Namespace) -> tuple[ViTConfig, TrainConfig]:
+    """Those of the recipe, changed by the flags given."""
+    recipe = RECIPES[arguments.recipe]
+    size = MODELS[arguments.model] if arguments.model else {}
+    try:
+        model = dataclasses.replace(recipe.model, **size | utils.given(arguments, ViTConfig))
+        return model, dataclasses.replace(recipe.train, **utils.given(arguments, TrainConfig))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def resumed_run(arguments: argparse.Namespace, device: torch.device, job: Job) -> Run:

@@ -119,9 +119,7 @@ def train_epoch(run: Run, forward: Forward) -> dict[str, Any]:
         for rows in order[done.steps :]:
             set_learning_rates(run.optimizers, run.rate_factor(run.step))
             batch, draws = run.dataset.train.take(rows), (config.seed, epoch, done.steps)
-            targets = F.one_hot(batch.labels, len(run.dataset.classes)).to(
-                torch.get_default_dtype()
-            )
+            targets = targets_of(batch, len(run.dataset.classes))
             images, targets = augment(
                 batch.images, targets, config, utils.seed_for(*draws), run.coins[rows], epoch
             )
@@ -399,25 +397,39 @@ def train(run: Run, command: str, no_test: bool) -> bool:
         f"{len(run.dataset.train):,} images of {config.dataset}, {run.precision} on {devices}"
     )
     if run.device.type == "cpu" and sum(run.operations().values()) > 1e16:
-        run.say("made for a GPU, this takes days on a CPU; --recipe cpu takes ten minutes")
+        run.say("made for a GPU, this takes hours or days here; --recipe cpu takes ten minutes")
     forwards = forwards_of(run)
 
     with run.job.stop.postponed():
         while run.epoch < config.epochs:
             row = train_epoch(run, forwards[config.patch_dropout_in(run.epoch)])
-            row |= {"validation_loss": None, "validation_accuracy": None}
-            if run.validates:
-                validation = evaluate(run.evaluated, run.dataset.validation, run.dataset, world)
-                row |= {"validation_loss": validation.loss, "validation_accuracy": validation.top1}
-            run.end_epoch(row)
+            run.end_epoch(row | {"validation_loss": None, "validation_accuracy": None})
+            if run.epoch % config.validate_every == 0 or run.epoch == config.epochs:
+                validate(run)
             run.save()
-            run.say(epoch_line(row, config.epochs))
+            run.say(epoch_line(run.history[-1], config.epochs))
+        if validate(run):  # the epoch that --epochs has now made the last
+            run.save()
 
     started = time.perf_counter()
     test = None if no_test else evaluate(run.evaluated, run.dataset.test, run.dataset, world)
     if run.save_failed:
         run.save(last=True)
     return write_outcome(run, test, time.perf_counter() - started, command)
+
+
+def validate(run: Run) -> bool:
+    """Adds the figures of the validation images to the last row of the history.
+
+    Returns:
+        Whether there are such images, and the row did not have their figures.
+    """
+    row, split = run.history[-1], run.dataset.validation
+    if not len(split) or row["validation_loss"] is not None:
+        return False
+    result = evaluate(run.evaluated, split, run.dataset, run.world)
+    row |= {"validation_loss": result.loss, "validation_accuracy": result.top1}
+    return True
 
 
 def forwards_of(run: Run) -> dict[float, Forward]:

@@ -37,7 +37,7 @@ from checks import (
     sound_copy,
 )
 from processes import ALONE, World
-from ViT import ViT, ViTConfig
+from ViT import ViT, ViTConfig, patches_kept
 
 _IMPORTED = time.perf_counter()
 ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the current folder is
@@ -341,7 +341,7 @@ def training_flops(config: ViTConfig, patch_dropout: float = 0.0) -> int:
     """
     D, hidden = config.width, round(config.mlp_ratio * config.width)
     N = config.grid[0] * config.grid[1]
-    T = config.tokens - N + round(N * (1 - patch_dropout))
+    T = config.tokens - N + patches_kept(N, patch_dropout)
     block = T * (4 * D * D + 2 * D * hidden) + 2 * T * T * D
     patches = N * config.channels * config.patch_size**2 * D
     return 6 * (config.depth * block + patches + D * config.classes)
@@ -349,10 +349,9 @@ def training_flops(config: ViTConfig, patch_dropout: float = 0.0) -> int:
 
 def matrix_rate(device: torch.device, precision: str) -> float:
     """Floating-point operations a second that square matrix products reach here, at their best."""
-    size, dtype = (8192 if device.type == "cuda" else 1024), torch.float32
-    if precision == "bf16":
-        dtype = torch.bfloat16
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype)
     best = math.inf
     for _ in range(4):  # the first of them warms up
         started = time.perf_counter()

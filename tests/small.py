@@ -63,6 +63,7 @@ def rows_of(path):
 def result_of(path):
     """result.json without what depends on the process that wrote it."""
     timed = ("seconds", "images_per_second", "peak_memory_bytes", "command")
+    timed += ("matrix_flops_per_second", "matrix_rate_share")
     result = json.loads(path.read_text())
     return {key: value for key, value in result.items() if key not in timed}
 

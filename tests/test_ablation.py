@@ -1,6 +1,7 @@
 """The ablation's runs are the trainer's, and its table is made of what they left."""
 
 import csv
+import dataclasses
 import json
 import statistics
 
@@ -19,8 +20,8 @@ def results(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_missing_runs_are_trained_and_a_failure_is_said(results, capsys):
-    assert ablation.main(["--jobs", "2"]) == 0
+def test_missing_runs_are_trained_and_a_failure_is_said(results, capsys, monkeypatch):
+    assert ablation.main(["--jobs", "2"]) == 1
     printed = capsys.readouterr().out
     assert "wrong, seed 0: trainer.py: width 16 must be a multiple of heads 3" in printed
     assert "| none |" in printed and "| wrong |" not in printed
@@ -28,13 +29,19 @@ def test_missing_runs_are_trained_and_a_failure_is_said(results, capsys):
     assert result["test_accuracy"] is None and result["seed"] == 0
     assert (results / "none/seed0/metrics.csv").exists() and not (results / "wrong").exists()
     assert [row["seeds"] for row in ablation.table()] == [1]
+    monkeypatch.setattr(ablation, "BASE", ablation.BASE + " --label-smoothing 0.3")
+    assert ablation.table() == []  # the run was of other options
 
 
-def test_the_table_is_the_mean_and_deviation_over_seeds(results, capsys):
+def test_the_table_is_the_mean_and_deviation_over_seeds(results, capsys, monkeypatch):
+    monkeypatch.setattr(ablation, "CHANGES", {"none": ""})
+    monkeypatch.setattr(ablation, "SEEDS", (0, 1, 2))
     for seed, accuracy in enumerate((0.70, 0.72, 0.77)):
         folder = results / f"none/seed{seed}"
         folder.mkdir(parents=True)
-        content = {"validation_accuracy": accuracy, "seconds": {"training": 10.0 + seed}}
+        configs = ablation.configs_from(ablation.parse_arguments(ablation.flags_of("none", seed)))
+        content = dict(zip(("model", "training"), map(dataclasses.asdict, configs), strict=True))
+        content |= {"validation_accuracy": accuracy, "seconds": {"training": 10.0 + seed}}
         (folder / "result.json").write_text(json.dumps(content))
     assert ablation.main(["--table"]) == 0
     assert "| none |  | 73.0 ± 3.6% | 11 s |" in capsys.readouterr().out

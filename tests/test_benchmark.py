@@ -1,6 +1,8 @@
 """The benchmark's instruments against counts by hand, and the whole of it at a tiny size."""
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -41,6 +43,40 @@ def test_kept_memory_is_the_sum_of_the_layers_inputs():
     assert kept_bytes(model, lambda: model(images)) == 4 * (5 * 4 + 5 * 8)
 
 
+def test_counting_kept_memory_gives_it_back():
+    """Softmax keeps its own output, which must not come to keep itself."""
+    weights = nn.Linear(4, 4)
+    kept = []
+
+    def forward():
+        attention = weights(torch.ones(4, 4)).softmax(dim=1)
+        kept.append(weakref.ref(attention))
+        return attention.sum()
+
+    gc.disable()
+    try:
+        kept_bytes(weights, forward)
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_candidate_that_does_not_compile_is_left_out(monkeypatch, capsys):
+    def no_compiler(model, **_):
+        def forward(images):
+            raise RuntimeError("no C++ compiler found\nand a long story")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(benchmark, "IMPLEMENTATIONS", (benchmark.of_this_code,))
+    shape = Shape(patch_size=16, width=8, depth=1, heads=1, batch_size=2)
+    rows, ratios = benchmark.time_steps(shape, ["eager", "compiled"], CPU, rate=1e9)
+    assert "this code own compiled: left out, no C++ compiler found\n" in capsys.readouterr().out
+    assert [row["mode"] for row in rows] == ["eager"]
+    assert ratios == {"eager": None, "compiled": None}
+
+
 @pytest.mark.parametrize(("pooling", "dropped"), [("class", 0.0), ("mean", 0.0), ("class", 0.7)])
 def test_the_arithmetic_of_a_step_is_what_torch_counts(pooling, dropped):
     config = ViTConfig(patch_size=8, width=32, depth=3, heads=4, pooling=pooling, mlp_ratio=3)
@@ -62,7 +98,7 @@ def test_the_matrix_rate_is_that_of_a_product(monkeypatch):
 def test_torchvisions_model_has_the_same_parameters():
     shape = Shape(patch_size=8, width=32, depth=2, heads=4, batch_size=4)
     ours, theirs = (
-        next(make(shape)).model for make in (benchmark.this_code, benchmark.torchvisions)
+        next(make(shape)).model for make in (benchmark.of_this_code, benchmark.of_torchvision)
     )
     assert sum(w.numel() for w in ours.parameters()) == sum(w.numel() for w in theirs.parameters())
 
@@ -73,7 +109,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(benchmark, "INPUT_IMAGES", 100)
     monkeypatch.setattr(benchmark, "LONG_ENOUGH", 0.0)
     monkeypatch.setattr(
-        benchmark, "IMPLEMENTATIONS", (benchmark.this_code, benchmark.torchvisions, absent)
+        benchmark, "IMPLEMENTATIONS", (benchmark.of_this_code, benchmark.of_torchvision, absent)
     )
 
 
@@ -95,7 +131,7 @@ def test_the_benchmark_writes_all_its_parts(tiny, tmp_path, capsys):
     assert all(row["images_per_second"] > 0 for row in result["train_step"])
     assert result["ratio_to_fastest_peer"].keys() == {"eager"}
     assert result["ratio_to_fastest_peer"]["eager"] > 0 and result["input_ratio"] > 0
-    assert 0 < result["outside_share"] < 1
+    assert result["outside_share"] == result["outside"]["outside_share"] < 1
     assert len(result["growth"]) == 16
     kept = [row["kept_bytes"] for row in result["growth"] if row["size"] == "batch_size"]
     assert kept[3] - kept[2] == 2 * (kept[2] - kept[1]) == 4 * (kept[1] - kept[0]) > 0

@@ -199,6 +199,17 @@ def test_validation_may_skip_epochs_but_not_the_last(train, tmp_path):
     assert train(f"--evaluate {tmp_path / 'a'}") == 0  # its checkpoint is a good one
 
 
+def test_an_epoch_that_becomes_the_last_is_validated(train, tmp_path, monkeypatch):
+    stop = trainer.validate
+    monkeypatch.setattr(trainer, "validate", lambda run: False)
+    assert train("--name a --epochs 3 --validate-every 4") == 0
+    monkeypatch.setattr(trainer, "validate", stop)
+    (tmp_path / "a/result.json").unlink()
+    assert train(f"--resume {tmp_path / 'a'}") == 0
+    assert json.loads((tmp_path / "a/result.json").read_text())["validation_accuracy"] is not None
+    assert rows_of(tmp_path / "a/metrics.csv")[2]["validation_accuracy"] != ""
+
+
 def test_the_last_epochs_see_whole_images_and_work_of_each_kind_is_compiled_where_it_pays(
     train, tmp_path, monkeypatch
 ):

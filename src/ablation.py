@@ -35,19 +35,19 @@ BASE += " --learning-rate 1e-3 --compile on --validate-every 3 --no-test --devic
 SEEDS = (0, 1, 2)
 CHANGES = {  # a folder's name, and the flags
     "none": "",
+    "no-crop": "--crop-padding 0",
+    "class-token": "--pooling class --positions learned",
     "adamw": "--optimizer adamw --learning-rate 2e-3",
+    "whole-epoch": "--whole-epochs 1",
+    "patch-8": "--patch-size 8 --patch-dropout 0",
+    "paper-start": "--initialisation paper",
     "rate": "--learning-rate 3e-3",
     "muon-rate": "--muon-learning-rate 0.04",
-    "paper-start": "--initialisation paper",
-    "patch-8": "--patch-size 8 --patch-dropout 0",
-    "class-token": "--pooling class --positions learned",
-    "whole-epoch": "--whole-epochs 1",
-    "averaging": "--averaging 0.99",
-    "drop-path": "--drop-path 0.1",
-    "alternating": "--flip alternating",
-    "no-crop": "--crop-padding 0",
     "cutmix": "--cutmix 1",
     "trivial": "--policy trivial",
+    "alternating": "--flip alternating",
+    "drop-path": "--drop-path 0.1",
+    "averaging": "--averaging 0.99",
 }
 RESULTS = utils.ROOT / "results/ablation"
 
@@ -104,11 +104,12 @@ def table() -> list[dict[str, Any]]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """The table as the README has it."""
-    print("| change | flags | validation | training |\n|---|---|---|---|")
+    print("| change | flags | seeds | validation | training |\n|---|---|---|---|---|")
     for row in rows:
         flags = f"`{row['flags']}`" if row["flags"] else ""
         accuracy = f"{row['validation_accuracy']:.1f} ± {row['deviation']:.1f}%"
-        print(f"| {row['change']} | {flags} | {accuracy} | {row['seconds']:.0f} s |")
+        seconds = f"{row['seconds']:.0f} s"
+        print(f"| {row['change']} | {flags} | {row['seeds']} | {accuracy} | {seconds} |")
 
 
 def main(argv: list[str]) -> int:

@@ -230,8 +230,8 @@ RECIPES = {
 
         Command   python src/trainer.py --recipe cpu
         Hardware  two cores of an AMD EPYC (Zen 4), bfloat16; torch 2.14.1
-        Time
-        Expect
+        Time      519 s the whole process, 435 s of it training steps
+        Expect    82.7% validation, 82.1% test accuracy (1 seed)
         """,
         model=ViTConfig(
             patch_size=4, width=128, depth=4, heads=4, pooling="mean", positions="sincos"

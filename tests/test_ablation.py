@@ -44,7 +44,7 @@ def test_the_table_is_the_mean_and_deviation_over_seeds(results, capsys, monkeyp
         content |= {"validation_accuracy": accuracy, "seconds": {"training": 10.0 + seed}}
         (folder / "result.json").write_text(json.dumps(content))
     assert ablation.main(["--table"]) == 0
-    assert "| none |  | 73.0 ± 3.6% | 11 s |" in capsys.readouterr().out
+    assert "| none |  | 3 | 73.0 ± 3.6% | 11 s |" in capsys.readouterr().out
     with (results / "table.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert row["seeds"] == "3" and float(row["validation_accuracy"]) == pytest.approx(73)

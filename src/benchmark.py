@@ -573,6 +573,8 @@ def draw(result: dict[str, Any]) -> Figure:
             axes = bottom.add_subplot(2, len(GROWTH), line * len(GROWTH) + column + 1)
             axes.loglog(values, [scale * row[name] for row in rows], "o-", color=f"C{2 + line}")
             axes.set_xticks(values, [str(value) for value in values])
+            ends = [scale * rows[at][name] for at in (0, -1)]
+            axes.set_yticks(ends, [f"{end:,.0f}" for end in ends])
             axes.minorticks_off()
             axes.grid(alpha=0.3)
             axes.set_xlabel(size.replace("_", " ") if line else "")
@@ -624,7 +626,9 @@ def measure(name: str, modes: list[str], setting: Setting) -> dict[str, Any]:
         "precision": setting.precision,
         "torch": str(torch.__version__),
         "rounds": setting.rounds,
-        "shape": ", ".join(f"{key} {value}" for key, value in shape._asdict().items()),
+        "shape": ", ".join(
+            f"{key.replace('_', ' ')} {value}" for key, value in shape._asdict().items()
+        ),
         "matrix_flops_per_second": rate,
         "train_step": steps,
         "ratio_to_fastest_peer": ratios,

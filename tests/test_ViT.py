@@ -479,7 +479,7 @@ def test_each_dropout_acts_in_training_and_not_in_evaluation(name):
 
 @poolings
 def test_dropped_patches_are_another_random_share_in_each_image(pooling):
-    embed = PatchEmbedding(small(pooling=pooling))
+    embed = ViT(small(pooling=pooling)).embed  # which sets its positions
     embed.patch_dropout = 0.75
     images = random_images(small(), 400)
     with torch.no_grad():

@@ -73,6 +73,7 @@ def write_checkpoint(path, dataset, validation_images=50, **options):
         train_config=dataclasses.asdict(config),
         recipe="demo",
         weights=dict(model.state_dict()),
+        averaged={},
         optimizers=[],
         epoch=0,
         partial={},

@@ -106,9 +106,9 @@ def in_turns(works: dict[Any, Callable[[], Any]], setting: Setting) -> dict[Any,
     return taken
 
 
-def ratio(slower: list[float], faster: list[float]) -> float:
-    """How many times faster, the median over the rounds."""
-    return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
+def ratio(seconds: list[float], others: list[float]) -> float:
+    """Of the times of two works, the median over the rounds."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
 # ---------------------------------------------------------------------------- a training step
@@ -471,15 +471,12 @@ def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) ->
 
         works = {"step": epoch, "passes": passes, "input": inputs, "optimizers": optimizers}
         taken = in_turns(works, setting)
-    shares = {
-        f"{part}_share": statistics.median(
-            a / b for a, b in zip(taken[part], taken["step"], strict=True)
-        )
-        for part in ("passes", "input", "optimizers")
+    return {
+        "seconds_per_step": statistics.median(taken["step"]) / steps,
+        "outside_share": 1 - ratio(taken["passes"], taken["step"]),
+        "input_share": ratio(taken["input"], taken["step"]),
+        "optimizers_share": ratio(taken["optimizers"], taken["step"]),
     }
-    seconds = statistics.median(taken["step"]) / steps
-    outside = 1 - shares.pop("passes_share")
-    return {"seconds_per_step": seconds, "outside_share": outside} | shares
 
 
 # ---------------------------------------------------------------------------- growth

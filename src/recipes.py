@@ -1,7 +1,7 @@
 """How to train: the options, and named sets of them that were tried."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from ViT import MODELS, ViTConfig
@@ -114,6 +114,20 @@ DEFAULT_RECIPE = "default"
 
 # No GPU was at hand for the three recipes that are made for one. They take what results/ablation
 # found on a CPU to the size of a GPU, with more augmentation for more epochs; untried.
+_STRONG = TrainConfig(
+    batch_size=1000,
+    initialisation="mimetic",
+    optimizer="muon",
+    learning_rate=3e-3,
+    schedule="linear",
+    gradient_clip=0,
+    policy="trivial",
+    mixup=0.8,
+    cutmix=1.0,
+    mixed_epochs=0.9,
+    averaging=0.999,
+)
+
 RECIPES = {
     "default": Recipe(
         about="""For a GPU, untried: ViT-S/4 with Muon and strong augmentation.
@@ -125,20 +139,7 @@ RECIPES = {
         model=ViTConfig(
             **MODELS["small"], patch_size=4, pooling="mean", positions="sincos", drop_path=0.1
         ),
-        train=TrainConfig(
-            epochs=150,
-            batch_size=1000,
-            initialisation="mimetic",
-            optimizer="muon",
-            learning_rate=3e-3,
-            schedule="linear",
-            gradient_clip=0,
-            policy="trivial",
-            mixup=0.8,
-            cutmix=1.0,
-            mixed_epochs=0.9,
-            averaging=0.999,
-        ),
+        train=replace(_STRONG, epochs=150),
     ),
     "speed94": Recipe(
         about="""For a GPU, untried: aims at 94% in a minute, on half of the patches.
@@ -176,21 +177,7 @@ RECIPES = {
         model=ViTConfig(
             **MODELS["small"], patch_size=2, pooling="mean", positions="sincos", drop_path=0.1
         ),
-        train=TrainConfig(
-            epochs=200,
-            batch_size=1000,
-            initialisation="mimetic",
-            optimizer="muon",
-            learning_rate=3e-3,
-            schedule="linear",
-            gradient_clip=0,
-            policy="trivial",
-            mixup=0.8,
-            cutmix=1.0,
-            mixed_epochs=0.9,
-            patch_dropout=0.5,
-            averaging=0.999,
-        ),
+        train=replace(_STRONG, epochs=200, patch_dropout=0.5),
     ),
     "baseline": Recipe(
         about="""The paper's choices at CIFAR scale: ViT-Ti/4, AdamW, cosine, flip and crop.

@@ -440,9 +440,6 @@ def forwards_of(run: Run) -> dict[float, Forward]:
     """
     config, forwards = run.config, {}
     ahead = {config.patch_dropout_in(epoch) for epoch in range(run.epoch, config.epochs)}
-    rows = run.world.share(torch.arange(config.batch_size, device=run.device))
-    example = run.dataset.train.take(rows.tensor_split(config.accumulate)[0]).images
-    example = normalise(example, run.dataset.mean, run.dataset.std)
     started = time.perf_counter()
     run.model.train()
     for share, operations in run.operations().items():
@@ -450,10 +447,17 @@ def forwards_of(run: Run) -> dict[float, Forward]:
         if share in ahead and compile_pays(run, operations):
             run.say("compiling the model ...")
             run.model.embed.patch_dropout = share
-            forwards[share] = compile_model(run.parallel, example, run.precision)
+            forwards[share] = compile_model(run.parallel, example_of(run), run.precision)
     run.model.embed.patch_dropout = config.patch_dropout_in(run.epoch)
     run.seconds["compile"] += time.perf_counter() - started
     return forwards
+
+
+def example_of(run: Run) -> Tensor:
+    """A batch, or a part of one, of the size that this rank's forward passes have."""
+    rows = run.world.share(torch.arange(run.config.batch_size, device=run.device))
+    images = run.dataset.train.take(rows.tensor_split(run.config.accumulate)[0]).images
+    return normalise(images, run.dataset.mean, run.dataset.std)
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
@@ -474,6 +478,7 @@ def write_outcome(
     outcome = f"test loss {test.loss:.4f}   test accuracy {test.top1:.2%}" if test else "not tested"
     training = sum(row["seconds"] for row in run.history)
     images_per_second = len(run.dataset.train) * run.config.epochs / training
+    peak = utils.peak_memory_bytes(run.device)  # before the matrices that the rate is measured with
     rate = run.world.size * utils.matrix_rate(run.device, run.precision)
     result = {
         "command": command,
@@ -500,7 +505,7 @@ def write_outcome(
         "images_per_second": images_per_second,
         "matrix_flops_per_second": rate,
         "matrix_rate_share": sum(run.operations().values()) / training / rate,
-        "peak_memory_bytes": utils.peak_memory_bytes(run.device),
+        "peak_memory_bytes": peak,
     }
     print(f"{outcome}   {training:.0f} s of training, {result['seconds']['total']:.0f} s in all")
     try:

@@ -200,10 +200,10 @@ def test_validation_may_skip_epochs_but_not_the_last(train, tmp_path):
 
 
 def test_an_epoch_that_becomes_the_last_is_validated(train, tmp_path, monkeypatch):
-    stop = trainer.validate
+    validate = trainer.validate
     monkeypatch.setattr(trainer, "validate", lambda run: False)
     assert train("--name a --epochs 3 --validate-every 4") == 0
-    monkeypatch.setattr(trainer, "validate", stop)
+    monkeypatch.setattr(trainer, "validate", validate)
     (tmp_path / "a/result.json").unlink()
     assert train(f"--resume {tmp_path / 'a'}") == 0
     assert json.loads((tmp_path / "a/result.json").read_text())["validation_accuracy"] is not None

@@ -39,7 +39,7 @@ CHECKPOINT = {
     "model_config": dict[str, Any],  # of ViTConfig
     "train_config": dict[str, Any],  # of TrainConfig
     "recipe": str,
-    "weights": dict[str, Tensor],
+    "weights": dict[str, Tensor],  # in the model's precision, or in half of a model alone
     "averaged": dict[str, Tensor],  # the averaged weights; empty where a recipe keeps none
     "optimizers": list[dict[int, dict[str, Tensor]]],  # of each: parameter's number to its state
     "epoch": int,  # epochs done
@@ -148,7 +148,7 @@ def _check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
     check_fields(weights, dict.fromkeys(expected, Tensor), "'weights'")
     for name, weight in weights.items():
         wanted = expected[name]
-        if (weight.shape, weight.dtype) != (wanted.shape, wanted.dtype):
+        if weight.shape != wanted.shape or weight.dtype not in (wanted.dtype, torch.float16):
             found, wanted = ((tuple(w.shape), str(w.dtype)) for w in (weight, wanted))
             raise ValueError(f"{name} is {found}, but the model's is {wanted}")
     if any(buffer.numel() > LARGEST_BUFFER for buffer in model.buffers()):

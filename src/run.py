@@ -27,7 +27,7 @@ from recipes import RECIPES, TrainConfig
 from utils import UsageError
 from ViT import MODELS, ViT, ViTConfig
 
-RUN_FILES = ("last.pt", "metrics.csv", "curves.png", "result.json")
+RUN_FILES = ("last.pt", "metrics.csv", "curves.png", "result.json", "model.pt")
 
 
 class Diverged(Exception):
@@ -276,6 +276,10 @@ def resumed_run(arguments: argparse.Namespace, device: torch.device, job: Job) -
     path = checkpoint_file(arguments.resume)
     _take_folder(path.parent, job)
     checkpoint = utils.load_checkpoint(path)
+    if not checkpoint["optimizers"]:
+        raise utils.CheckpointError(
+            f"{path} holds a model without its optimizers; it cannot be gone on with"
+        )
     model = utils.build_model(checkpoint, "weights", device)
     averaged = None
     try:

@@ -5,6 +5,7 @@
     python src/trainer.py --recipe NAME --epochs 5     a flag beats the recipe; --help lists all
     python src/trainer.py --resume checkpoints/NAME    go on where a run stopped
     python src/trainer.py --evaluate FILE              test accuracy of a checkpoint
+    python src/trainer.py --export checkpoints/NAME    its model alone, in half precision
     torchrun --nproc-per-node=K src/trainer.py ...     the same, on K devices
 
 A run writes to checkpoints/<name>/: after each epoch, and every --save-minutes, last.pt and
@@ -308,6 +309,20 @@ def report(path: Path, arguments: argparse.Namespace, device: torch.device, worl
         print(f"  {label:10}{accuracy:8.2%}")
 
 
+def export(path: Path, overwrite: bool) -> None:
+    """--export: writes model.pt beside a checkpoint, a file to give away."""
+    path = checkpoint_file(path)
+    target = path.with_name("model.pt")
+    if target.exists() and not overwrite:
+        raise UsageError(f"{target} exists; --overwrite it")
+    checkpoint = utils.load_checkpoint(path)
+    try:
+        utils.save_model(target, checkpoint)
+    except OSError as error:
+        raise UsageError(f"cannot write {target}: {error.strerror}") from error
+    print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB; --evaluate it")
+
+
 # ---------------------------------------------------------------------------- command line
 
 
@@ -333,8 +348,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     task.add_argument(
         "--evaluate", metavar="FILE", type=utils.existing_path, help="test a checkpoint"
     )
+    task.add_argument(
+        "--export",
+        metavar="RUN",
+        type=utils.existing_path,
+        help="write its model.pt: the model alone, in half precision",
+    )
     run.add_argument("--name", help="the run's folder under checkpoints/ (the recipe's name)")
-    run.add_argument("--overwrite", action="store_true", help="replace a run of that name")
+    run.add_argument("--overwrite", action="store_true", help="replace a run of that name, or its model.pt")
     run.add_argument(
         "--output-dir",
         metavar="DIR",
@@ -562,6 +583,10 @@ def main(argv: list[str]) -> int:
     try:
         with joined_job(arguments.device != "cpu" and torch.cuda.is_available()) as job:
             utils.keep_freed_memory()
+            if arguments.export:
+                if job.world.leads:
+                    export(arguments.export, arguments.overwrite)
+                return 0
             device = choose_device(arguments.device, job.world)
             if arguments.evaluate:
                 report(arguments.evaluate, arguments, device, job.world)

@@ -46,6 +46,9 @@ ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the cu
 # ---------------------------------------------------------------------------- checkpoints
 
 
+_WRITTEN = ("format", "versions")  # by `save_checkpoint` itself
+
+
 class CheckpointError(Exception):
     """A file is no checkpoint of this repository; the message is one line for the user."""
 
@@ -54,7 +57,7 @@ def save_checkpoint(path: Path, **content: Any) -> None:
     """Writes a checkpoint of plain containers and tensors, whole or not at all.
 
     Args:
-        content: everything in `CHECKPOINT` but `format` and `versions`.
+        content: everything in `CHECKPOINT` but what is `_WRITTEN` here.
 
     Raises:
         OSError: the file cannot be written; one that was there is still there.
@@ -66,6 +69,24 @@ def save_checkpoint(path: Path, **content: Any) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_whole(path, buffer.getbuffer())
+
+
+def save_model(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Writes the model of a checkpoint alone: the evaluated weights, in half precision.
+
+    `load_model` reads it like any other, into float32; a run cannot go on from it.
+
+    Raises:
+        OSError: as in `save_checkpoint`.
+        CheckpointError: a weight is too large for half precision.
+    """
+    weights = checkpoint[evaluated_weights(checkpoint)]
+    halves = {name: weight.half() for name, weight in weights.items()}
+    if not all(half.isfinite().all() for half in halves.values()):
+        raise CheckpointError(f"{path} cannot hold weights above 65,504 in half precision")
+    kept = {name: value for name, value in checkpoint.items() if name not in _WRITTEN}
+    without = {"averaged": {}, "optimizers": [], "partial": {}}
+    save_checkpoint(path, **kept | without | {"weights": halves})
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -106,9 +127,12 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Vi
         CheckpointError: the file is no checkpoint, or its parts do not fit together.
     """
     checkpoint = load_checkpoint(path)
-    return build_model(
-        checkpoint, "averaged" if checkpoint["averaged"] else "weights", device
-    ).eval(), checkpoint
+    return build_model(checkpoint, evaluated_weights(checkpoint), device).eval(), checkpoint
+
+
+def evaluated_weights(checkpoint: dict[str, Any]) -> str:
+    """Which weights of a checkpoint count: the averaged ones where there are any."""
+    return "averaged" if checkpoint["averaged"] else "weights"
 
 
 def build_model(checkpoint: dict[str, Any], weights: str, device: torch.device | str) -> ViT:

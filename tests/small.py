@@ -46,7 +46,8 @@ def load_small(name, *, validation_images, **_):
 
 
 def arguments(flags, folder):
-    recipe = [] if "--resume" in flags or "--evaluate" in flags else ["--recipe", "demo", *TINY]
+    tasks = ("--resume", "--evaluate", "--export")
+    recipe = [] if any(task in flags for task in tasks) else ["--recipe", "demo", *TINY]
     return [*recipe, "--output-dir", str(folder), *flags.split()]
 
 

@@ -33,6 +33,44 @@ def test_a_checkpoint_alone_gives_back_the_model(checkpoint, small_shapes):
         assert torch.equal(weight, plain["weights"][name])
 
 
+def test_a_model_alone_is_a_small_checkpoint_of_half_precision(train, tmp_path, capsys):
+    """Of the averaged weights, which are those that count; loaded in full precision."""
+    assert train("--name a --epochs 2 --averaging 0.9 --optimizer muon") == 0
+    assert train(f"--export {tmp_path / 'a'}") == 0
+    last, alone = tmp_path / "a/last.pt", tmp_path / "a/model.pt"
+    assert f"wrote {alone}" in capsys.readouterr().out
+    averaged = utils.load_checkpoint(last)["averaged"]
+    plain = torch.load(alone, weights_only=True)
+    model, content = load_model(alone)
+    for name, weight in model.state_dict().items():
+        assert plain["weights"][name].dtype == torch.float16 and weight.dtype == torch.float32
+        assert torch.equal(weight, averaged[name].half().float())
+    assert content["history"][1]["epoch"] == 2 and content["classes"] == plain["classes"]
+    assert alone.stat().st_size < last.stat().st_size / 3
+
+    before = alone.read_bytes()
+    assert train(f"--evaluate {alone}") == 0
+    capsys.readouterr()
+    for task, named in (
+        (f"--resume {alone}", "without its optimizers"),
+        (f"--export {tmp_path / 'a'}", "--overwrite"),
+        (f"--export {tmp_path / 'b'}", f"{tmp_path / 'b'}"),
+    ):
+        assert train(task) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert named in line
+    assert alone.read_bytes() == before
+    assert train(f"--export {tmp_path / 'a'} --overwrite") == 0
+
+
+def test_weights_too_large_for_half_precision_are_not_exported(checkpoint, tmp_path):
+    content = utils.load_checkpoint(checkpoint)
+    content["weights"]["head.bias"][3] = 1e5
+    with pytest.raises(CheckpointError, match="65,504"):
+        utils.save_model(tmp_path / "model.pt", content)
+    assert not (tmp_path / "model.pt").exists()
+
+
 class Trap:
     """Writes a file when it is unpickled."""
 

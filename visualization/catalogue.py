@@ -20,6 +20,7 @@ import explain
 import figures
 import utils
 from data import DataError, Dataset, Split, batches, load_dataset, normalise
+from run import RUN_FILES
 from trainer import predict
 from ViT import ViT, patchify
 
@@ -74,7 +75,7 @@ class Model:
         self.vit, self.checkpoint = utils.load_model(path, device)
         self.config = self.vit.config
         self.classes: list[str] = self.checkpoint["classes"]
-        self.run = path.resolve().parent.name if path.stem == "last" else path.stem
+        self.run = path.resolve().parent.name if path.name in RUN_FILES else path.stem
 
     @cached_property
     def dataset(self) -> Dataset:

@@ -355,7 +355,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="write its model.pt: the model alone, in half precision",
     )
     run.add_argument("--name", help="the run's folder under checkpoints/ (the recipe's name)")
-    run.add_argument("--overwrite", action="store_true", help="replace a run of that name, or its model.pt")
+    run.add_argument(
+        "--overwrite", action="store_true", help="replace a run of that name, or its model.pt"
+    )
     run.add_argument(
         "--output-dir",
         metavar="DIR",

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from recipes import TrainConfig
 from run import configs_from
 from trainer import parse_arguments
 
@@ -63,6 +64,8 @@ def result_of(change: str, seed: int) -> dict[str, Any] | None:
     except OSError:
         return None
     model, training = configs_from(parse_arguments(flags_of(change, seed)))
+    # An option that came after a run was at its default.
+    result["training"] = dataclasses.asdict(TrainConfig()) | result["training"]
     wanted = {"model": dataclasses.asdict(model), "training": dataclasses.asdict(training)}
     wanted = json.loads(json.dumps(wanted))  # tuples become lists
     return result if result.items() >= wanted.items() else None

@@ -209,12 +209,10 @@ def augment(
         images = alternating_flip(images, coins, epoch)
     if config.crop_padding:
         images = random_crop(images, config.crop_padding, generator)
-    if config.policy == "trivial":
-        images = auto_augment(images, v2.TrivialAugmentWide(), utils.seed_for(seed, 1))
-    elif config.policy == "rand":
-        images = auto_augment(
-            images, v2.RandAugment(magnitude=config.magnitude), utils.seed_for(seed, 1)
-        )
+    if config.policy != "off" and epoch < config.policy_epochs * config.epochs:
+        trivial = config.policy == "trivial"
+        policy = v2.TrivialAugmentWide() if trivial else v2.RandAugment(magnitude=config.magnitude)
+        images = auto_augment(images, policy, utils.seed_for(seed, 1))
     if config.colour:
         images = random_colour(images, config.colour, generator)
     if config.erase:

@@ -43,6 +43,7 @@ class TrainConfig:
     policy: Annotated[
         Literal["off", "trivial", "rand"], "torchvision's TrivialAugmentWide or RandAugment"
     ] = "off"
+    policy_epochs: Annotated[float, "share of the epochs, from the first, with the policy"] = 1.0
     magnitude: Annotated[int, "how strong RandAugment is, 0 to 30"] = 9
     erase: Annotated[float, "share of the images in which a box is erased"] = 0.0
     mixup: Annotated[float, "a of Beta(a, a), the shares of mixed images; 0 is off"] = 0.0
@@ -92,7 +93,8 @@ class TrainConfig:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1, not {getattr(self, name)}"
                 )
-        for name, most in (("colour", 1), ("erase", 1), ("mixed_epochs", 1), ("magnitude", 30)):
+        shares = ("colour", "erase", "policy_epochs", "mixed_epochs")
+        for name, most in (dict.fromkeys(shares, 1) | {"magnitude": 30}).items():
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be from 0 to {most}, not {getattr(self, name)}")
 
@@ -250,7 +252,7 @@ RECIPES = {
         ),
         train=TrainConfig(
             initialisation="mimetic",
-            epochs=50,
+            epochs=46,
             batch_size=250,
             optimizer="muon",
             learning_rate=3e-3,
@@ -259,6 +261,7 @@ RECIPES = {
             schedule="linear",
             gradient_clip=0,
             policy="trivial",
+            policy_epochs=0.7,
             patch_dropout=0.5,
             whole_epochs=4,
             validate_every=5,

@@ -234,13 +234,16 @@ def test_the_same_seed_gives_the_same_images_and_another_seed_others(images, tar
     assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
 
 
-def test_mixing_ends_after_its_share_of_the_epochs(images, targets):
-    config = TrainConfig(**NOTHING, cutmix=1.0, epochs=10, warmup_epochs=0, mixed_epochs=0.8)
-    mixes = [
-        not torch.equal(augment(images, targets, config, 1, COINS, epoch)[1], targets)
+@pytest.mark.parametrize(
+    "options", [{"cutmix": 1.0, "mixed_epochs": 0.8}, {"policy": "trivial", "policy_epochs": 0.8}]
+)
+def test_strong_augmentation_ends_after_its_share_of_the_epochs(images, targets, options):
+    config = TrainConfig(**NOTHING, epochs=10, warmup_epochs=0, **options)
+    changed = [
+        not torch.equal(augment(images, targets, config, 1, COINS, epoch)[0], images)
         for epoch in range(10)
     ]
-    assert mixes == [True] * 8 + [False] * 2
+    assert changed == [True] * 8 + [False] * 2
 
 
 def test_with_both_kinds_of_mixing_each_image_has_one_of_them(targets):

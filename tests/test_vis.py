@@ -21,12 +21,26 @@ import catalogue
 import data
 import explain
 import small
+import steps
 import utils
 import vis
 from recipes import TrainConfig
 from ViT import ViT, ViTConfig
 
 ROOT = Path(__file__).parent.parent
+STEPS = {
+    "overview",
+    "1-image",
+    "2-patches",
+    "3-embedding",
+    "4-positions",
+    "5-queries",
+    "6-attention",
+    "7-heads",
+    "8-mlp",
+    "9-blocks",
+    "10-classifier",
+}
 KINDS = {
     "image": {"patches", "attention", "attention-of-patch", "explanations", "logit-lens"},
     "model": {"filters", "positions"},
@@ -96,6 +110,7 @@ def test_all_draws_every_figure_and_the_manifest_tells_them(
     assert train(f"--name run --epochs 1 {training}") == 0
     assert draw("--index 3 --save-data") == 0
     names = {f"image/validation-3/{name}" for name in KINDS["image"]}
+    names |= {f"steps/validation-3/{name}" for name in STEPS}
     names |= {f"{group}/{name}" for group in ("model", "data", "run") for name in KINDS[group]}
     told = manifest(tmp_path)
     assert told["figures"].keys() == names and told["not_applicable"] == {}
@@ -250,14 +265,15 @@ def test_with_only_a_checkpoint_what_needs_no_data_is_drawn(draw, tmp_path, monk
     told = manifest(tmp_path)
     assert told["figures"].keys() == {
         *(f"image/red.png/{name}" for name in KINDS["image"]),
+        *(f"steps/red.png/{name}" for name in STEPS),
         *(f"model/{name}" for name in KINDS["model"]),
     }
     assert told["not_applicable"].pop("run/curves").startswith("the checkpoint holds no history")
     assert set(told["not_applicable"].values()) == {"no CIFAR-10 in data"}
     assert draw("") == 0
-    assert "image" in manifest(tmp_path)["not_applicable"]
+    assert {"image", "steps"} <= manifest(tmp_path)["not_applicable"].keys()
     capsys.readouterr()
-    for flags in ("data", "image", "all --index 0"):
+    for flags in ("data", "image", "steps", "all --index 0"):
         assert draw(flags) == 2
         assert capsys.readouterr().err == "vis.py: no CIFAR-10 in data\n"
 
@@ -285,7 +301,7 @@ def test_non_square_images_have_a_wide_grid(draw, monkeypatch, tmp_path, small_s
     assert draw("--index 1 --query 2,3 --save-data") == 0
     assert load(tmp_path, "image/validation-1/attention-of-patch")["attention"].shape[2:] == (2, 3)
     assert load(tmp_path, "data/attention-examples")["rollout"].shape == (50, 2, 3)
-    assert len(manifest(tmp_path)["figures"]) == 4 + 2 + 7 + 3
+    assert len(manifest(tmp_path)["figures"]) == 4 + 11 + 2 + 7 + 3
 
 
 def test_a_single_patch_and_a_single_channel_can_be_drawn(
@@ -298,6 +314,57 @@ def test_a_single_patch_and_a_single_channel_can_be_drawn(
     write_checkpoint(tmp_path / "run/last.pt", dataset, image_size=8, channels=1, pooling="mean")
     assert draw("") == 0
     assert set(manifest(tmp_path)["not_applicable"]) == {"data/attention-entropy", "run/curves"}
+
+
+# ---------------------------------------------------------------------------- the ten steps
+
+
+def test_steps_show_the_patch_layer_and_head_that_are_asked_for(draw, tmp_path, small_shapes):
+    """The pictures' arrays against the model's own parts."""
+    write_checkpoint(tmp_path / "run/last.pt", small_shapes)
+    assert draw("steps --index 3 --query 2,4 --layer 2 --head 1 --save-data") == 0
+    model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
+    pixels = small_shapes.validation.images[3:4]
+    trace = model.trace(data.normalise(pixels, checkpoint["mean"], checkpoint["std"]))
+
+    def saved(name):
+        return {
+            key: torch.from_numpy(value)
+            for key, value in load(tmp_path, f"steps/validation-3/{name}").items()
+        }
+
+    attention = torch.stack([A[0] for A in trace.attention]).detach()
+    torch.testing.assert_close(saved("7-heads")["attention"], attention)
+    torch.testing.assert_close(saved("6-attention")["scores"].softmax(dim=-1), attention[1])
+    parts = saved("5-queries")
+    block = model.blocks[1]
+    mixed = (attention[1] @ parts["v"]).transpose(0, 1).flatten(1) @ block.attention.output.weight.T
+    z = trace.tokens[1][0] + mixed + block.attention.output.bias
+    hidden = torch.nn.functional.gelu(saved("8-mlp")["hidden"])
+    torch.testing.assert_close(
+        (z + block.mlp.contract(hidden)).detach(), saved("9-blocks")["tokens"][2]
+    )
+    torch.testing.assert_close(
+        saved("3-embedding")["embedded"] + model.embed.positions[0, 1:].detach(),
+        saved("4-positions")["tokens"][0, 1:],
+    )
+    torch.testing.assert_close(
+        saved("10-classifier")["lens"][-1], trace.logits[0].softmax(0).detach()
+    )
+
+
+def test_a_scene_points_at_the_chosen_patch(small_shapes):
+    """In a model whose attention is an identity, a patch takes everything from itself."""
+    model = ViT(ViTConfig(patch_size=8, width=16, depth=2, heads=2)).eval()
+    image = data.normalise(small_shapes.test.images[0], small_shapes.mean, small_shapes.std)
+    picture = small_shapes.test.images[0].permute(1, 2, 0).numpy()
+    scene = steps.scene_of(model, image, picture, list(small_shapes.classes), patch=(1, 2))
+    assert (scene.number, scene.token, scene.block) == (6, 7, 1)
+    row = scene.of_patch(torch.eye(17))
+    assert row.shape == (4, 4) and row[1, 2] == 1 and row.sum() == 1
+    assert np.array_equal(scene.pieces()[1, 2], picture[8:16, 16:24])
+    sharpest = [scene.of_patch(A).max() for A in scene.walk.attention[1]]
+    assert scene.head == int(np.argmax(sharpest))
 
 
 # ---------------------------------------------------------------------------- refusals

@@ -7,7 +7,7 @@ A function here takes a `Model`, and for the figures of one image a `Subject`, a
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 import explain
 import figures
+import steps
 import utils
 from data import DataError, Dataset, Split, batches, load_dataset, normalise
 from run import RUN_FILES
@@ -290,6 +291,26 @@ def to_picture(pixels: Tensor) -> np.ndarray:
     return pixels.float().mean(dim=0).round().byte().cpu().numpy()
 
 
+def draw_step(model: Model, subject: Subject, name: str) -> Picture:
+    """One of the ten steps of `steps.STEPS`, at the patch, layer and head that were asked for."""
+    asked, step = model.arguments, steps.STEPS[name]
+    scene = steps.scene_of(
+        model.vit,
+        model.normalise(subject.pixels[None].to(model.device))[0],
+        to_picture(subject.pixels),
+        model.classes,
+        patch=tuple(n - 1 for n in asked.query) if isinstance(asked.query, tuple) else None,
+        block=asked.layer - 1 if isinstance(asked.layer, int) else None,
+        head=asked.head - 1 if isinstance(asked.head, int) else None,
+    )
+    shown = {name: getattr(scene.walk, name) for name in step.shows}
+    arrays = {
+        name: (torch.stack(part) if isinstance(part, list) else part).numpy()
+        for name, part in shown.items()
+    }
+    return Picture(step.draw(scene), arrays)
+
+
 # ---------------------------------------------------------------------------- figures of the model
 
 
@@ -528,6 +549,9 @@ OF_AN_IMAGE: dict[str, Callable[[Model, Subject], Picture]] = {
     "attention-of-patch": draw_patch_attention,
     "explanations": draw_explanations,
     "logit-lens": draw_logit_lens,
+}
+STEPS: dict[str, Callable[[Model, Subject], Picture]] = {
+    name: partial(draw_step, name=name) for name in steps.STEPS
 }
 OF_THE_MODEL: dict[str, dict[str, Callable[[Model], Picture]]] = {
     "model": {"filters": draw_filters, "positions": draw_positions},

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ViT import ViT
+from ViT import ViT, patchify
 
 # --------------------------------------------------------------------------- from tokens to patches
 
@@ -43,6 +43,46 @@ def patch_row(M: Tensor, patch: int, pooling: str) -> Tensor:
     """The row of one patch, counted from 0, without the class token: (..., T, T) to (..., N)."""
     first = 1 if pooling == "class" else 0
     return M[..., first + patch, first:]
+
+
+# -------------------------------------------------------------------------- one image, step by step
+
+
+class Walk(NamedTuple):
+    """What an image is at each step through a model; one block is looked into."""
+
+    patches: Tensor  # (N, C P P) x_p
+    embedded: Tensor  # (N, D) x_p E, before the positions
+    tokens: list[Tensor]  # L + 1 of (T, D): z_0, ..., z_L
+    q: Tensor  # (h, T, D_h) of the block, as k and v
+    k: Tensor
+    v: Tensor
+    scores: Tensor  # (h, T, T) q k^T / sqrt(D_h)
+    attention: list[Tensor]  # L of (h, T, T)
+    hidden: Tensor  # (T, mlp_ratio D) of the block's MLP, before its GELU
+    lens: Tensor  # (L + 1, K) `logit_lens`; the last row is the model's answer
+
+
+@torch.no_grad()
+def walk(model: ViT, image: Tensor, block: int) -> Walk:
+    """Follows one image (C, H, W), normalised, and looks into a block, counted from 0."""
+    trace, inside = model.trace(image[None]), model.blocks[block]
+    patches = patchify(image[None], model.config.patch_size)
+    z = trace.tokens[block]
+    q, k, v = inside.attention.split(inside.norm1(z))
+    mixed = z + inside.attention(inside.norm1(z))  # Eq. 2
+    return Walk(
+        patches=patches[0],
+        embedded=model.embed.projection(patches)[0],
+        tokens=[each[0] for each in trace.tokens],
+        q=q[0],
+        k=k[0],
+        v=v[0],
+        scores=(q @ k.mT)[0] * q.shape[-1] ** -0.5,
+        attention=[A[0] for A in trace.attention],
+        hidden=inside.mlp.expand(inside.norm2(mixed))[0],
+        lens=logit_lens(model, trace.tokens)[:, 0],
+    )
 
 
 # ---------------------------------------------------------------------------- maps of one image

@@ -59,28 +59,28 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
 # ---------------------------------------------------------------------------- parts of figures
 
 
-def _new_figure(width: float, height: float, title: str, caption: str = "") -> Figure:
+def new_figure(width: float, height: float, title: str, caption: str = "") -> Figure:
     """A figure, in inches, with its title above and what it shows and cannot show below."""
     figure = plt.figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
     figure.suptitle(title)
     if caption:
-        lines = textwrap.fill(caption, round(width * 19))  # characters of 7 pt to the inch
+        lines = textwrap.fill(caption, round(width * 18))  # characters of 7 pt to the inch
         figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALLEST, color="0.3")
     return figure
 
 
-def _caption_height(caption: str, width: float) -> float:
-    return 0.14 * len(textwrap.wrap(caption, round(width * 19)))
+def caption_height(caption: str, width: float) -> float:
+    return 0.14 * len(textwrap.wrap(caption, round(width * 18)))
 
 
-def _show_picture(axes: Axes, picture: np.ndarray, title: str = "") -> None:
+def show_picture(axes: Axes, picture: np.ndarray, title: str = "") -> None:
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
     axes.set_title(title)
     axes.set_axis_off()
 
 
-def _outline(axes: Axes, y: float, x: float, height: float = 1, width: float = 1) -> None:
+def outline(axes: Axes, y: float, x: float, height: float = 1, width: float = 1) -> None:
     """A box with its upper left corner at (y, x)."""
     box = Rectangle(
         (x, y), width, height, fill=False, color=MARK, linewidth=1.2, clip_on=False, zorder=3
@@ -91,28 +91,28 @@ def _outline(axes: Axes, y: float, x: float, height: float = 1, width: float = 1
 GAP = 0.12  # between the tiles of a sheet, in tiles
 
 
-def _tiles(
+def tiles(
     axes: Axes, maps: np.ndarray, rows: Sequence[str], columns: Sequence[str], **style
 ) -> matplotlib.image.AxesImage:
     """Maps (R, C, h, w) as a sheet of R x C tiles, a label for each row and each column outside.
 
-    A cell is 1 wide and high, so that `_corner` gives the places of single cells.
+    A cell is 1 wide and high, so that `corner` gives the places of single cells.
     """
     h, w = maps.shape[2:4]
     for r, c in np.ndindex(maps.shape[:2]):
-        y, x = _corner(maps, r, c)
+        y, x = corner(maps, r, c)
         image = axes.imshow(maps[r, c], extent=(x, x + w, y + h, y), **style)
-    y, x = _corner(maps, maps.shape[0], maps.shape[1])
+    y, x = corner(maps, maps.shape[0], maps.shape[1])
     axes.set(xlim=(0, x - GAP * w), ylim=(y - GAP * h, 0))
-    axes.set_yticks([_corner(maps, r, 0)[0] + h / 2 for r in range(len(rows))], rows)
-    axes.set_xticks([_corner(maps, 0, c)[1] + w / 2 for c in range(len(columns))], columns)
+    axes.set_yticks([corner(maps, r, 0)[0] + h / 2 for r in range(len(rows))], rows)
+    axes.set_xticks([corner(maps, 0, c)[1] + w / 2 for c in range(len(columns))], columns)
     axes.xaxis.set_label_position("top")
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     return image
 
 
-def _corner(maps: np.ndarray, row: int, column: int) -> tuple[float, float]:
+def corner(maps: np.ndarray, row: int, column: int) -> tuple[float, float]:
     """y and x of the upper left corner of a tile."""
     h, w = maps.shape[2:4]
     return row * h * (1 + GAP), column * w * (1 + GAP)
@@ -142,9 +142,9 @@ def patches(
     cell, left_width = max(0.36, 4 / across), 2.2  # inches
     width = left_width + 0.3 + cell * across
     height = max(left_width, 1.5 / 1.15 * cell * down) + 0.4
-    figure = _new_figure(width, height + _caption_height(caption, width), title, caption)
+    figure = new_figure(width, height + caption_height(caption, width), title, caption)
     left, right = figure.subplots(1, 2, width_ratios=(left_width, cell * across))
-    _show_picture(left, picture)
+    show_picture(left, picture)
     for row in range(1, g_h):
         left.axhline(row * P - 0.5, color="white", linewidth=0.6)
     for column in range(1, g_w):
@@ -190,12 +190,12 @@ def attention_maps(
     cell = float(np.clip(7 / len(heads), 0.45, 1.1))
     width = 2.9 + cell * len(heads) * g_w / max(g_h, g_w)
     height = max(2.4, 0.4 + cell * len(layers) * g_h / max(g_h, g_w))
-    figure = _new_figure(width, height + 0.3 + _caption_height(caption, width), title, caption)
+    figure = new_figure(width, height + 0.3 + caption_height(caption, width), title, caption)
     left, right = figure.subplots(1, 2, width_ratios=(1.9, width - 2.9))
-    _show_picture(left, picture)
+    show_picture(left, picture)
     # A few patches that take everything would leave all other maps black.
     highest = max(float(np.quantile(maps, 0.995)), 1e-12)
-    image = _tiles(right, maps, layers, heads, cmap=ATTENTION, vmin=0, vmax=highest)
+    image = tiles(right, maps, layers, heads, cmap=ATTENTION, vmin=0, vmax=highest)
     right.set(xlabel="head", ylabel="layer")
     bar = figure.colorbar(
         image,
@@ -208,10 +208,10 @@ def attention_maps(
     bar.ax.axhline(1 / tokens, color=MARK, linewidth=1.2)
     if query:
         P_h, P_w = picture.shape[0] // g_h, picture.shape[1] // g_w
-        _outline(left, query[0] * P_h - 0.5, query[1] * P_w - 0.5, P_h, P_w)
+        outline(left, query[0] * P_h - 0.5, query[1] * P_w - 0.5, P_h, P_w)
         for r, c in np.ndindex(maps.shape[:2]):
-            y, x = _corner(maps, r, c)
-            _outline(right, y + query[0], x + query[1])
+            y, x = corner(maps, r, c)
+            outline(right, y + query[0], x + query[1])
     return figure
 
 
@@ -232,19 +232,19 @@ def explanations(
     """
     width, rows = 1.32 * (len(maps) + 1) + 0.9, len(classes)
     height = 1.32 * rows * picture.shape[0] / picture.shape[1] + 0.6
-    figure = _new_figure(width, height + _caption_height(caption, width), title, caption)
+    figure = new_figure(width, height + caption_height(caption, width), title, caption)
     grid = figure.subplots(rows, len(maps) + 1, squeeze=False)
     grey = picture if picture.ndim == 2 else picture @ np.array([0.299, 0.587, 0.114])
     everything = np.concatenate([values.ravel() for values in maps.values()])
     highest = max(float(np.quantile(everything, 0.97)), 1.0)
     H, W = grey.shape
     for row, name in enumerate(classes):
-        _show_picture(grid[row, 0], picture)
+        show_picture(grid[row, 0], picture)
         grid[row, 0].text(
             -0.08, 0.5, name, rotation=90, ha="right", va="center", transform=grid[row, 0].transAxes
         )
         for axes, (method, values) in zip(grid[row, 1:], maps.items(), strict=True):
-            _show_picture(axes, grey, method if row == 0 else "")
+            show_picture(axes, grey, method if row == 0 else "")
             axes.imshow(
                 values[row],
                 cmap=ATTENTION,
@@ -284,14 +284,14 @@ def logit_lens(
         "be there in another form."
     )
     width = 3.6 + 0.34 * values.shape[1]
-    figure = _new_figure(
-        width, 1.2 + 0.2 * len(shown) + _caption_height(caption, width), title, caption
+    figure = new_figure(
+        width, 1.2 + 0.2 * len(shown) + caption_height(caption, width), title, caption
     )
     left, right = figure.subplots(1, 2, width_ratios=(1.7, width - 2.6))
-    _show_picture(left, picture)
+    show_picture(left, picture)
     image = right.imshow(values, cmap="magma", vmin=0, vmax=1, aspect="auto")
     for layer, row in enumerate(values.argmax(axis=0)):
-        _outline(right, row - 0.5, layer - 0.5)
+        outline(right, row - 0.5, layer - 0.5)
     right.set(xlabel="layer", xticks=range(values.shape[1]))
     right.set_yticks(range(len(shown)), [classes[k] for k in shown])
     figure.colorbar(image, ax=right, label="probability", pad=0.02)
@@ -317,15 +317,15 @@ def filters(components: np.ndarray, singular_values: np.ndarray, *, title: str) 
         "the tokens tell apart. Grey is 0; one scale for all, as each has length 1. Signs are "
         f"arbitrary. These {k} hold {share[:k].sum():.1%} of the filters' variance."
     )
-    figure = _new_figure(7.2, 0.6 * rows + 1.0 + _caption_height(caption, 7.2), title, caption)
+    figure = new_figure(7.2, 0.6 * rows + 1.0 + caption_height(caption, 7.2), title, caption)
     left, right = figure.subplots(1, 2, width_ratios=(4.2, 2.4))
     if components.shape[1] == 3:
-        tiles = np.moveaxis(components, 1, -1)  # (k, P, P, 3)
+        coloured = np.moveaxis(components, 1, -1)  # (k, P, P, 3)
     else:
-        tiles = np.repeat(components.mean(axis=1)[..., None], 3, axis=-1)
-    sheet = np.ones((rows * columns, *tiles.shape[1:]))  # white where there is none
-    sheet[:k] = 0.5 + 0.5 * tiles / np.abs(tiles).max()
-    _tiles(left, sheet.reshape(rows, columns, *tiles.shape[1:]), [], [])
+        coloured = np.repeat(components.mean(axis=1)[..., None], 3, axis=-1)
+    sheet = np.ones((rows * columns, *coloured.shape[1:]))  # white where there is none
+    sheet[:k] = 0.5 + 0.5 * coloured / np.abs(coloured).max()
+    tiles(left, sheet.reshape(rows, columns, *coloured.shape[1:]), [], [])
     right.plot(range(1, len(share) + 1), 100 * share.cumsum(), color="0.2")
     right.axvline(k, color=MARK, linewidth=1, label="shown at the left")
     right.legend(loc="lower right")
@@ -343,9 +343,9 @@ def position_similarity(similarity: np.ndarray, *, title: str, caption: str) -> 
     g_h, g_w = similarity.shape[:2]
     width = 5.4 * min(1, g_w / g_h) + 0.9
     height = 5.2 * min(1, g_h / g_w) + 0.7
-    figure = _new_figure(width, height + _caption_height(caption, width), title, caption)
+    figure = new_figure(width, height + caption_height(caption, width), title, caption)
     axes = figure.subplots()
-    image = _tiles(
+    image = tiles(
         axes,
         similarity,
         [str(row + 1) for row in range(g_h)],
@@ -377,7 +377,7 @@ def by_layer_and_head(
         values: (L, h), already averaged over images.
         reference: a value worth a line, and its name.
     """
-    figure = _new_figure(4.6, 3.2 + _caption_height(caption, 4.6), title, caption)
+    figure = new_figure(4.6, 3.2 + caption_height(caption, 4.6), title, caption)
     axes = figure.subplots()
     layers = np.arange(1, len(values) + 1)
     for head in range(values.shape[1]):
@@ -405,7 +405,7 @@ def token_norms(patches: np.ndarray, class_token: np.ndarray | None, *, title: s
         "embedding. A few tokens of far greater length than the rest would be the artefacts of "
         "Darcet et al. (arXiv 2309.16588)."
     )
-    figure = _new_figure(4.6, 3.2 + _caption_height(caption, 4.6), title, caption)
+    figure = new_figure(4.6, 3.2 + caption_height(caption, 4.6), title, caption)
     axes = figure.subplots()
     layers = range(len(patches))
     for values, name, color in ((patches, "patch", "tab:blue"), (class_token, "class", "0.2")):
@@ -438,10 +438,10 @@ def sheet_of_maps(
     cell = 0.85
     H, W = pictures[0].shape[:2]
     width, height = cell * count + 0.5, 0.97 * cell * kinds * H / W + 0.6
-    figure = _new_figure(width, height + _caption_height(caption, width), title, caption)
+    figure = new_figure(width, height + caption_height(caption, width), title, caption)
     grid = figure.subplots(kinds, count, squeeze=False)
     for column, picture in enumerate(pictures):
-        _show_picture(grid[0, column], picture, names[column])
+        show_picture(grid[0, column], picture, names[column])
         for row, (kind, maps) in enumerate(rows.items(), start=1):
             axes = grid[row, column]
             axes.imshow(maps[column])
@@ -455,7 +455,7 @@ def sheet_of_maps(
 @styled
 def layer_similarity(cka: np.ndarray, *, title: str, caption: str) -> Figure:
     """Linear CKA between the representations after every two layers, (L + 1, L + 1)."""
-    figure = _new_figure(4.2, 3.6 + _caption_height(caption, 4.2), title, caption)
+    figure = new_figure(4.2, 3.6 + caption_height(caption, 4.2), title, caption)
     axes = figure.subplots()
     image = axes.imshow(cka, cmap="magma", vmin=0, vmax=1, origin="lower")
     ticks = range(0, len(cka), max(1, len(cka) // 12))
@@ -481,7 +481,7 @@ def class_scatter(
         labels: (n,) true classes.
         shares: of the variance, of both axes.
     """
-    figure = _new_figure(5.2, 3.6 + _caption_height(caption, 5.2), title, caption)
+    figure = new_figure(5.2, 3.6 + caption_height(caption, 5.2), title, caption)
     axes = figure.subplots()
     markers = "os^vDP*Xph"
     for label in np.unique(labels):
@@ -502,7 +502,7 @@ def class_scatter(
 @styled
 def training_curves(history: list[dict[str, float]], *, title: str) -> Figure:
     """Loss, accuracy and learning rate against the epoch, as the trainer draws them."""
-    figure = _new_figure(10, 3.2, title)
+    figure = new_figure(10, 3.2, title)
     utils.draw_curves(figure, history)
     return figure
 
@@ -518,7 +518,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], *, title: str) 
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     caption = "Rows sum to 100. On the diagonal is the accuracy of each class."
     side = float(np.clip(0.42 * K, 3, 12))
-    figure = _new_figure(side + 1.6, side + 1 + 0.14, title, caption)
+    figure = new_figure(side + 1.6, side + 1 + 0.14, title, caption)
     axes = figure.subplots()
     image = axes.imshow(share, cmap="magma", vmin=0, vmax=100)
     if K <= 20:
@@ -543,12 +543,12 @@ def contact_sheet(
     columns = min(6, len(pictures))
     rows = -(-len(pictures) // columns)
     width = max(1.15 * columns, 4)
-    figure = _new_figure(width, 1.5 * rows + 0.4 + _caption_height(caption, width), title, caption)
+    figure = new_figure(width, 1.5 * rows + 0.4 + caption_height(caption, width), title, caption)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
     for axes, picture, name in zip(grid.flat, pictures, names, strict=False):
-        _show_picture(axes, picture, name)
+        show_picture(axes, picture, name)
         axes.title.set_fontsize(SMALLEST)
     return figure
 
@@ -565,7 +565,7 @@ def reliability(
         "weighted by its images. Below the diagonal the model is surer than it is right. Few "
         "images in a bin make its dot uncertain."
     )
-    figure = _new_figure(3.8, 4.4 + _caption_height(caption, 3.8), title, caption)
+    figure = new_figure(3.8, 4.4 + caption_height(caption, 3.8), title, caption)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="calibrated")
     above.bar(edges[:-1], accuracy, 1 / bins, align="edge", color="tab:blue", alpha=0.35)

@@ -4,6 +4,7 @@
     python visualization/vis.py model --checkpoint F   the weights of one: needs no images
     python visualization/vis.py image --index 0,7      attention and relevance in images of its data
     python visualization/vis.py image --image cat.jpg  the same in a file
+    python visualization/vis.py steps --index 7        the way through the model, in ten steps
     python visualization/vis.py data                   128 images: distance, entropy, similarity
     python visualization/vis.py run                    curves, confusion, mistakes, calibration
 
@@ -34,12 +35,13 @@ sys.path.insert(0, str(ROOT / "src"))  # the model's modules, from whatever fold
 
 import figures
 import utils
-from catalogue import OF_AN_IMAGE, OF_THE_MODEL, Model, NotApplicable, Picture, Subject
+from catalogue import OF_AN_IMAGE, OF_THE_MODEL, STEPS, Model, NotApplicable, Picture, Subject
 from data import DataError, image_files, read_image
 from run import checkpoint_file
 from utils import UsageError, choose_device
 
-GROUPS = ("image", *OF_THE_MODEL)
+OF_EACH_IMAGE = ("image", "steps")
+GROUPS = (*OF_EACH_IMAGE, *OF_THE_MODEL)
 DEFAULT_IMAGES = (0, 7)
 
 
@@ -202,22 +204,23 @@ def plan(model: Model) -> tuple[dict[str, Callable[[], Picture]], dict[str, str]
     arguments = model.arguments
     groups = GROUPS if arguments.what == "all" else (arguments.what,)
     from_files = bool(arguments.image or arguments.dir)
-    without_data = {"model", "image"} if from_files else {"model"}
+    without_data = {"model", *OF_EACH_IMAGE} if from_files else {"model"}
     reason = None if without_data.issuperset(groups) else why_no_data(model)
     drawings: dict[str, Callable[[], Picture]] = {}
     missing: dict[str, str] = {}
     for group in groups:
-        if group != "image":
+        if group not in OF_EACH_IMAGE:
             for name, draw in OF_THE_MODEL[group].items():
                 drawings[f"{group}/{name}"] = partial(draw, model)
         elif reason and not (from_files or arguments.index):
-            missing["image"] = reason
+            missing[group] = reason
         else:
             for subject in subjects(model):
-                for name, draw in of_an_image(arguments.query).items():
-                    drawings[f"image/{subject.name}/{name}"] = partial(draw, model, subject)
+                figures_of = STEPS if group == "steps" else of_an_image(arguments.query)
+                for name, draw in figures_of.items():
+                    drawings[f"{group}/{subject.name}/{name}"] = partial(draw, model, subject)
     if reason:
-        needs_none = ("image/", "model/", "run/curves")
+        needs_none = ("image/", "steps/", "model/", "run/curves")
         missing |= {name: reason for name in drawings if not name.startswith(needs_none)}
     return {name: draw for name, draw in drawings.items() if name not in missing}, missing
 

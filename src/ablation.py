@@ -1,14 +1,17 @@
-"""What choices of the cpu recipe are worth: one change at a time, over a few seeds.
+"""What choices are worth: studies of one change at a time, over a few seeds.
 
     python src/ablation.py                 the runs that results/ablation lacks, then the table
     python src/ablation.py --table         the table of those that are there
+    python src/ablation.py shape           another study, of those below
 
-Every run is the trainer's own, on one thread, and judged by the validation images (--no-test). It
-begins from what the recipe was before these findings, and is shorter: three epochs, each on a
-quarter of the patches, none on all of them.
-It leaves result.json and metrics.csv in results/ablation/<change>/seed<seed>/, and all of them
-results/ablation/table.csv. Two at a time on two cores they take about an hour. A result of other
-options than those given here now counts as missing.
+    recipe    the cpu recipe as it was before these findings, and shorter: three epochs, each on a
+              quarter of the patches, none on all of them; an hour on two cores
+    shape     width, depth, patch and the share of patches for equal operations, on a CPU
+    speed94   options of the speed94 recipe, for a GPU; not yet run
+
+Every run is the trainer's own and judged by the validation images (--no-test); on a CPU it has one
+thread. It leaves result.json and metrics.csv in <study's folder>/<change>/seed<seed>/, and all of
+them table.csv. A result of other options than those given here now counts as missing.
 """
 
 import argparse
@@ -24,46 +27,98 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import utils
 from recipes import TrainConfig
 from run import configs_from
 from trainer import parse_arguments
+from utils import UsageError
 
-BASE = "--recipe cpu --epochs 3 --patch-dropout 0.75 --whole-epochs 0 --crop-padding 4"
-BASE += " --learning-rate 1e-3 --compile on --validate-every 3 --no-test --device cpu"
-SEEDS = (0, 1, 2)
-CHANGES = {  # a folder's name, and the flags
-    "none": "",
-    "no-crop": "--crop-padding 0",
-    "class-token": "--pooling class --positions learned",
-    "adamw": "--optimizer adamw --learning-rate 2e-3",
-    "whole-epoch": "--whole-epochs 1",
-    "patch-8": "--patch-size 8 --patch-dropout 0",
-    "paper-start": "--initialisation paper",
-    "rate": "--learning-rate 3e-3",
-    "muon-rate": "--muon-learning-rate 0.04",
-    "cutmix": "--cutmix 1",
-    "trivial": "--policy trivial",
-    "alternating": "--flip alternating",
-    "drop-path": "--drop-path 0.1",
-    "averaging": "--averaging 0.99",
+
+class Study(NamedTuple):
+    """A base, and changes to it, as flags of the trainer."""
+
+    folder: Path
+    base: str
+    changes: dict[str, str]  # a folder's name, and the flags
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+_SHORT = "--recipe cpu --compile on --no-test --device cpu"
+
+STUDIES = {
+    "recipe": Study(
+        utils.ROOT / "results/ablation",
+        f"{_SHORT} --epochs 3 --patch-dropout 0.75 --whole-epochs 0 --crop-padding 4"
+        " --learning-rate 1e-3 --validate-every 3",
+        {
+            "none": "",
+            "no-crop": "--crop-padding 0",
+            "class-token": "--pooling class --positions learned",
+            "adamw": "--optimizer adamw --learning-rate 2e-3",
+            "whole-epoch": "--whole-epochs 1",
+            "patch-8": "--patch-size 8 --patch-dropout 0",
+            "paper-start": "--initialisation paper",
+            "rate": "--learning-rate 3e-3",
+            "muon-rate": "--muon-learning-rate 0.04",
+            "cutmix": "--cutmix 1",
+            "trivial": "--policy trivial",
+            "alternating": "--flip alternating",
+            "drop-path": "--drop-path 0.1",
+            "averaging": "--averaging 0.99",
+        },
+    ),
+    # Operations equal to 4% by utils.training_flops: what is wider or deeper, or sees more of each
+    # image, has fewer epochs.
+    "shape": Study(
+        utils.ROOT / "results/speed94/shape",
+        f"{_SHORT} --epochs 12 --patch-dropout 0.75 --whole-epochs 0 --validate-every 100",
+        {
+            "none": "",
+            "narrow": "--width 96 --heads 3 --epochs 21",
+            "wide": "--width 160 --heads 5 --epochs 8",
+            "wider": "--width 256 --heads 8 --epochs 3",
+            "shallow": "--depth 2 --epochs 23",
+            "deep": "--depth 8 --epochs 6",
+            "half": "--patch-dropout 0.5 --epochs 6",
+            "eighth": "--patch-dropout 0.875 --epochs 24",
+            "patch-8": "--patch-size 8 --patch-dropout 0",
+            "patch-2": "--patch-size 2 --patch-dropout 0.9375",
+        },
+    ),
+    "speed94": Study(
+        utils.ROOT / "results/speed94/search",
+        "--recipe speed94 --no-test",
+        {
+            "none": "",
+            "muon-low": "--muon-learning-rate 0.01",
+            "muon-high": "--muon-learning-rate 0.04",
+            "rate": "--learning-rate 1e-3",
+            "no-cutmix": "--cutmix 0",
+            "no-colour": "--colour 0",
+            "less-crop": "--crop-padding 2",
+            "trivial": "--policy trivial --policy-epochs 0.8",
+            "quarter": "--patch-dropout 0.75 --epochs 110",
+            "whole-epochs": "--whole-epochs 4",
+            "averaging": "--averaging 0.999",
+            "batch": "--batch-size 500",
+        },
+    ),
 }
-RESULTS = utils.ROOT / "results/ablation"
 
 
-def flags_of(change: str, seed: int) -> list[str]:
-    return shlex.split(f"{BASE} --seed {seed} {CHANGES[change]}")
+def flags_of(study: Study, change: str, seed: int) -> list[str]:
+    return shlex.split(f"{study.base} --seed {seed} {study.changes[change]}")
 
 
-def result_of(change: str, seed: int) -> dict[str, Any] | None:
+def result_of(study: Study, change: str, seed: int) -> dict[str, Any] | None:
     """What a run came to; None where there is none, or where it was of other options than now."""
     try:
-        result = json.loads((RESULTS / change / f"seed{seed}" / "result.json").read_text())
+        result = json.loads((study.folder / change / f"seed{seed}" / "result.json").read_text())
     except OSError:
         return None
-    model, training = configs_from(parse_arguments(flags_of(change, seed)))
+    model, training = configs_from(parse_arguments(flags_of(study, change, seed)))
     # An option that came after a run was at its default.
     result["training"] = dataclasses.asdict(TrainConfig()) | result["training"]
     wanted = {"model": dataclasses.asdict(model), "training": dataclasses.asdict(training)}
@@ -71,29 +126,44 @@ def result_of(change: str, seed: int) -> dict[str, Any] | None:
     return result if result.items() >= wanted.items() else None
 
 
-def run(change: str, seed: int) -> bool:
-    """Trains with a change and a seed, keeps the figures, and says so; whether that worked."""
-    kept = RESULTS / change / f"seed{seed}"
+def train_and_keep(flags: list[str], kept: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Trains in a process of its own, and keeps the figures alone.
+
+    Returns:
+        result.json, which with metrics.csv is now in `kept`.
+
+    Raises:
+        UsageError: the trainer did not get to its end; with its own words.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(utils.ROOT / "src/trainer.py"), *flags_of(change, seed)]
-        command += ["--output-dir", folder, "--name", change]
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=one_thread, capture_output=True, text=True)
+        command = [sys.executable, str(utils.ROOT / "src/trainer.py"), *flags]
+        command += ["--output-dir", folder, "--name", "run"]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
         if done.returncode:
-            print(f"{change}, seed {seed}: {done.stderr.strip()}", flush=True)
-            return False
+            raise UsageError(done.stderr.strip())
         for file in ("metrics.csv", "result.json"):
-            utils.write_whole(kept / file, (Path(folder) / change / file).read_bytes())
-    accuracy = json.loads((kept / "result.json").read_text())["validation_accuracy"]
-    print(f"{change}, seed {seed}: {accuracy:.2%}", flush=True)
+            utils.write_whole(kept / file, (Path(folder) / "run" / file).read_bytes())
+    return json.loads((kept / "result.json").read_text())
+
+
+def run(study: Study, change: str, seed: int) -> bool:
+    """Trains with a change and a seed, keeps the figures, and says so; whether that worked."""
+    flags = flags_of(study, change, seed)
+    one_thread = {"OMP_NUM_THREADS": "1"} if "--device cpu" in study.base else {}
+    try:
+        result = train_and_keep(flags, study.folder / change / f"seed{seed}", one_thread)
+    except UsageError as error:
+        print(f"{change}, seed {seed}: {error}", flush=True)
+        return False
+    print(f"{change}, seed {seed}: {result['validation_accuracy']:.2%}", flush=True)
     return True
 
 
-def table() -> list[dict[str, Any]]:
+def table(study: Study) -> list[dict[str, Any]]:
     """A row for each change that was run: percent over the seeds, seconds of the fastest."""
     rows: list[dict[str, Any]] = []
-    for change, flags in CHANGES.items():
-        results = [result for seed in SEEDS if (result := result_of(change, seed))]
+    for change, flags in study.changes.items():
+        results = [result for seed in study.seeds if (result := result_of(study, change, seed))]
         if not results:
             continue
         accuracies = [100 * result["validation_accuracy"] for result in results]
@@ -123,19 +193,20 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("study", nargs="?", choices=STUDIES, default="recipe", help="(recipe)")
     parser.add_argument("--table", action="store_true", help="no runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each (2)")
     arguments = parser.parse_args(argv)
     if arguments.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {arguments.jobs}")
-    worked = True
+    study, worked = STUDIES[arguments.study], True
     if not arguments.table:
         # Seed by seed, so that the changes compare however far it gets.
-        wanted = [(change, seed) for seed in SEEDS for change in CHANGES]
-        missing = [key for key in wanted if result_of(*key) is None]
+        wanted = [(change, seed) for seed in study.seeds for change in study.changes]
+        missing = [key for key in wanted if result_of(study, *key) is None]
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            worked = all(list(pool.map(lambda key: run(*key), missing)))
-    rows = table()
+            worked = all(list(pool.map(lambda key: run(study, *key), missing)))
+    rows = table(study)
     if rows:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -143,7 +214,7 @@ def main(argv: list[str]) -> int:
         writer.writerows(
             {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} for row in rows
         )
-        utils.write_whole(RESULTS / "table.csv", text.getvalue().encode())
+        utils.write_whole(study.folder / "table.csv", text.getvalue().encode())
         show(rows)
     return 0 if worked else 1
 

@@ -385,6 +385,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         default=10.0,
         help="save also within an epoch, so often at most; 0 is after each step (10)",
     )
+    run.add_argument(
+        "--save-epochs",
+        metavar="EPOCHS",
+        type=_epochs,
+        default=1,
+        help="save after so many epochs each, and after the last (1)",
+    )
     run.add_argument("--device", help="cuda, cuda:1, mps or cpu (the best there is)")
     model = parser.add_argument_group("model (value of the recipe)")
     model.add_argument("--model", choices=MODELS, help="a size: sets --width, --depth and --heads")
@@ -404,10 +411,17 @@ def _minutes(text: str) -> float:
     return minutes
 
 
+def _epochs(text: str) -> int:
+    """A number of epochs, 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of epochs")
+    return int(text)
+
+
 # ---------------------------------------------------------------------------- main
 
 
-def train(run: Run, command: str, no_test: bool) -> bool:
+def train(run: Run, command: str, arguments: argparse.Namespace) -> bool:
     """Trains a run to its last epoch, then tests it and writes what it came to.
 
     Returns:
@@ -421,7 +435,7 @@ def train(run: Run, command: str, no_test: bool) -> bool:
     )
     if run.device.type == "cpu" and sum(run.operations().values()) > 1e16:
         run.say("made for a GPU, this takes hours or days here; --recipe cpu takes ten minutes")
-    forwards = forwards_of(run)
+    forwards, began, fresh = forwards_of(run), time.perf_counter(), not run.step
 
     with run.job.stop.postponed():
         while run.epoch < config.epochs:
@@ -429,16 +443,21 @@ def train(run: Run, command: str, no_test: bool) -> bool:
             run.end_epoch(row | {"validation_loss": None, "validation_accuracy": None})
             if run.epoch % config.validate_every == 0 or run.epoch == config.epochs:
                 validate(run)
-            run.save()
+            if run.epoch % arguments.save_epochs == 0 or run.epoch == config.epochs:
+                run.save()
             run.say(epoch_line(run.history[-1], config.epochs))
         if validate(run):  # the epoch that --epochs has now made the last
             run.save()
 
     started = time.perf_counter()
-    test = None if no_test else evaluate(run.evaluated, run.dataset.test, run.dataset, world)
+    test = None
+    if not arguments.no_test:
+        test = evaluate(run.evaluated, run.dataset.test, run.dataset, world)
+    ended = time.perf_counter()
     if run.save_failed:
         run.save(last=True)
-    return write_outcome(run, test, time.perf_counter() - started, command)
+    seconds = {"evaluation": ended - started, "first_step_to_end": ended - began if fresh else None}
+    return write_outcome(run, test, seconds, command)
 
 
 def validate(run: Run) -> bool:
@@ -493,9 +512,14 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
 
 
 def write_outcome(
-    run: Run, test: Evaluation | None, evaluation_seconds: float, command: str
+    run: Run, test: Evaluation | None, seconds: dict[str, float | None], command: str
 ) -> bool:
-    """curves.png, result.json and the last lines on the terminal; whether all is written."""
+    """curves.png, result.json and the last lines on the terminal; whether all is written.
+
+    Args:
+        seconds: "evaluation", and "first_step_to_end": from the first training step to the end of
+            the evaluation, saving and validating included; None for a run that was gone on with.
+    """
     if not run.world.leads:
         return True
     outcome = f"test loss {test.loss:.4f}   test accuracy {test.top1:.2%}" if test else "not tested"
@@ -521,7 +545,7 @@ def write_outcome(
         "test_loss": test.loss if test else None,
         "seconds": {
             "training": training,
-            "evaluation": evaluation_seconds,
+            **seconds,
             "compile": run.seconds["compile"],
             "total": run.total_seconds(),
         },
@@ -599,7 +623,7 @@ def main(argv: list[str]) -> int:
                 return 0
             if run.config.deterministic and device.type == "cuda":
                 only_deterministic_kernels()
-            return 0 if train(run, command, arguments.no_test) else 1
+            return 0 if train(run, command, arguments) else 1
     except (UsageError, DataError, FolderInUse, utils.CheckpointError) as error:
         complain(str(error))
         return 2

@@ -3,8 +3,6 @@
 import json
 import math
 import os
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -363,15 +361,6 @@ def test_help_shows_the_values_of_the_chosen_recipe(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert f"times each training image is seen ({RECIPES['demo'].train.epochs})" in text
     assert all(name in text for name in RECIPES)
-
-
-def test_every_command_in_the_readme_parses():
-    readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"python src/trainer\.py([^`\n]*)", readme)
-    commands = [command for command in commands if "--help" not in command]
-    assert len(commands) >= 5
-    for command in commands:
-        trainer.parse_arguments(shlex.split(command, comments=True))
 
 
 def test_the_program_runs_from_any_folder(tmp_path):

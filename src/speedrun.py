@@ -1,0 +1,315 @@
+"""How fast a plain ViT gets to 94% on CIFAR-10: the whole measurement, for one GPU.
+
+    python src/speedrun.py                 all of it, to results/speed94/
+    python src/speedrun.py throughput      one part of it
+    python src/speedrun.py --dry-run       all of it in small, on the drawn data set, on any device
+
+    throughput   images/s of training steps of widths, depths and batches, eager and compiled, and
+                 the share of the device's matrix rate that they come to
+    profile      which operations the time of the recipe's training steps goes to
+    curve        one run that holds validation images out: accuracy against seconds
+    seeds        the recipe on all training images, each seed tested once
+    plot         what there is of curve and seeds, beside published points
+
+Seconds are from the first training step to the end of the evaluation; importing, loading and
+compiling are told apart. What is there already is not measured again. The search for the recipe is
+`python src/ablation.py speed94`. Not yet run on a GPU.
+"""
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch.profiler import ProfilerActivity, profile
+
+import utils
+from ablation import train_and_keep
+from benchmark import Setting, run_of, seconds_of
+from data import normalise
+from recipes import RECIPES, Recipe
+from trainer import add_gradients, compile_model, targets_of, train_epoch
+from utils import UsageError
+
+
+class Plan(NamedTuple):
+    """What is measured."""
+
+    recipe: str
+    flags: list[str]  # of every run of the trainer, besides
+    seeds: int
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    batches: tuple[int, ...]
+    folder: Path
+
+
+HEAD = 64  # numbers a head, in the throughput's models
+THE_PLAN = Plan(
+    recipe="speed94",
+    flags=[],
+    seeds=5,
+    widths=(256, 384, 512),
+    depths=(6, 8, 12),
+    batches=(512, 1024, 2048),
+    folder=utils.ROOT / "results/speed94",
+)
+DRY_PLAN = Plan(
+    recipe="demo",
+    flags="--epochs 2 --patch-size 8 --width 64 --depth 1 --heads 1 --compile off".split(),
+    seeds=2,
+    widths=(64,),
+    depths=(1, 2),
+    batches=(50, 100),
+    folder=utils.ROOT / "checkpoints/speedrun",
+)
+
+# Accuracy in percent, seconds, what it was, and where it says so.
+PUBLISHED = [
+    (94.0, 9.73, "hlb-CIFAR10, CNN, A100", "github.com/tysam-code/hlb-CIFAR10"),
+    (94.01, 3.09, "airbench94, CNN, A100", "github.com/KellerJordan/cifar10-airbench"),
+    (95.01, 10.4, "airbench95, CNN, A100", "github.com/KellerJordan/cifar10-airbench"),
+    (96.03, 34.7, "airbench96, CNN, A100", "github.com/KellerJordan/cifar10-airbench"),
+    (90.5, 16 * 60, "ViT-Lite-7/4, 8 A100", "github.com/hpcaitech/ColossalAI, benchmark/"),
+    (90.92, 8062, "ViT-CIFAR, ViT, V100", "github.com/omihub777/ViT-CIFAR"),
+]
+
+
+# ---------------------------------------------------------------------------- training steps
+
+
+def training_step(recipe: Recipe, compiled: bool, setting: Setting) -> tuple[Callable, Any]:
+    """One training step of a recipe, its input aside, as `train_epoch` does it."""
+    with run_of(recipe, setting, steps=1) as run:
+        batch = run.dataset.train
+        targets = targets_of(batch, len(run.dataset.classes))
+        run.model.train()
+        forward = run.parallel
+        if compiled:
+            example = normalise(batch.images, run.dataset.mean, run.dataset.std)
+            forward = compile_model(run.parallel, example, setting.precision)
+
+    def step() -> None:
+        add_gradients(run, forward, batch.images, targets)
+        for optimizer in run.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step, run
+
+
+def throughput(plan: Plan, setting: Setting) -> None:
+    """throughput.csv, a row at a time, so that a run that is stopped goes on where it was."""
+    path = plan.folder / "throughput.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    there = {tuple(row[key] for key in ("width", "depth", "batch", "mode")) for row in rows}
+    rate = utils.matrix_rate(setting.device, setting.precision)
+    recipe = RECIPES[plan.recipe]
+    for width, depth, batch, mode in itertools.product(
+        plan.widths, plan.depths, plan.batches, ("eager", "compiled")
+    ):
+        if (str(width), str(depth), str(batch), mode) in there:
+            continue
+        size = {"width": width, "depth": depth, "heads": width // HEAD}
+        model = dataclasses.replace(recipe.model, **size)
+        train = dataclasses.replace(recipe.train, batch_size=batch, whole_epochs=0)
+        row: dict[str, Any] = {"width": width, "depth": depth, "batch": batch, "mode": mode}
+        try:
+            step, _ = training_step(Recipe("", model, train), mode == "compiled", setting)
+            step()
+            taken = [seconds_of(step, 3, setting.device) for _ in range(setting.rounds)]
+        except torch.OutOfMemoryError:
+            print(f"width {width}, depth {depth}, batch {batch}, {mode}: out of memory")
+            continue
+        images = batch / statistics.median(taken)
+        flops = utils.training_flops(model, train.patch_dropout)
+        row |= {"images_per_second": round(images), "share": round(images * flops / rate, 3)}
+        rows.append(row)
+        write_rows(path, rows)
+        print(
+            f"width {width:4}, depth {depth:3}, batch {batch:5}, {mode:9}{images:11,.0f} images/s,"
+            f" {row['share']:.0%} of the matrix rate",
+            flush=True,
+        )
+
+
+def profile_steps(plan: Plan, setting: Setting) -> None:
+    """profile.txt: the operations of ten training steps by the time they take themselves."""
+    on_gpu = setting.device.type == "cuda"
+    recipe = RECIPES[plan.recipe]
+    with run_of(recipe, setting, steps=10) as run:
+        run.model.train()
+        forward = run.parallel
+        if on_gpu:
+            images = run.dataset.train.images[: run.config.batch_size]
+            example = normalise(images, run.dataset.mean, run.dataset.std)
+            forward = compile_model(run.parallel, example, setting.precision)
+        run.end_epoch(train_epoch(run, forward))  # warms up
+        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
+        with profile(activities=activities) as profiler:
+            train_epoch(run, forward)
+    order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    text = profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60)
+    head = f"{plan.recipe}, 10 steps, {utils.device_name(setting.device)}, {setting.precision}, "
+    utils.write_whole(
+        plan.folder / "profile.txt", f"{head}torch {torch.__version__}\n{text}".encode()
+    )
+    print("\n".join(text.splitlines()[:14]))
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+def train(plan: Plan, name: str, flags: list[str]) -> dict[str, Any]:
+    """The result.json of a run, made now unless it is there."""
+    kept = plan.folder / name
+    if (kept / "result.json").exists():
+        return json.loads((kept / "result.json").read_text())
+    # Saving after each epoch would take a part of the minute.
+    flags = ["--recipe", plan.recipe, *plan.flags, *flags, "--save-epochs", "100000"]
+    return train_and_keep(flags, kept, {})
+
+
+def curve(plan: Plan, setting: Setting) -> None:
+    device = ["--device", str(setting.device)]
+    result = train(plan, "curve", ["--no-test", "--validate-every", "5", *device])
+    print(f"validation accuracy {result['validation_accuracy']:.2%}, {told(result)}")
+
+
+def seeds(plan: Plan, setting: Setting) -> None:
+    """Trains and tests every seed, and writes summary.json."""
+    results = []
+    for seed in range(plan.seeds):
+        flags = ["--seed", str(seed), "--validation-images", "0", "--device", str(setting.device)]
+        results.append(train(plan, f"seed{seed}", flags))
+        print(f"seed {seed}: test accuracy {results[-1]['test_accuracy']:.2%}, {told(results[-1])}")
+    accuracies = [result["test_accuracy"] for result in results]
+    seconds = [result["seconds"]["first_step_to_end"] for result in results]
+    summary = {
+        "recipe": plan.recipe,
+        "device_name": results[0]["device_name"],
+        "torch": results[0]["torch"],
+        "seeds": len(results),
+        "test_accuracy": accuracies,
+        "mean": statistics.mean(accuracies),
+        "deviation": statistics.stdev(accuracies),
+        "first_step_to_end": seconds,
+    }
+    utils.write_json(plan.folder / "summary.json", summary)
+    print(
+        f"{plan.recipe}: {summary['mean']:.2%} ± {100 * summary['deviation']:.2f} over "
+        f"{len(results)} seeds in {statistics.mean(seconds):.1f} s"
+    )
+
+
+def told(result: dict[str, Any]) -> str:
+    seconds = result["seconds"]
+    measured = seconds["first_step_to_end"]
+    loading = seconds["total"] - measured - seconds["compile"]
+    return (
+        f"{measured:.1f} s from the first step to the end; besides, {seconds['compile']:.1f} s "
+        f"compiling, {loading:.1f} s importing and loading"
+    )
+
+
+# ---------------------------------------------------------------------------- the plot
+
+
+def plot(plan: Plan, setting: Setting) -> None:
+    utils.write_figure(plan.folder / "accuracy-against-seconds.png", draw(plan))
+    print(f"wrote {plan.folder / 'accuracy-against-seconds.png'}")
+
+
+def draw(plan: Plan) -> Figure:
+    """Accuracy against seconds of training: what was measured here, and what others state."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    folders = {"speed94": plan.folder / "curve"}
+    folders |= {name: utils.ROOT / "results" / name for name in ("cpu", "shipped")}
+    for name, folder in folders.items():
+        if (folder / "metrics.csv").exists():
+            result = json.loads((folder / "result.json").read_text())
+            label = f"this code, {result['recipe']}, {result['device_name']} (validation)"
+            axes.plot(*curve_of(folder / "metrics.csv"), ".-", label=label)
+    for folder in sorted(plan.folder.glob("seed*")):
+        result = json.loads((folder / "result.json").read_text())
+        point = result["seconds"]["first_step_to_end"], 100 * result["test_accuracy"]
+        axes.plot(*point, "k*", label="speed94, a seed (test)" if folder.name == "seed0" else None)
+    for accuracy, seconds, name, _ in PUBLISHED:
+        marker = "s" if "ViT" in name else "o"
+        axes.plot(seconds, accuracy, marker, color="0.45", ms=5)
+        axes.annotate(
+            name, (seconds, accuracy), (5, -3), textcoords="offset points", fontsize=7, va="top"
+        )
+    axes.axhline(94, color="0.7", linewidth=0.8, linestyle="--")
+    axes.set(xscale="log", xlabel="seconds of training", ylabel="accuracy (%)", ylim=(70, 98))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7, loc="lower left")
+    return figure
+
+
+def curve_of(path: Path) -> tuple[list[float], list[float]]:
+    """Seconds of training, and the validation accuracy in percent that they led to."""
+    seconds, points = 0.0, []
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            seconds += float(row["seconds"])
+            if row["validation_accuracy"]:
+                points.append((seconds, 100 * float(row["validation_accuracy"])))
+    return tuple(map(list, zip(*points, strict=True)))
+
+
+# ---------------------------------------------------------------------------- command line
+
+PARTS: dict[str, Callable[[Plan, Setting], None]] = {
+    "throughput": throughput,
+    "profile": profile_steps,
+    "curve": curve,
+    "seeds": seeds,
+    "plot": plot,
+}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    utils.write_whole(path, ("\n".join(lines) + "\n").encode())
+
+
+def main(argv: list[str]) -> int:
+    parser = utils.Parser(
+        prog="speedrun.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("part", nargs="?", choices=("all", *PARTS), default="all", help="(all)")
+    parser.add_argument("--dry-run", action="store_true", help="in small, on the drawn data set")
+    parser.add_argument("--device", help="cuda, mps or cpu (the best there is)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="(results/speed94/)")
+    arguments = parser.parse_args(argv)
+    plan = DRY_PLAN if arguments.dry_run else THE_PLAN
+    plan = plan._replace(folder=arguments.out or plan.folder)
+    try:
+        device = utils.choose_device(arguments.device)
+        if device.type != "cuda" and not arguments.dry_run and arguments.part != "plot":
+            raise UsageError("the measurement is for a GPU; --dry-run does it in small anywhere")
+        setting = Setting(device, utils.resolve_precision("auto", device), rounds=5)
+        for name in PARTS if arguments.part == "all" else [arguments.part]:
+            PARTS[name](plan, setting)
+    except UsageError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"cannot write to {plan.folder}: {error.strerror or error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

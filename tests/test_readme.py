@@ -1,0 +1,77 @@
+"""The README: commands that parse, code that is the files' own, links that lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import ablation
+import trainer
+import utils
+import vis
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CARD = ROOT / "checkpoints/README.md"
+
+
+@pytest.mark.parametrize(
+    ("program", "parse", "least"),
+    [
+        ("src/trainer.py", trainer.parse_arguments, 8),
+        ("visualization/vis.py", vis.parse_arguments, 8),
+    ],
+)
+def test_every_command_parses(program, parse, least):
+    text = README + CARD.read_text()
+    commands = re.findall(rf"{program}([^`\n]*)", text)
+    commands = [command for command in commands if not command.startswith((")", "]"))]
+    commands = [command for command in commands if "--help" not in command]
+    assert len(commands) >= least
+    for command in commands:
+        parse(shlex.split(command, comments=True))
+
+
+def test_every_line_of_code_is_in_the_file_it_names():
+    blocks = re.findall(r"```python\n# (\S+?)[,\n].*?\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 10
+    for file, block in blocks:
+        lines = {line.strip() for line in (ROOT / file).read_text().splitlines()}
+        for line in filter(None, block.splitlines()):
+            assert line.strip() in lines, (file, line)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", CARD], ids=["README", "card"])
+def test_every_link_into_the_repository_leads_to_a_file(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    inside = [link for link in links if not link.startswith(("http", "#"))]
+    assert len(inside) >= 3
+    for link in inside:
+        assert (page.parent / link).exists(), link
+
+
+def test_every_link_within_the_readme_leads_to_a_heading():
+    headings = re.findall(r"^#+ (.*)$", README, flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+    for link in re.findall(r"\]\(#([^)\s]+)\)", README):
+        assert link in anchors
+
+
+def test_the_table_of_changes_is_that_of_the_runs(capsys):
+    ablation.show(ablation.table())
+    rows = capsys.readouterr().out.strip().splitlines()
+    assert len(rows) > 10
+    for row in rows:
+        assert row in README
+
+
+def test_the_models_in_the_results_table_have_the_accuracy_of_their_results():
+    """Each run's line has its own result.json's test accuracy, and no result is left out."""
+    for name in ("shipped", "cpu"):
+        result = utils.json.loads((ROOT / "results" / name / "result.json").read_text())
+        (line,) = re.findall(rf"^\| `{re.escape(result['command'])}`.*$", README, re.MULTILINE)
+        assert f"**{result['test_accuracy']:.2%}**" in line
+        assert (
+            f"{result['validation_accuracy']:.2%}" in line and f"{result['parameters']:,}" in line
+        )

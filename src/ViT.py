@@ -44,9 +44,6 @@ MODELS = {
 }
 
 LAYER_NORM_EPSILON = 1e-6  # the reference code's; torch's default is 1e-5
-# On a CPU, plain products are quicker than the fused attention up to so many tokens; in bfloat16
-# five times at T = 16 (forward + backward, torch 2.14, two Zen 4 cores).
-PLAIN_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +112,19 @@ class ViTConfig:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
+    def patches(self) -> int:
+        """N"""
+        return self.grid[0] * self.grid[1]
+
+    @property
     def tokens(self) -> int:
         """T, the tokens a block sees: the patches, and the class token where there is one."""
-        return self.grid[0] * self.grid[1] + (self.pooling == "class")
+        return self.patches + (self.pooling == "class")
+
+    @property
+    def hidden(self) -> int:
+        """The width inside the MLP."""
+        return round(self.mlp_ratio * self.width)
 
 
 # ---------------------------------------------------------------------------- patches (Eq. 1)
@@ -186,9 +193,8 @@ class PatchEmbedding(nn.Module):
             self.positions = nn.Parameter(torch.empty(1, config.tokens, config.width))
         else:
             positions = sincos_positions(config.grid, config.width)
-            positions = F.pad(
-                positions, (0, 0, config.tokens - len(positions), 0)
-            )  # class token: 0
+            # A class token comes first, and its position is 0.
+            positions = F.pad(positions, (0, 0, config.tokens - len(positions), 0))
             self.register_buffer("positions", positions[None], persistent=False)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -219,6 +225,11 @@ class PatchEmbedding(nn.Module):
 # ---------------------------------------------------------------------------- attention (Eqs. 5-8)
 
 
+# On a CPU, plain products are quicker than the fused attention up to so many tokens; in bfloat16
+# five times at T = 16 (forward + backward, torch 2.14, two Zen 4 cores).
+PLAIN_TOKENS = 256
+
+
 class MultiHeadSelfAttention(nn.Module):
     """Eqs. 5-8: every token asks (q), is found (k) and answers (v), in h heads at once."""
 
@@ -230,15 +241,13 @@ class MultiHeadSelfAttention(nn.Module):
         self.output = nn.Linear(config.width, config.width)  # U_msa
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, z: Tensor) -> Tensor:  # (B, T, D)
-        if z.device.type == "cpu" and z.shape[1] <= PLAIN_TOKENS:
-            return self.trace(z)[0]  # as written out below; quicker there than the fused kernel
-        rate = self.attention_dropout if self.training else 0.0
-        q, k, v = self.split(z)
-        return self.merge(F.scaled_dot_product_attention(q, k, v, dropout_p=rate))  # Eqs. 6-7
+    def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Eq. 5: queries, keys and values, each (B, h, T, D_h)."""
+        qkv = self.qkv(z).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, h, D_h)
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 of (B, h, T, D_h)
 
-    def trace(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` written out: its output (B, T, D) and the weights A (B, h, T, T).
+    def written_out(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Eqs. 6-8 step by step: (B, T, D) to (B, T, D), and the weights A (B, h, T, T).
 
         Row i of A says how much token i takes from every token; it sums to 1.
         """
@@ -247,14 +256,16 @@ class MultiHeadSelfAttention(nn.Module):
         heads = F.dropout(A, self.attention_dropout, self.training) @ v  # (B, h, T, D_h)  Eq. 7
         return self.merge(heads), A
 
-    def split(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Eq. 5: queries, keys and values, each (B, h, T, D_h)."""
-        qkv = self.qkv(z).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, h, D_h)
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 of (B, h, T, D_h)
-
     def merge(self, heads: Tensor) -> Tensor:
         """Eq. 8: heads (B, h, T, D_h), side by side and mixed, to (B, T, D)."""
         return self.dropout(self.output(heads.transpose(1, 2).flatten(2)))  # (B, T, D)
+
+    def forward(self, z: Tensor) -> Tensor:  # (B, T, D)
+        if z.device.type == "cpu" and z.shape[1] <= PLAIN_TOKENS:
+            return self.written_out(z)[0]
+        rate = self.attention_dropout if self.training else 0.0
+        q, k, v = self.split(z)
+        return self.merge(F.scaled_dot_product_attention(q, k, v, dropout_p=rate))  # Eqs. 6-7
 
 
 # ---------------------------------------------------------------------------- encoder (Eqs. 2-3)
@@ -265,10 +276,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ViTConfig):
         super().__init__()
-        hidden = round(config.mlp_ratio * config.width)
-        self.expand = nn.Linear(config.width, hidden)
+        self.expand = nn.Linear(config.width, config.hidden)
         self.activation = GELU()
-        self.contract = nn.Linear(hidden, config.width)
+        self.contract = nn.Linear(config.hidden, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, z: Tensor) -> Tensor:  # (B, T, D)
@@ -293,7 +303,7 @@ class EncoderBlock(nn.Module):
 
     def trace(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` with attention written out: tokens (B, T, D) and weights A (B, h, T, T)."""
-        mixed, A = self.attention.trace(self.norm1(z))
+        mixed, A = self.attention.written_out(self.norm1(z))
         z = z + self.drop_path(mixed)  # Eq. 2
         return z + self.drop_path(self.mlp(self.norm2(z))), A  # Eq. 3
 

@@ -69,7 +69,7 @@ STUDIES = {
             "averaging": "--averaging 0.99",
         },
     ),
-    # Operations equal to 4% by utils.training_flops: what is wider or deeper, or sees more of each
+    # Operations equal to 4% by `training_flops`: what is wider or deeper, or sees more of each
     # image, has fewer epochs.
     "shape": Study(
         utils.ROOT / "results/speed94/shape",
@@ -220,4 +220,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    utils.run_program(main)

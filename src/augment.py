@@ -8,7 +8,6 @@ same state of it gives the same result. Nothing but torchvision's policies waits
     python src/augment.py --recipe demo      and in the last row all that a recipe does
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -305,4 +304,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    utils.run_program(main)

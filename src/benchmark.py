@@ -24,7 +24,6 @@ import argparse
 import copy
 import dataclasses
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -45,18 +44,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+import machine
 import utils
 from augment import augment
-from data import Dataset, Split, batch_rows, normalise
+from data import CIFAR10_MEAN, CIFAR10_STD, Dataset, Split, batch_rows, normalise
 from optimizers import make_optimizers
 from processes import ALONE, Job, StopSignals
 from recipes import DEFAULT_RECIPE, RECIPES, Recipe, TrainConfig
 from run import Run
-from trainer import add_gradients, arithmetic, compile_model, targets_of, train_epoch
+from trainer import add_gradients, autocast, compile_model, targets_of, train_epoch
 from utils import UsageError
 from ViT import ViT, ViTConfig, parameters_of
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 LONG_ENOUGH = 0.05  # seconds of work that a clock reading is for
 INPUT_IMAGES = 10_000  # in the epoch that input is timed with
 
@@ -253,7 +252,7 @@ def step_of(
     optimizer = torch.optim.AdamW(candidate.model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
-        with candidate.calling(), arithmetic(setting.precision, setting.device):
+        with candidate.calling(), autocast(setting.precision, setting.device):
             logits = forward(images)
         F.cross_entropy(logits.float(), labels).backward()
         optimizer.step()
@@ -295,7 +294,7 @@ def time_steps(
             print(f"{' '.join(key)}: first step {time.perf_counter() - started:.1f} s", flush=True)
     taken = in_turns(works, setting)
     parameters = {each.implementation: parameters_of(each.model) for each in found}
-    flops = utils.training_flops(found[0].model.config) * shape.batch_size
+    flops = machine.training_flops(found[0].model.config) * shape.batch_size
     rows = [
         {
             "implementation": implementation,
@@ -342,7 +341,9 @@ def random_dataset(count: int, device: torch.device) -> Dataset:
     split = Split(images, torch.arange(count) % 10).to(device)
     none = split.take(torch.arange(0))
     names = tuple("abcdefghij")
-    return Dataset("random", names, MEAN, STD, train=split, validation=none, test=none)
+    return Dataset(
+        "random", names, CIFAR10_MEAN, CIFAR10_STD, train=split, validation=none, test=none
+    )
 
 
 def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
@@ -361,7 +362,7 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
         for seed, rows in enumerate(order):
             batch = dataset.train.take(rows)
             images, _ = augment(batch.images, targets_of(batch, 10), config, seed, coins[rows], 0)
-            normalise(images, MEAN, STD)
+            normalise(images, CIFAR10_MEAN, CIFAR10_STD)
 
     pixels = dataset.train.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     transform = transforms.Compose(
@@ -369,7 +370,7 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
             transforms.RandomCrop(32, padding=4),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.Normalize(CIFAR10_MEAN, CIFAR10_STD),
         ]
     )
 
@@ -441,7 +442,7 @@ def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) ->
         targets = targets_of(batch, 10)
         forward = run.parallel
         if mode == "compiled":
-            example = normalise(batch.images, MEAN, STD)
+            example = normalise(batch.images, CIFAR10_MEAN, CIFAR10_STD)
             forward = compile_model(run.parallel.train(), example, setting.precision)
 
         def epoch() -> None:
@@ -455,8 +456,8 @@ def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) ->
 
         def inputs() -> None:
             for rows in batch_rows(run.dataset.train, run.config.batch_size):
-                images = run.dataset.train.take(rows)
-                augment(images.images, targets_of(images, 10), run.config, 0, run.coins[rows], 0)
+                part = run.dataset.train.take(rows)
+                augment(part.images, targets_of(part, 10), run.config, 0, run.coins[rows], 0)
 
         add_gradients(run, forward, batch.images, targets)
         gradients = {weight: weight.grad for weight in run.model.parameters()}
@@ -522,7 +523,7 @@ def measure_growth(base: Shape, setting: Setting) -> list[dict[str, Any]]:
             )
 
             def forward(model: nn.Module = candidate.model, images: Tensor = images) -> Tensor:
-                with arithmetic(setting.precision, setting.device):
+                with autocast(setting.precision, setting.device):
                     return model(images)
 
             try:
@@ -614,12 +615,12 @@ def measure(name: str, modes: list[str], setting: Setting) -> dict[str, Any]:
     recipe = RECIPES[name]
     shape = Shape.of(recipe)
     inputs = time_input(setting, shape.batch_size)
-    rate = utils.matrix_rate(setting.device, setting.precision)
+    rate = machine.matrix_rate(setting.device, setting.precision)
     steps, ratios = time_steps(shape, modes, setting, rate)
     outside = time_outside(recipe, modes[-1], setting)
     return {
         "recipe": name,
-        "device_name": utils.device_name(setting.device),
+        "device_name": machine.device_name(setting.device),
         "precision": setting.precision,
         "torch": str(torch.__version__),
         "rounds": setting.rounds,
@@ -657,8 +658,8 @@ def main(argv: list[str]) -> int:
         parser.error(f"--json {arguments.json} must end in .json; the plot goes beside it")
     modes = [arguments.mode] if arguments.mode else ["eager", "compiled"]
     try:
-        device = utils.choose_device(arguments.device)
-        precision = utils.resolve_precision(arguments.precision, device)
+        device = machine.choose_device(arguments.device)
+        precision = machine.resolve_precision(arguments.precision, device)
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=arguments.json.parent):
             pass  # better to learn here than after minutes that nothing can be written
@@ -667,7 +668,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         parser.error(f"cannot write {arguments.json}: {error.strerror or error}")
     recipe = arguments.recipe or ("cpu" if device.type == "cpu" else DEFAULT_RECIPE)
-    utils.keep_freed_memory()
+    machine.keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch|timm|transformers")
     result = measure(recipe, modes, Setting(device, precision, arguments.rounds))
     show(result)
@@ -679,4 +680,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    utils.run_program(main)

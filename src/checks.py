@@ -51,6 +51,7 @@ CHECKPOINT = {
     "std": list[float],
     "versions": dict[str, str],
 }
+DATA_OPTIONS = {"dataset": str, "validation_images": int}  # of TrainConfig
 PARTIAL = {"steps": int, "losses": Tensor, "correct": int, "seconds": float}
 SECONDS = {"compile": float, "total": float}
 OPTIMIZER_STATE = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
@@ -112,6 +113,10 @@ def check_content(checkpoint: Any) -> None:
         )
     check_fields(checkpoint, CHECKPOINT, "the checkpoint")
     config = config_from(ViTConfig, checkpoint["model_config"])
+    # Of the training, what is used without going on with it; the rest is checked for that.
+    training = checkpoint["train_config"]
+    used = {name: training[name] for name in DATA_OPTIONS if name in training}
+    check_fields(used, DATA_OPTIONS, "'train_config'")
     _check_weights(config, checkpoint["weights"])
     if checkpoint["averaged"]:
         _check_weights(config, checkpoint["averaged"])

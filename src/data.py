@@ -23,6 +23,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # red, green, blue
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte until a server counts as stalled
 SPLIT_SEED = 0  # the held-out images do not depend on a run's seed, so that runs compare
 
@@ -87,7 +88,7 @@ def load_dataset(
     """
     if name == "cifar10":
         classes, training, test = _load_cifar10(Path(data_dir), data_url)
-        mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+        mean, std = CIFAR10_MEAN, CIFAR10_STD
     elif name == "shapes":
         classes, training, test = (
             tuple(SHAPES),
@@ -184,12 +185,12 @@ def _load_cifar10(data_dir: Path, data_url: str | None) -> tuple[tuple[str, ...]
             training, test = (
                 Source(data_dir, train=train, download=True) for train in (True, False)
             )
-    except (OSError, RuntimeError, EOFError, http.client.HTTPException) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"no CIFAR-10 in {data_dir}, and {Source.url} gave none ({reason}); put "
             f"{Source.filename} from {CIFAR10_PAGE} into {data_dir} by hand, "
-            "or use --recipe demo, which needs no download"
+            "(python src/trainer.py --recipe demo needs no download)"
         ) from error
     return tuple(training.classes), _as_split(training), _as_split(test)
 

@@ -199,7 +199,7 @@ def joined_world(use_gpus: bool) -> Iterator[World]:
     Raises:
         WorldError: a variable is missing, or the other processes cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
     try:
@@ -248,5 +248,5 @@ def joined_job(use_gpus: bool) -> Iterator[Job]:
 
 def complain(message: str) -> None:
     """One line on standard error, with the rank of a process that does not lead."""
-    rank = int(os.environ.get("RANK", "0"))
-    print(f"rank {rank}: " * (rank > 0) + f"trainer.py: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    print(f"rank {rank}: " * (rank != "0") + f"trainer.py: {message}", file=sys.stderr)

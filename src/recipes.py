@@ -74,6 +74,8 @@ class TrainConfig:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ValueError(f"{name} must be at least {value}, not {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, not {self.seed}")
         if not 1 <= self.accumulate <= self.batch_size:
             raise ValueError(
                 f"accumulate must be from 1 to the batch_size {self.batch_size}, "
@@ -86,7 +88,7 @@ class TrainConfig:
         if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"warmup_epochs must be at least 0 and below the {self.epochs} epochs, "
-                f"not {self.warmup_epochs}"
+                f"not {self.warmup_epochs}; --warmup-epochs sets them"
             )
         for name in ("label_smoothing", "averaging", "patch_dropout"):
             if not 0 <= getattr(self, name) < 1:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import machine
 import utils
 from checks import config_from
-from data import Dataset, load_dataset
+from data import Dataset, Split, load_dataset
 from optimizers import learning_rate_factor, make_optimizers
 from processes import Job, World
 from recipes import RECIPES, TrainConfig
@@ -110,9 +111,9 @@ class Run:
         """Floating-point operations of the training, by the share of patches that is left out."""
         done: dict[float, float] = defaultdict(float)
         for epoch in range(self.config.epochs):
-            share = self.config.patch_dropout_in(epoch)
-            of_an_image = utils.training_flops(self.model.config, share)
-            done[share] += of_an_image * len(self.dataset.train)
+            patch_dropout = self.config.patch_dropout_in(epoch)
+            of_an_image = machine.training_flops(self.model.config, patch_dropout)
+            done[patch_dropout] += of_an_image * len(self.dataset.train)
         return done
 
     @torch.no_grad()
@@ -138,7 +139,7 @@ class Run:
         self.begin_epoch()
 
     def total_seconds(self) -> float:
-        return self.seconds["total"] + utils.process_seconds()
+        return self.seconds["total"] + machine.process_seconds()
 
     def say(self, line: str) -> None:
         if self.world.leads:
@@ -235,7 +236,7 @@ def new_run(arguments: argparse.Namespace, device: torch.device, job: Job) -> Ru
     if config.initialisation == "mimetic":
         model.mimic_trained_attention()
     model.to(device)
-    precision = utils.resolve_precision(config.precision, device)
+    precision = machine.resolve_precision(config.precision, device)
     return Run(
         folder=folder,
         recipe=arguments.recipe,
@@ -284,7 +285,7 @@ def resumed_run(arguments: argparse.Namespace, device: torch.device, job: Job) -
     averaged = None
     try:
         before = config_from(TrainConfig, checkpoint["train_config"])
-        precision = utils.resolve_precision(before.precision, device)
+        precision = machine.resolve_precision(before.precision, device)
         optimizers = make_optimizers(model, before, precision)
         utils.load_optimizers(optimizers, checkpoint["optimizers"])
         if bool(before.averaging) != bool(checkpoint["averaged"]):
@@ -371,7 +372,7 @@ def _take_folder(folder: Path, job: Job) -> None:
     try:
         job.lock(folder)
         if job.world.leads:
-            utils.remove_partial_files(folder)
+            utils.remove_partial_files(folder, RUN_FILES)
     except OSError as error:
         raise UsageError(f"cannot use {folder}: {error.strerror}") from error
 
@@ -400,13 +401,14 @@ def dataset_for(
         )
 
 
-def check_fit(config: ViTConfig, dataset: Dataset) -> None:
-    channels, *size = dataset.train.images.shape[1:]
-    wanted = (config.channels, *config.image_size, config.classes)
-    found = (channels, *size, len(dataset.classes))
+def check_fit(config: ViTConfig, dataset: Dataset, split: Split | None = None) -> None:
+    """Raises UsageError where images, of the training split if no other, are none of a model's."""
+    images = (split or dataset.train).images
+    found = (len(dataset.classes), *images.shape[1:])
+    wanted = (config.classes, config.channels, *config.image_size)
     if wanted != found:
-        names = ("channels", "height", "width", "classes")
+        (K, *shape), (count, *size) = wanted, found
         raise UsageError(
-            f"the model is for {dict(zip(names, wanted, strict=True))}, "
-            f"but {dataset.name} has {dict(zip(names, found, strict=True))}"
+            f"the model is for {K} classes of images of {' x '.join(map(str, shape))}, "
+            f"but {dataset.name} has {count} of {' x '.join(map(str, size))}"
         )

@@ -22,7 +22,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
+import machine
 import utils
 from ablation import train_and_keep
 from benchmark import Setting, run_of, seconds_of
@@ -53,6 +53,7 @@ class Plan(NamedTuple):
 
 
 HEAD = 64  # numbers a head, in the throughput's models
+ROUNDS = 5  # of the throughput, of three steps each
 THE_PLAN = Plan(
     recipe="speed94",
     flags=[],
@@ -111,7 +112,7 @@ def throughput(plan: Plan, setting: Setting) -> None:
     path = plan.folder / "throughput.csv"
     rows = list(csv.DictReader(path.open())) if path.exists() else []
     there = {tuple(row[key] for key in ("width", "depth", "batch", "mode")) for row in rows}
-    rate = utils.matrix_rate(setting.device, setting.precision)
+    rate = machine.matrix_rate(setting.device, setting.precision)
     recipe = RECIPES[plan.recipe]
     for width, depth, batch, mode in itertools.product(
         plan.widths, plan.depths, plan.batches, ("eager", "compiled")
@@ -130,7 +131,7 @@ def throughput(plan: Plan, setting: Setting) -> None:
             print(f"width {width}, depth {depth}, batch {batch}, {mode}: out of memory")
             continue
         images = batch / statistics.median(taken)
-        flops = utils.training_flops(model, train.patch_dropout)
+        flops = machine.training_flops(model, train.patch_dropout)
         row |= {"images_per_second": round(images), "share": round(images * flops / rate, 3)}
         rows.append(row)
         write_rows(path, rows)
@@ -158,7 +159,7 @@ def profile_steps(plan: Plan, setting: Setting) -> None:
             train_epoch(run, forward)
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     text = profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60)
-    head = f"{plan.recipe}, 10 steps, {utils.device_name(setting.device)}, {setting.precision}, "
+    head = f"{plan.recipe}, 10 steps, {machine.device_name(setting.device)}, {setting.precision}, "
     utils.write_whole(
         plan.folder / "profile.txt", f"{head}torch {torch.__version__}\n{text}".encode()
     )
@@ -232,9 +233,8 @@ def draw(plan: Plan) -> Figure:
     """Accuracy against seconds of training: what was measured here, and what others state."""
     figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=150)
     axes = figure.subplots()
-    folders = {"speed94": plan.folder / "curve"}
-    folders |= {name: utils.ROOT / "results" / name for name in ("cpu", "shipped")}
-    for name, folder in folders.items():
+    elsewhere = [utils.ROOT / "results" / name for name in ("cpu", "shipped")]
+    for folder in (plan.folder / "curve", *elsewhere):
         if (folder / "metrics.csv").exists():
             result = json.loads((folder / "result.json").read_text())
             label = f"this code, {result['recipe']}, {result['device_name']} (validation)"
@@ -298,10 +298,10 @@ def main(argv: list[str]) -> int:
     plan = DRY_PLAN if arguments.dry_run else THE_PLAN
     plan = plan._replace(folder=arguments.out or plan.folder)
     try:
-        device = utils.choose_device(arguments.device)
+        device = machine.choose_device(arguments.device)
         if device.type != "cuda" and not arguments.dry_run and arguments.part != "plot":
             raise UsageError("the measurement is for a GPU; --dry-run does it in small anywhere")
-        setting = Setting(device, utils.resolve_precision("auto", device), rounds=5)
+        setting = Setting(device, machine.resolve_precision("auto", device), ROUNDS)
         for name in PARTS if arguments.part == "all" else [arguments.part]:
             PARTS[name](plan, setting)
     except UsageError as error:
@@ -312,4 +312,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    utils.run_program(main)

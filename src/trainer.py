@@ -2,7 +2,7 @@
 
     python src/trainer.py                              CIFAR-10, the default recipe, the best device
     python src/trainer.py --recipe demo                no download, no GPU, about a minute
-    python src/trainer.py --recipe NAME --epochs 5     a flag beats the recipe; --help lists all
+    python src/trainer.py --recipe cpu --epochs 5      a flag beats the recipe; --help lists all
     python src/trainer.py --resume checkpoints/NAME    go on where a run stopped
     python src/trainer.py --evaluate FILE              test accuracy of a checkpoint
     python src/trainer.py --export checkpoints/NAME    its model alone, in half precision
@@ -33,10 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import machine
 import processes
 import utils
 from augment import augment
 from data import DataError, Dataset, Split, batch_rows, batches, normalise
+from machine import choose_device
 from optimizers import set_learning_rates
 from processes import (
     FolderInUse,
@@ -47,18 +49,22 @@ from processes import (
     joined_job,
     without_averaging,
 )
-from recipes import DEFAULT_RECIPE, RECIPES
+from recipes import DEFAULT_RECIPE, RECIPES, TrainConfig
 from run import Diverged, Run, check_fit, checkpoint_file, dataset_for, new_run, resumed_run
-from utils import UsageError, choose_device
-from ViT import MODELS, ViT, parameters_of
+from utils import UsageError
+from ViT import MODELS, ViT, ViTConfig, parameters_of
 
 Forward = Callable[[Tensor], Tensor]  # a model, compiled or not
 
 
 # ---------------------------------------------------------------------------- arithmetic
 
+# Floating-point operations of a training, and their time on a CPU that does some 2e11 a second.
+WORTH_COMPILING = 2e13  # two minutes
+FOR_A_GPU = 1e16  # half a day
 
-def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The forward pass in bfloat16 where it is safe (autocast), or all of it in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
@@ -67,7 +73,7 @@ def compile_pays(run: Run, operations: float) -> bool:
     """Whether compiling is worth its half minute: on a GPU, or in minutes of work for a CPU."""
     if run.config.compile != "auto":
         return run.config.compile == "on"
-    return run.device.type == "cuda" or (run.device.type == "cpu" and operations > 2e13)
+    return run.device.type == "cuda" or (run.device.type == "cpu" and operations > WORTH_COMPILING)
 
 
 def compile_model(model: nn.Module, batch: Tensor, precision: str) -> Forward:
@@ -78,7 +84,7 @@ def compile_model(model: nn.Module, batch: Tensor, precision: str) -> Forward:
     forward: Forward = torch.compile(model, dynamic=False)
     try:
         with without_averaging(model):
-            with arithmetic(precision, batch.device):
+            with autocast(precision, batch.device):
                 logits = forward(batch)
             logits.float().sum().backward()
     except torch.OutOfMemoryError:
@@ -124,7 +130,8 @@ def train_epoch(run: Run, forward: Forward) -> dict[str, Any]:
             images, targets = augment(
                 batch.images, targets, config, utils.seed_for(*draws), run.coins[rows], epoch
             )
-            # Dropout and drop path draw from torch's own generators, on each rank differently.
+            # Dropout, drop path and patch dropout draw from torch's own generators, on each rank
+            # differently.
             torch.manual_seed(utils.seed_for(*draws, run.world.rank))
             # A short last batch would be compiled for its size alone; it goes uncompiled instead.
             model = forward if len(batch) == config.batch_size else run.parallel
@@ -180,23 +187,23 @@ def add_gradients(
     """
     world, config = run.world, run.config
     rows = world.share(torch.arange(len(targets), device=run.device))
-    counts = len(rows) > 0
-    if not counts:  # a batch of fewer images than ranks; averaging waits for every rank
+    has_rows = len(rows) > 0
+    if not has_rows:  # a batch of fewer images than ranks; averaging waits for every rank
         rows = torch.zeros(1, dtype=torch.int64, device=run.device)
     loss, correct = torch.zeros((), device=run.device), 0
     parts = rows.tensor_split(min(config.accumulate, len(rows)))
     for part in parts:
         with nullcontext() if part is parts[-1] else without_averaging(run.parallel):
             inputs = normalise(images[part], run.dataset.mean, run.dataset.std)
-            with arithmetic(run.precision, run.device):
+            with autocast(run.precision, run.device):
                 logits = model(inputs).to(inputs.dtype)
             summed = F.cross_entropy(
                 logits, targets[part], label_smoothing=config.label_smoothing, reduction="sum"
             )
-            share = summed * (counts / len(targets))
+            share = summed * (has_rows / len(targets))
             (share * world.size).backward()  # the ranks' gradients are averaged, not added
         loss += share.detach()
-        correct += (logits.argmax(dim=1) == targets[part].argmax(dim=1)).sum() * counts
+        correct += (logits.argmax(dim=1) == targets[part].argmax(dim=1)).sum() * has_rows
     return loss, correct
 
 
@@ -258,14 +265,17 @@ class Evaluation(NamedTuple):
     of_class: list[float]  # top-1 within each class
 
 
-def predict(model: ViT, split: Split, dataset: Dataset, batch_size: int = 500) -> Tensor:
+EVALUATION_BATCH = 500
+
+
+def predict(model: ViT, split: Split, dataset: Dataset) -> Tensor:
     """Logits (n, K) of a split, in float32 whatever the training ran in."""
     model.eval()
     with torch.inference_mode():
         return torch.cat(
             [
                 model(normalise(batch.images, dataset.mean, dataset.std))
-                for batch in batches(split, batch_size)
+                for batch in batches(split, EVALUATION_BATCH)
             ]
         )
 
@@ -295,7 +305,7 @@ def report(path: Path, arguments: argparse.Namespace, device: torch.device, worl
     """--evaluate: loss, top-1, top-5 and the accuracy of each class on the test images."""
     path = checkpoint_file(path)
     model, checkpoint = utils.load_model(path, device)
-    name = str(checkpoint["train_config"].get("dataset"))
+    name = checkpoint["train_config"]["dataset"]
     dataset = dataset_for(name, 0, arguments, device, world)
     check_fit(model.config, dataset)
     result = evaluate(model, dataset.test, dataset, world)
@@ -397,7 +407,23 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     model.add_argument("--model", choices=MODELS, help="a size: sets --width, --depth and --heads")
     utils.add_flags(model, recipe.model)
     utils.add_flags(parser.add_argument_group("training (value of the recipe)"), recipe.train)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    for task in ("resume", "evaluate", "export"):
+        if getattr(arguments, task) and (flag := without_effect(argv, task)):
+            parser.error(f"{flag} has no effect with --{task}; leave it out")
+    return arguments
+
+
+def without_effect(argv: list[str], task: str) -> str | None:
+    """A flag in a command line that --resume, --evaluate or --export would not heed."""
+    unheeded = {"--recipe", "--name"}
+    if task == "resume":
+        unheeded.add("--overwrite")
+    else:
+        options = (*dataclasses.fields(ViTConfig), *dataclasses.fields(TrainConfig))
+        unheeded |= {f"--{option.name.replace('_', '-')}" for option in options} | {"--model"}
+    given = [argument.split("=")[0].replace("--no-", "--") for argument in argv]
+    return next((flag for flag in given if flag in unheeded), None)
 
 
 def _minutes(text: str) -> float:
@@ -428,12 +454,12 @@ def train(run: Run, command: str, arguments: argparse.Namespace) -> bool:
         Whether all of it could be written.
     """
     config, world = run.config, run.world
-    devices = f"{world.size} x " * (world.size > 1) + utils.device_name(run.device)
+    devices = f"{world.size} x " * (world.size > 1) + machine.device_name(run.device)
     run.say(
         f"{run.folder}: ViT of {parameters_of(run.model):,} parameters on "
         f"{len(run.dataset.train):,} images of {config.dataset}, {run.precision} on {devices}"
     )
-    if run.device.type == "cpu" and sum(run.operations().values()) > 1e16:
+    if run.device.type == "cpu" and sum(run.operations().values()) > FOR_A_GPU:
         run.say("made for a GPU, this takes hours or days here; --recipe cpu takes ten minutes")
     forwards, began, fresh = forwards_of(run), time.perf_counter(), not run.step
 
@@ -484,12 +510,12 @@ def forwards_of(run: Run) -> dict[float, Forward]:
     ahead = {config.patch_dropout_in(epoch) for epoch in range(run.epoch, config.epochs)}
     started = time.perf_counter()
     run.model.train()
-    for share, operations in run.operations().items():
-        forwards[share] = run.parallel
-        if share in ahead and compile_pays(run, operations):
+    for patch_dropout, operations in run.operations().items():
+        forwards[patch_dropout] = run.parallel
+        if patch_dropout in ahead and compile_pays(run, operations):
             run.say("compiling the model ...")
-            run.model.embed.patch_dropout = share
-            forwards[share] = compile_model(run.parallel, example_of(run), run.precision)
+            run.model.embed.patch_dropout = patch_dropout
+            forwards[patch_dropout] = compile_model(run.parallel, example_of(run), run.precision)
     run.model.embed.patch_dropout = config.patch_dropout_in(run.epoch)
     run.seconds["compile"] += time.perf_counter() - started
     return forwards
@@ -525,8 +551,8 @@ def write_outcome(
     outcome = f"test loss {test.loss:.4f}   test accuracy {test.top1:.2%}" if test else "not tested"
     training = sum(row["seconds"] for row in run.history)
     images_per_second = len(run.dataset.train) * run.config.epochs / training
-    peak = utils.peak_memory_bytes(run.device)  # before the matrices that the rate is measured with
-    rate = run.world.size * utils.matrix_rate(run.device, run.precision)
+    peak = machine.peak_memory_bytes(run.device)  # before the matrices that measure the rate
+    rate = run.world.size * machine.matrix_rate(run.device, run.precision)
     result = {
         "command": command,
         "recipe": run.recipe,
@@ -536,7 +562,7 @@ def write_outcome(
         "epochs": run.config.epochs,
         "seed": run.config.seed,
         "device": run.device.type,
-        "device_name": utils.device_name(run.device),
+        "device_name": machine.device_name(run.device),
         "processes": run.world.size,
         "precision": run.precision,
         "torch": str(torch.__version__),
@@ -608,7 +634,7 @@ def main(argv: list[str]) -> int:
     run = None
     try:
         with joined_job(arguments.device != "cpu" and torch.cuda.is_available()) as job:
-            utils.keep_freed_memory()
+            machine.keep_freed_memory()
             if arguments.export:
                 if job.world.leads:
                     export(arguments.export, arguments.overwrite)

@@ -217,7 +217,7 @@ def test_the_fast_attention_equals_the_written_out_one(dtype, tolerance):
     attention = randomise(MultiHeadSelfAttention(small())).to(dtype)
     z = torch.randn(3, 17, 32, dtype=dtype, requires_grad=True)
     inputs = [z, *attention.parameters()]
-    fast, written = attention(z), attention.trace(z)[0]
+    fast, written = attention(z), attention.written_out(z)[0]
     assert fast.std() > 0.1
     assert_all_close([fast], [written], tolerance)
     assert_all_close(gradients(fast, inputs), gradients(written, inputs), tolerance)
@@ -245,7 +245,7 @@ def test_attention_equals_that_of_torch(width, heads):
     torchs.load_state_dict(torch_names(ours))
     z = torch.randn(3, 17, width, dtype=torch.float64)
     expected = torchs(z, z, z, average_attn_weights=False)
-    assert_all_close(ours.trace(z), expected, 1e-10)
+    assert_all_close(ours.written_out(z), expected, 1e-10)
     assert_all_close([ours(z)], expected[:1], 1e-10)
 
 
@@ -268,7 +268,7 @@ def test_without_qkv_bias_attention_is_as_with_a_bias_of_zero():
 
 
 @pytest.mark.parametrize(
-    "path", [MultiHeadSelfAttention.forward, lambda a, z: a.trace(z)[0]], ids=PATHS
+    "path", [MultiHeadSelfAttention.forward, lambda a, z: a.written_out(z)[0]], ids=PATHS
 )
 def test_attention_dropout_leaves_the_expected_output_alone(path):
     attention = randomise(MultiHeadSelfAttention(small(attention_dropout=0.5)))

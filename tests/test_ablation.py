@@ -1,4 +1,4 @@
-"""The ablation's runs are the trainer's, and its table is made of what they left."""
+"""The studies' runs are the trainer's, and their tables are made of what they left."""
 
 import csv
 import dataclasses
@@ -8,47 +8,84 @@ import statistics
 import pytest
 
 import ablation
+from ablation import STUDIES, Study
+from machine import training_flops
+
+TINY = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1 --no-test"
 
 
 @pytest.fixture
-def results(monkeypatch, tmp_path):
-    base = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1 --no-test"
-    monkeypatch.setattr(ablation, "BASE", base + " --device cpu")
-    monkeypatch.setattr(ablation, "CHANGES", {"none": "", "wrong": "--heads 3"})
-    monkeypatch.setattr(ablation, "SEEDS", (0,))
-    monkeypatch.setattr(ablation, "RESULTS", tmp_path)
-    return tmp_path
+def study(monkeypatch, tmp_path):
+    """study(changes, seeds) is the study that the program now knows as the recipe's."""
+
+    def put(changes, seeds=(0,), base=f"{TINY} --device cpu"):
+        made = Study(tmp_path, base, changes, seeds)
+        monkeypatch.setitem(STUDIES, "recipe", made)
+        return made
+
+    return put
 
 
-def test_missing_runs_are_trained_and_a_failure_is_said(results, capsys, monkeypatch):
+def test_missing_runs_are_trained_and_a_failure_is_said(study, tmp_path, capsys):
+    made = study({"none": "", "wrong": "--heads 3"})
     assert ablation.main(["--jobs", "2"]) == 1
     printed = capsys.readouterr().out
     assert "wrong, seed 0: trainer.py: width 16 must be a multiple of heads 3" in printed
     assert "| none |  | 1 | " in printed and " ± " not in printed and "| wrong |" not in printed
-    result = json.loads((results / "none/seed0/result.json").read_text())
+    result = json.loads((tmp_path / "none/seed0/result.json").read_text())
     assert result["test_accuracy"] is None and result["seed"] == 0
-    assert (results / "none/seed0/metrics.csv").exists() and not (results / "wrong").exists()
-    assert [row["seeds"] for row in ablation.table()] == [1]
-    monkeypatch.setattr(ablation, "BASE", ablation.BASE + " --label-smoothing 0.3")
-    assert ablation.table() == []  # the run was of other options
+    assert (tmp_path / "none/seed0/metrics.csv").exists() and not (tmp_path / "wrong").exists()
+    assert [row["seeds"] for row in ablation.table(made)] == [1]
+    other = made._replace(base=f"{made.base} --label-smoothing 0.3")
+    assert ablation.table(other) == []  # the run was of other options
 
 
-def test_the_table_is_the_mean_and_deviation_over_seeds(results, capsys, monkeypatch):
-    monkeypatch.setattr(ablation, "CHANGES", {"none": ""})
-    monkeypatch.setattr(ablation, "SEEDS", (0, 1, 2))
+def write_result(study, change, seed, accuracy, without=()):
+    folder = study.folder / change / f"seed{seed}"
+    folder.mkdir(parents=True)
+    flags = ablation.parse_arguments(ablation.flags_of(study, change, seed))
+    model, training = map(dataclasses.asdict, ablation.configs_from(flags))
+    training = {name: value for name, value in training.items() if name not in without}
+    content = {"model": model, "training": training, "validation_accuracy": accuracy}
+    content["seconds"] = {"training": 10.0 + seed}
+    (folder / "result.json").write_text(json.dumps(content))
+
+
+def test_the_table_is_the_mean_and_deviation_over_seeds(study, tmp_path, capsys):
+    made = study({"none": ""}, seeds=(0, 1, 2))
     for seed, accuracy in enumerate((0.70, 0.72, 0.77)):
-        folder = results / f"none/seed{seed}"
-        folder.mkdir(parents=True)
-        configs = ablation.configs_from(ablation.parse_arguments(ablation.flags_of("none", seed)))
-        content = dict(zip(("model", "training"), map(dataclasses.asdict, configs), strict=True))
-        content |= {"validation_accuracy": accuracy, "seconds": {"training": 10.0 + seed}}
-        (folder / "result.json").write_text(json.dumps(content))
+        write_result(made, "none", seed, accuracy)
     assert ablation.main(["--table"]) == 0
     assert "| none |  | 3 | 73.0 ± 3.6% | 10 s |" in capsys.readouterr().out
-    with (results / "table.csv").open() as file:
+    with (tmp_path / "table.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert row["seeds"] == "3" and float(row["validation_accuracy"]) == pytest.approx(73)
     assert float(row["deviation"]) == pytest.approx(statistics.stdev((70, 72, 77)), abs=0.01)
+
+
+def test_an_option_that_came_after_a_run_was_at_its_default(study):
+    made = study({"none": "", "policy": "--policy-epochs 0.5"})
+    write_result(made, "none", 0, 0.7, without=["policy_epochs"])
+    write_result(made, "policy", 0, 0.7, without=["policy_epochs"])
+    assert [row["change"] for row in ablation.table(made)] == ["none"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_can_begin(name):
+    for change in STUDIES[name].changes:
+        arguments = ablation.parse_arguments(ablation.flags_of(STUDIES[name], change, 0))
+        ablation.configs_from(arguments)
+        assert arguments.no_test
+
+
+def test_all_shapes_do_as_many_operations():
+    done = {}
+    for change in STUDIES["shape"].changes:
+        flags = ablation.flags_of(STUDIES["shape"], change, 0)
+        model, training = ablation.configs_from(ablation.parse_arguments(flags))
+        done[change] = training.epochs * training_flops(model, training.patch_dropout)
+    for change, operations in done.items():
+        assert operations == pytest.approx(done["none"], rel=0.04), change
 
 
 def test_bad_input_is_one_line_and_exit_status_2(capsys):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-import utils
+import machine
 from benchmark import Setting, Shape, in_turns, kept_bytes, ratio
 from recipes import Recipe, TrainConfig
 from ViT import ViT, ViTConfig
@@ -86,13 +86,13 @@ def test_the_arithmetic_of_a_step_is_what_torch_counts(pooling, dropped):
         model(torch.randn(2, 3, 32, 32)).sum().backward()
     # Images get no gradient, so the third product of the patch embedding is not made.
     patches = 2 * 16 * 3 * 8**2 * 32
-    assert counter.get_total_flops() == 2 * (utils.training_flops(config, dropped) - patches)
+    assert counter.get_total_flops() == 2 * (machine.training_flops(config, dropped) - patches)
 
 
 def test_the_matrix_rate_is_that_of_a_product(monkeypatch):
     clock = iter(range(100))
-    monkeypatch.setattr(utils.time, "perf_counter", lambda: float(next(clock)))
-    assert utils.matrix_rate(torch.device("cpu"), "fp32") == 2 * 1024**3
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: float(next(clock)))
+    assert machine.matrix_rate(torch.device("cpu"), "fp32") == 2 * 1024**3
 
 
 def test_torchvisions_model_has_the_same_parameters():

@@ -232,6 +232,26 @@ def test_the_last_epochs_see_whole_images_and_work_of_each_kind_is_compiled_wher
     assert tokens[:2] == [8, 8] and tokens[2:] == [8] * 40 + [16] * 10  # 2 blocks, 5 steps an epoch
 
 
+def test_a_run_can_save_more_rarely_and_saves_its_end(train, tmp_path, monkeypatch):
+    saved, save = [], trainer.Run.save
+    monkeypatch.setattr(
+        trainer.Run, "save", lambda run, **how: saved.append(run.epoch) or save(run, **how)
+    )
+    assert train("--name a --epochs 5 --save-epochs 2") == 0
+    assert saved == [2, 4, 5]
+    assert utils.load_checkpoint(tmp_path / "a/last.pt")["epoch"] == 5
+
+
+def test_the_measured_seconds_hold_the_steps_the_validation_and_the_test(train, tmp_path):
+    assert train("--name a --epochs 2") == 0
+    seconds = json.loads((tmp_path / "a/result.json").read_text())["seconds"]
+    assert seconds["training"] + seconds["evaluation"] < seconds["first_step_to_end"]
+    assert seconds["first_step_to_end"] < seconds["total"]
+    assert train(f"--resume {tmp_path / 'a'} --epochs 3") == 0
+    seconds = json.loads((tmp_path / "a/result.json").read_text())["seconds"]
+    assert seconds["first_step_to_end"] is None
+
+
 def test_training_on_all_images_leaves_validation_empty(train, tmp_path):
     assert train("--name a --epochs 1 --validation-images 0") == 0
     assert json.loads((tmp_path / "a/result.json").read_text())["validation_accuracy"] is None
@@ -323,11 +343,20 @@ def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tm
         ("--epohcs 3", "--epochs"),
         ("--resume nowhere --epochs 3", "nowhere"),
         ("--evaluate nowhere.pt", "nowhere.pt"),
+        ("--evaluate nowhere.pt --width 8", "--width"),
+        ("--export nowhere.pt --seed=8", "--seed"),
+        ("--resume nowhere --recipe cpu", "--recipe"),
+        ("--resume nowhere --name b", "--name"),
+        ("--policy-epochs 2", "2.0"),
+        ("--save-epochs 0", "'0'"),
+        ("--seed 9223372036854775808", "2^63"),
+        ("--device meta", "meta"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(train, tmp_path, capsys, flags, named):
     try:
-        status = train(f"--name a --epochs 1 {flags}" if "--resume" not in flags else flags)
+        task = any(name in flags for name in ("--resume", "--evaluate", "--export"))
+        status = train(flags if task else f"--name a --epochs 1 {flags}")
     except SystemExit as stop:
         status = stop.code
     (line,) = capsys.readouterr().err.splitlines()

@@ -21,9 +21,10 @@ import figures
 import steps
 import utils
 from data import DataError, Dataset, Split, batches, load_dataset, normalise
-from run import RUN_FILES
+from run import RUN_FILES, check_fit
 from trainer import predict
-from ViT import ViT, patchify
+from utils import UsageError
+from ViT import Trace, ViT, patchify
 
 PROBE_IMAGES = 128  # whose attention and tokens the data figures are about
 PROBE_BATCH = 32
@@ -81,26 +82,23 @@ class Model:
     @cached_property
     def dataset(self) -> Dataset:
         """Raises DataError where it cannot be had, or is none for this model."""
-        training, config = self.checkpoint["train_config"], self.config
+        training = self.checkpoint["train_config"]
         dataset = load_dataset(
-            training.get("dataset"),
-            validation_images=training.get("validation_images", 0),
+            training["dataset"],
+            validation_images=training["validation_images"],
             device=self.device,
             data_dir=self.arguments.data_dir,
         )
-        shape = tuple(getattr(dataset, self.split_name).images.shape[1:])
-        if (shape, len(dataset.classes)) != ((config.channels, *config.image_size), config.classes):
-            raise DataError(
-                f"{self.path} is for {config.classes} classes of images of {config.channels} x "
-                f"{' x '.join(map(str, config.image_size))}, but {dataset.name} has "
-                f"{len(dataset.classes)} of {' x '.join(map(str, shape))}"
-            )
+        try:
+            check_fit(self.config, dataset, getattr(dataset, self.split_name))
+        except UsageError as error:
+            raise DataError(f"{self.path}: {error}") from error
         return dataset
 
     @property
     def split_name(self) -> str:
         """The split of the figures: the validation images, unless there are none."""
-        held_out = self.checkpoint["train_config"].get("validation_images", 0)
+        held_out = self.checkpoint["train_config"]["validation_images"]
         return self.arguments.split if held_out else "test"
 
     @property
@@ -183,7 +181,9 @@ def draw_patches(model: Model, subject: Subject) -> Picture:
 
 def draw_class_attention(model: Model, subject: Subject) -> Picture:
     query = QUERY_OF_CLASSIFIER[model.config.pooling]
-    rows = [explain.classifier_row(A[0], model.config.pooling) for A in trace(model, subject)[1]]
+    rows = [
+        explain.classifier_row(A[0], model.config.pooling) for A in look(model, subject).attention
+    ]
     return _attention_picture(model, subject, torch.stack(rows), query, None)
 
 
@@ -191,7 +191,9 @@ def draw_patch_attention(model: Model, subject: Subject) -> Picture:
     g_h, g_w = model.config.grid
     row, column = model.arguments.query or (g_h // 2 + 1, g_w // 2 + 1)  # counted from 1
     patch = (row - 1) * g_w + column - 1
-    rows = [explain.patch_row(A[0], patch, model.config.pooling) for A in trace(model, subject)[1]]
+    rows = [
+        explain.patch_row(A[0], patch, model.config.pooling) for A in look(model, subject).attention
+    ]
     query = f"the patch in row {row}, column {column} (outlined)"
     return _attention_picture(model, subject, torch.stack(rows), query, (row - 1, column - 1))
 
@@ -230,7 +232,7 @@ def _attention_picture(
 
 
 def draw_explanations(model: Model, subject: Subject) -> Picture:
-    probabilities = trace(model, subject)[0]
+    probabilities = probabilities_of(model, subject)
     targets = target_classes(model, subject, probabilities)
     image = model.normalise(subject.pixels[None].to(model.device))[0]
     maps = explain.explanations(model.vit, image, targets)
@@ -247,7 +249,7 @@ def draw_explanations(model: Model, subject: Subject) -> Picture:
 
 
 def draw_logit_lens(model: Model, subject: Subject) -> Picture:
-    _, _, tokens = trace(model, subject)
+    tokens = look(model, subject).tokens
     probabilities = explain.logit_lens(model.vit, tokens)[:, 0].cpu().numpy()
     figure = figures.logit_lens(
         to_picture(subject.pixels),
@@ -259,10 +261,14 @@ def draw_logit_lens(model: Model, subject: Subject) -> Picture:
 
 
 @torch.no_grad()
-def trace(model: Model, subject: Subject) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Class probabilities (K,), attention (L of (1, h, T, T)) and tokens of one image."""
-    result = model.vit.trace(model.normalise(subject.pixels[None].to(model.device)))
-    return result.logits[0].softmax(dim=0), result.attention, result.tokens
+def look(model: Model, subject: Subject) -> Trace:
+    """Logits, attention and tokens of one image, a batch of one."""
+    return model.vit.trace(model.normalise(subject.pixels[None].to(model.device)))
+
+
+def probabilities_of(model: Model, subject: Subject) -> Tensor:
+    """(K,)"""
+    return look(model, subject).logits[0].softmax(dim=0)
 
 
 def target_classes(model: Model, subject: Subject, probabilities: Tensor) -> list[int]:
@@ -278,7 +284,7 @@ def target_classes(model: Model, subject: Subject, probabilities: Tensor) -> lis
 
 def describe(model: Model, subject: Subject) -> str:
     """The title of an image's figures: which image, prediction, confidence and true class."""
-    probabilities = trace(model, subject)[0]
+    probabilities = probabilities_of(model, subject)
     predicted = int(probabilities.argmax())
     text = f"{subject.title}: predicted {model.classes[predicted]} ({probabilities[predicted]:.1%})"
     return text if subject.label is None else f"{text}, true class {model.classes[subject.label]}"
@@ -386,15 +392,14 @@ def draw_norms(model: Model) -> Picture:
 
 
 def draw_token_pca(model: Model) -> Picture:
-    g_h, g_w = model.config.grid
     if model.config.width < 3:
         raise NotApplicable("three principal components need tokens of at least three numbers")
     depth, layers = model.config.depth, model.arguments.layer
     chosen = {0, *(round(depth * k / 3) for k in (1, 2, 3))} if layers == "all" else {layers}
     rows, arrays = {}, {}
     for layer in sorted(chosen):
-        patches = model.probe.tokens[:, layer, -g_h * g_w :]  # (n, N, D)
-        colours = explain.tokens_as_colours(patches).unflatten(1, (g_h, g_w)).numpy()
+        patches = model.probe.tokens[:, layer, -model.config.patches :]  # (n, N, D)
+        colours = explain.tokens_as_colours(patches).unflatten(1, model.config.grid).numpy()
         arrays[f"layer_{layer}"] = colours
         rows[f"layer {layer}" if layer else "embedding"] = list(colours[:SHEET_IMAGES])
     figure = figures.sheet_of_maps(

@@ -5,7 +5,6 @@ Patch maps and small pictures are drawn with nearest-neighbour interpolation; on
 smoothed, and their captions say so. The caller owns a figure: save it, then close it.
 """
 
-import io
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,29 +48,26 @@ styled = matplotlib.rc_context(STYLE)
 @styled
 def save(figure: Figure, path: Path, dpi: int) -> None:
     """Writes a figure in the format that the path's ending names, whole or not at all."""
-    kind = path.suffix[1:]
-    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated.get(kind))
-    utils.write_whole(path, buffer.getbuffer())
+    undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
+    utils.write_figure(path, figure, dpi=dpi, metadata=undated.get(path.suffix))
 
 
 # ---------------------------------------------------------------------------- parts of figures
 
 
 def new_figure(width: float, height: float, title: str, caption: str = "") -> Figure:
-    """A figure, in inches, with its title above and what it shows and cannot show below."""
-    figure = plt.figure(figsize=(width, height), layout="constrained")
+    """A figure, in inches, with its title above and what it shows and cannot show below.
+
+    The caption's lines come on top of the height.
+    """
+    lines = textwrap.wrap(caption, round(width * 18))  # characters of 7 pt to the inch
+    figure = plt.figure(figsize=(width, height + 0.14 * len(lines)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
     figure.suptitle(title)
     if caption:
-        lines = textwrap.fill(caption, round(width * 18))  # characters of 7 pt to the inch
-        figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALLEST, color="0.3")
+        style = {"ha": "left", "fontsize": SMALLEST, "color": "0.3"}
+        figure.supxlabel("\n".join(lines), x=0.01, **style)
     return figure
-
-
-def caption_height(caption: str, width: float) -> float:
-    return 0.14 * len(textwrap.wrap(caption, round(width * 18)))
 
 
 def show_picture(axes: Axes, picture: np.ndarray, title: str = "") -> None:
@@ -142,7 +138,7 @@ def patches(
     cell, left_width = max(0.36, 4 / across), 2.2  # inches
     width = left_width + 0.3 + cell * across
     height = max(left_width, 1.5 / 1.15 * cell * down) + 0.4
-    figure = new_figure(width, height + caption_height(caption, width), title, caption)
+    figure = new_figure(width, height, title, caption)
     left, right = figure.subplots(1, 2, width_ratios=(left_width, cell * across))
     show_picture(left, picture)
     for row in range(1, g_h):
@@ -190,7 +186,7 @@ def attention_maps(
     cell = float(np.clip(7 / len(heads), 0.45, 1.1))
     width = 2.9 + cell * len(heads) * g_w / max(g_h, g_w)
     height = max(2.4, 0.4 + cell * len(layers) * g_h / max(g_h, g_w))
-    figure = new_figure(width, height + 0.3 + caption_height(caption, width), title, caption)
+    figure = new_figure(width, height + 0.3, title, caption)
     left, right = figure.subplots(1, 2, width_ratios=(1.9, width - 2.9))
     show_picture(left, picture)
     # A few patches that take everything would leave all other maps black.
@@ -232,7 +228,7 @@ def explanations(
     """
     width, rows = 1.32 * (len(maps) + 1) + 0.9, len(classes)
     height = 1.32 * rows * picture.shape[0] / picture.shape[1] + 0.6
-    figure = new_figure(width, height + caption_height(caption, width), title, caption)
+    figure = new_figure(width, height, title, caption)
     grid = figure.subplots(rows, len(maps) + 1, squeeze=False)
     grey = picture if picture.ndim == 2 else picture @ np.array([0.299, 0.587, 0.114])
     everything = np.concatenate([values.ravel() for values in maps.values()])
@@ -250,9 +246,8 @@ def explanations(
                 cmap=ATTENTION,
                 vmin=0,
                 vmax=highest,
-                alpha=(0.2 + 0.8 * values[row] / highest).clip(
-                    0, 0.85
-                ),  # little weight, clear view
+                # Little weight, clear view.
+                alpha=(0.2 + 0.8 * values[row] / highest).clip(0, 0.85),
                 interpolation="bicubic",
                 extent=(-0.5, W - 0.5, H - 0.5, -0.5),
             )
@@ -284,9 +279,7 @@ def logit_lens(
         "be there in another form."
     )
     width = 3.6 + 0.34 * values.shape[1]
-    figure = new_figure(
-        width, 1.2 + 0.2 * len(shown) + caption_height(caption, width), title, caption
-    )
+    figure = new_figure(width, 1.2 + 0.2 * len(shown), title, caption)
     left, right = figure.subplots(1, 2, width_ratios=(1.7, width - 2.6))
     show_picture(left, picture)
     image = right.imshow(values, cmap="magma", vmin=0, vmax=1, aspect="auto")
@@ -317,7 +310,7 @@ def filters(components: np.ndarray, singular_values: np.ndarray, *, title: str) 
         "the tokens tell apart. Grey is 0; one scale for all, as each has length 1. Signs are "
         f"arbitrary. These {k} hold {share[:k].sum():.1%} of the filters' variance."
     )
-    figure = new_figure(7.2, 0.6 * rows + 1.0 + caption_height(caption, 7.2), title, caption)
+    figure = new_figure(7.2, 0.6 * rows + 1.0, title, caption)
     left, right = figure.subplots(1, 2, width_ratios=(4.2, 2.4))
     if components.shape[1] == 3:
         coloured = np.moveaxis(components, 1, -1)  # (k, P, P, 3)
@@ -343,7 +336,7 @@ def position_similarity(similarity: np.ndarray, *, title: str, caption: str) -> 
     g_h, g_w = similarity.shape[:2]
     width = 5.4 * min(1, g_w / g_h) + 0.9
     height = 5.2 * min(1, g_h / g_w) + 0.7
-    figure = new_figure(width, height + caption_height(caption, width), title, caption)
+    figure = new_figure(width, height, title, caption)
     axes = figure.subplots()
     image = tiles(
         axes,
@@ -377,7 +370,7 @@ def by_layer_and_head(
         values: (L, h), already averaged over images.
         reference: a value worth a line, and its name.
     """
-    figure = new_figure(4.6, 3.2 + caption_height(caption, 4.6), title, caption)
+    figure = new_figure(4.6, 3.2, title, caption)
     axes = figure.subplots()
     layers = np.arange(1, len(values) + 1)
     for head in range(values.shape[1]):
@@ -405,7 +398,7 @@ def token_norms(patches: np.ndarray, class_token: np.ndarray | None, *, title: s
         "embedding. A few tokens of far greater length than the rest would be the artefacts of "
         "Darcet et al. (arXiv 2309.16588)."
     )
-    figure = new_figure(4.6, 3.2 + caption_height(caption, 4.6), title, caption)
+    figure = new_figure(4.6, 3.2, title, caption)
     axes = figure.subplots()
     layers = range(len(patches))
     for values, name, color in ((patches, "patch", "tab:blue"), (class_token, "class", "0.2")):
@@ -438,7 +431,7 @@ def sheet_of_maps(
     cell = 0.85
     H, W = pictures[0].shape[:2]
     width, height = cell * count + 0.5, 0.97 * cell * kinds * H / W + 0.6
-    figure = new_figure(width, height + caption_height(caption, width), title, caption)
+    figure = new_figure(width, height, title, caption)
     grid = figure.subplots(kinds, count, squeeze=False)
     for column, picture in enumerate(pictures):
         show_picture(grid[0, column], picture, names[column])
@@ -455,7 +448,7 @@ def sheet_of_maps(
 @styled
 def layer_similarity(cka: np.ndarray, *, title: str, caption: str) -> Figure:
     """Linear CKA between the representations after every two layers, (L + 1, L + 1)."""
-    figure = new_figure(4.2, 3.6 + caption_height(caption, 4.2), title, caption)
+    figure = new_figure(4.2, 3.6, title, caption)
     axes = figure.subplots()
     image = axes.imshow(cka, cmap="magma", vmin=0, vmax=1, origin="lower")
     ticks = range(0, len(cka), max(1, len(cka) // 12))
@@ -481,7 +474,7 @@ def class_scatter(
         labels: (n,) true classes.
         shares: of the variance, of both axes.
     """
-    figure = new_figure(5.2, 3.6 + caption_height(caption, 5.2), title, caption)
+    figure = new_figure(5.2, 3.6, title, caption)
     axes = figure.subplots()
     markers = "os^vDP*Xph"
     for label in np.unique(labels):
@@ -518,7 +511,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], *, title: str) 
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     caption = "Rows sum to 100. On the diagonal is the accuracy of each class."
     side = float(np.clip(0.42 * K, 3, 12))
-    figure = new_figure(side + 1.6, side + 1 + 0.14, title, caption)
+    figure = new_figure(side + 1.6, side + 1, title, caption)
     axes = figure.subplots()
     image = axes.imshow(share, cmap="magma", vmin=0, vmax=100)
     if K <= 20:
@@ -543,7 +536,7 @@ def contact_sheet(
     columns = min(6, len(pictures))
     rows = -(-len(pictures) // columns)
     width = max(1.15 * columns, 4)
-    figure = new_figure(width, 1.5 * rows + 0.4 + caption_height(caption, width), title, caption)
+    figure = new_figure(width, 1.5 * rows + 0.4, title, caption)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
@@ -565,7 +558,7 @@ def reliability(
         "weighted by its images. Below the diagonal the model is surer than it is right. Few "
         "images in a bin make its dot uncertain."
     )
-    figure = new_figure(3.8, 4.4 + caption_height(caption, 3.8), title, caption)
+    figure = new_figure(3.8, 4.4, title, caption)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="calibrated")
     above.bar(edges[:-1], accuracy, 1 / bins, align="edge", color="tab:blue", alpha=0.35)

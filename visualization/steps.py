@@ -113,8 +113,7 @@ def _row(
     scene: Scene, title: str, ratios: list[float], height: float, caption: str
 ) -> tuple[Figure, list[Axes]]:
     """A figure of axes side by side."""
-    height += figures.caption_height(caption, WIDTH) + 0.25
-    figure = figures.new_figure(WIDTH, height, title, caption)
+    figure = figures.new_figure(WIDTH, height + 0.25, title, caption)
     return figure, list(np.atleast_1d(figure.subplots(1, len(ratios), width_ratios=ratios)))
 
 
@@ -198,7 +197,7 @@ def overview(scene: Scene) -> Figure:
     show_picture(axes[0], scene.picture, "an image")
     _sign(axes[1], "→")
     _exploded(axes[2], scene, mark=False)
-    axes[2].set_title(f"{scene.config.grid[0] * scene.config.grid[1]} patches")
+    axes[2].set_title(f"{scene.config.patches} patches")
     _sign(axes[3], "→")
     for axis, layer in zip(axes[4:], layers, strict=False):
         values = scene.of_patch(attention[layer].mean(dim=0))
@@ -329,12 +328,13 @@ def queries(scene: Scene) -> Figure:
 @styled
 def attention(scene: Scene) -> Figure:
     scores = scene.of_patch(scene.walk.scores[scene.head])
+    scores = scores - scores.mean()  # of which a softmax knows nothing
     A = scene.walk.attention[scene.block][scene.head]
     title = "6. Query times key, through a softmax, is attention"
     caption = (
-        f"{scene.where.capitalize()}. The outlined patch asks: red keys answer "
-        "its query, blue ones do not; the softmax makes shares of it that sum to 1. Right: the "
-        "rows of all tokens, this one outlined."
+        f"{scene.where.capitalize()}. The outlined patch asks. Red keys fit its query better than "
+        "the average key, blue ones worse; a softmax turns that into weights that sum to 1. "
+        "Right: the rows of all tokens, this one outlined."
     )
     figure, axes = _row(scene, title, [1, 0.12, 1, 0.25, 1, 0.12, 1], 1.5, caption)
     show_picture(axes[0], scene.picture, "who asks")
@@ -410,14 +410,13 @@ def blocks(scene: Scene) -> Figure:
         "each layer by its own: alike colours are alike tokens. Below: attention of the classifier "
         "in that layer, mean over heads, each map on its own scale."
     )
-    height = 2.1 + figures.caption_height(caption, WIDTH)
-    figure = figures.new_figure(WIDTH, height + 0.25, title, caption)
+    figure = figures.new_figure(WIDTH, 2.35, title, caption)
     axes = figure.subplots(2, len(layers) + 1)
     show_picture(axes[0, 0], scene.picture, "the image")
     _sign(axes[1, 0], "attention of\nthe classifier", SMALLEST)
     for column, layer in enumerate(layers, start=1):
         above, below = axes[:, column]
-        tokens = scene.walk.tokens[layer][-grid[0] * grid[1] :]
+        tokens = scene.walk.tokens[layer][-scene.config.patches :]
         if min(tokens.shape) >= 3:
             colours = explain.tokens_as_colours(tokens[None])[0].unflatten(0, grid)
             _map(above, colours.numpy(), f"layer {layer}" if layer else "$z_0$")

@@ -37,8 +37,9 @@ import figures
 import utils
 from catalogue import OF_AN_IMAGE, OF_THE_MODEL, STEPS, Model, NotApplicable, Picture, Subject
 from data import DataError, image_files, read_image
+from machine import choose_device
 from run import checkpoint_file
-from utils import UsageError, choose_device
+from utils import UsageError
 
 OF_EACH_IMAGE = ("image", "steps")
 GROUPS = (*OF_EACH_IMAGE, *OF_THE_MODEL)
@@ -82,8 +83,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         "--query",
         type=_query,
         metavar="cls|R,C",
-        help="whose attention: the classifier's, or a patch's by row and column (both, the patch "
-        "in the middle)",
+        help="whose attention: the classifier's, or a patch's by row and column (both, with the "
+        "middle patch)",
     )
     parser.add_argument(
         "--split",
@@ -96,7 +97,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dpi", type=_dpi, default=200, metavar="N", help="(200)")
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (the best there is)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="chooses the 128 images (0)"
+        "--seed", type=_seed, default=0, metavar="N", help="chooses the 128 images (0)"
     )
     parser.add_argument(
         "--data-dir", metavar="DIR", type=Path, default=ROOT / "data", help="of CIFAR-10 (data/)"
@@ -151,6 +152,12 @@ def _dpi(text: str) -> int:
     if not 20 <= dpi <= 1200:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 20 to 1200")
     return dpi
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2^63 - 1")
+    return int(text)
 
 
 def newest_checkpoint() -> Path:

@@ -1,0 +1,63 @@
+"""The speed run in small: every part does its work once, and tells what it came to."""
+
+import csv
+import json
+import statistics
+
+import pytest
+
+import speedrun
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """measure(part) runs a part of a still smaller dry run into tmp_path; its exit status."""
+    flags = "--epochs 2 --patch-size 16 --width 16 --depth 1 --heads 1 --batch-size 500"
+    small = {"widths": (64,), "depths": (1,), "batches": (4,), "flags": flags.split()}
+    monkeypatch.setattr(speedrun, "DRY_PLAN", speedrun.DRY_PLAN._replace(**small))
+    monkeypatch.setattr(speedrun, "ROUNDS", 1)
+    return lambda part: speedrun.main(
+        [part, "--dry-run", "--device", "cpu", "--out", str(tmp_path)]
+    )
+
+
+def test_seeds_are_all_told_and_not_trained_twice(measure, tmp_path, capsys):
+    assert measure("seeds") == 0 and measure("curve") == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    results = [json.loads((tmp_path / f"seed{n}/result.json").read_text()) for n in (0, 1)]
+    accuracies = [result["test_accuracy"] for result in results]
+    assert summary["test_accuracy"] == accuracies and [r["seed"] for r in results] == [0, 1]
+    assert summary["mean"] == pytest.approx(statistics.mean(accuracies))
+    for result in results:
+        seconds = result["seconds"]
+        assert result["training"]["validation_images"] == 0
+        steps_and_test = seconds["training"] + seconds["evaluation"]
+        assert steps_and_test < seconds["first_step_to_end"] < seconds["total"]
+    curve = json.loads((tmp_path / "curve/result.json").read_text())
+    assert curve["test_accuracy"] is None and curve["validation_accuracy"] > 0
+
+    before = (tmp_path / "seed1/result.json").stat().st_mtime_ns
+    assert measure("seeds") == 0 and measure("plot") == 0
+    assert (tmp_path / "seed1/result.json").stat().st_mtime_ns == before
+    assert (tmp_path / "accuracy-against-seconds.png").stat().st_size > 20_000
+    assert "over 2 seeds" in capsys.readouterr().out
+
+
+def test_throughput_has_a_row_for_each_size_once(measure, tmp_path, capsys):
+    for _ in range(2):
+        assert measure("throughput") == 0
+    with (tmp_path / "throughput.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["width"], row["batch"], row["mode"]) for row in rows] == [
+        ("64", "4", "eager"),
+        ("64", "4", "compiled"),
+    ]
+    assert all(float(row["images_per_second"]) > 0 for row in rows)
+    assert capsys.readouterr().out.count("of the matrix rate") == 2
+
+
+def test_without_a_gpu_it_says_what_can_be_done(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        speedrun.main(["--device", "cpu", "--out", str(tmp_path / "x")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "--dry-run" in line and not (tmp_path / "x").exists()

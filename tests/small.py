@@ -16,6 +16,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from tqdm import tqdm
 
@@ -26,6 +27,13 @@ import utils
 
 TINY = "--patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 40 --warmup-epochs 0.5".split()
 PATIENCE = 120  # seconds until a process counts as hung
+
+
+ROOT = Path(__file__).parent.parent
+CIFAR10 = ROOT / "data"  # the real one, where it is there
+needs_cifar10 = pytest.mark.skipif(
+    not (CIFAR10 / "cifar-10-batches-py").is_dir(), reason="the real CIFAR-10 is not in data/"
+)
 
 
 def small_shapes():
@@ -204,6 +212,3 @@ def default_dtype(dtype):
     torch.set_default_dtype(dtype)
     yield
     torch.set_default_dtype(before)
-
-
-ROOT = Path(__file__).parent.parent

@@ -28,11 +28,8 @@ from data import (
     normalise,
     stratified_split,
 )
+from small import CIFAR10, needs_cifar10
 
-REAL = Path(__file__).parent.parent / "data"
-needs_cifar10 = pytest.mark.skipif(
-    not (REAL / "cifar-10-batches-py").is_dir(), reason="the real CIFAR-10 is not in data/"
-)
 CLASSES = [f"class {label}" for label in range(10)]
 
 
@@ -165,8 +162,8 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(
 
 @needs_cifar10
 def test_the_real_cifar10_is_what_torchvision_reads():
-    dataset = load_dataset("cifar10", validation_images=5000, data_dir=REAL)
-    reference = torchvision.datasets.CIFAR10(REAL, train=False)
+    dataset = load_dataset("cifar10", validation_images=5000, data_dir=CIFAR10)
+    reference = torchvision.datasets.CIFAR10(CIFAR10, train=False)
     for row in (0, 1234, 9999):
         image, label = reference[row]
         assert np.array_equal(np.asarray(image), dataset.test.images[row].permute(1, 2, 0))

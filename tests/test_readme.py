@@ -1,19 +1,23 @@
-"""The README: commands that parse, code that is the files' own, links that lead somewhere."""
+"""The README and the model it comes with: commands that parse, code that is the files' own, links
+that lead somewhere, and the accuracy that is stated."""
 
+import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+import torch
 
 import ablation
 import trainer
 import utils
 import vis
+from data import load_dataset
+from small import CIFAR10, ROOT, needs_cifar10
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 CARD = ROOT / "checkpoints/README.md"
+SHIPPED = ROOT / "checkpoints/vit_cifar10.pt"
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,7 @@ def test_every_link_within_the_readme_leads_to_a_heading():
 
 
 def test_the_table_of_changes_is_that_of_the_runs(capsys):
-    ablation.show(ablation.table())
+    ablation.show(ablation.table(ablation.STUDIES["recipe"]))
     rows = capsys.readouterr().out.strip().splitlines()
     assert len(rows) > 10
     for row in rows:
@@ -69,9 +73,41 @@ def test_the_table_of_changes_is_that_of_the_runs(capsys):
 def test_the_models_in_the_results_table_have_the_accuracy_of_their_results():
     """Each run's line has its own result.json's test accuracy, and no result is left out."""
     for name in ("shipped", "cpu"):
-        result = utils.json.loads((ROOT / "results" / name / "result.json").read_text())
+        result = json.loads((ROOT / "results" / name / "result.json").read_text())
         (line,) = re.findall(rf"^\| `{re.escape(result['command'])}`.*$", README, re.MULTILINE)
         assert f"**{result['test_accuracy']:.2%}**" in line
         assert (
             f"{result['validation_accuracy']:.2%}" in line and f"{result['parameters']:,}" in line
         )
+
+
+# ---------------------------------------------------------------------------- the model
+
+
+def test_the_shipped_model_is_small_and_that_of_its_recipe():
+    model, checkpoint = utils.load_model(SHIPPED)
+    result = json.loads((ROOT / "results/shipped/result.json").read_text())
+    assert SHIPPED.stat().st_size < 25e6
+    assert {weight.dtype for weight in checkpoint["weights"].values()} == {torch.float16}
+    assert checkpoint["train_config"] == result["training"] and checkpoint["recipe"] == "shipped"
+    assert sum(weight.numel() for weight in model.parameters()) == result["parameters"]
+    assert len(checkpoint["history"]) == result["epochs"]
+
+
+@needs_cifar10
+def test_the_shipped_model_is_about_as_good_as_stated_on_some_test_images():
+    """300 of them: within 4 standard deviations of the accuracy of all."""
+    model, _ = utils.load_model(SHIPPED)
+    dataset = load_dataset("cifar10", validation_images=5000, data_dir=CIFAR10)
+    some = dataset.test.take(torch.arange(300))
+    stated = json.loads((ROOT / "results/shipped/result.json").read_text())["test_accuracy"]
+    found = trainer.evaluate(model, some, dataset).top1
+    assert abs(found - stated) < 4 * (stated * (1 - stated) / 300) ** 0.5
+
+
+@pytest.mark.slow
+@needs_cifar10
+def test_evaluation_of_the_shipped_model_prints_what_its_card_states(capsys):
+    assert trainer.main(["--evaluate", str(SHIPPED), "--device", "cpu"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13 and "\n".join(lines) in CARD.read_text()

@@ -5,7 +5,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +14,9 @@ import trainer
 import utils
 from data import Split
 from recipes import RECIPES, TrainConfig
-from small import rows_of, same_weights, weights_of
+from small import ROOT, rows_of, same_weights, weights_of
 from trainer import evaluate
 from ViT import EncoderBlock, ViT, ViTConfig
-
-ROOT = Path(__file__).parent.parent
-
 
 # ---------------------------------------------------------------------------- evaluation
 

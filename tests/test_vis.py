@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,9 +22,9 @@ import steps
 import utils
 import vis
 from recipes import TrainConfig
+from small import ROOT
 from ViT import ViT, ViTConfig
 
-ROOT = Path(__file__).parent.parent
 STEPS = {
     "overview",
     "1-image",

@@ -421,10 +421,9 @@ def draw_attention_examples(model: Model) -> Picture:
     masks = explain.picture_masks(model.probe.rollout, model.config.image_size).numpy()
     pictures = sheet_pictures(model)
     lit = [
-        np.repeat(picture[..., None], 3, -1) if picture.ndim == 2 else picture
-        for picture in pictures
+        figures.in_colour(picture) / 255 * mask[..., None]
+        for picture, mask in zip(pictures, masks, strict=False)
     ]
-    lit = [picture / 255 * mask[..., None] for picture, mask in zip(lit, masks, strict=False)]
     figure = figures.sheet_of_maps(
         pictures,
         {"rollout": lit},

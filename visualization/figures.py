@@ -70,6 +70,16 @@ def new_figure(width: float, height: float, title: str, caption: str = "") -> Fi
     return figure
 
 
+def in_colour(picture: np.ndarray) -> np.ndarray:
+    """(H, W, 3), whatever the picture is."""
+    return picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=-1)
+
+
+def greyed(picture: np.ndarray) -> np.ndarray:
+    """(H, W), as bright as the picture's colours seem."""
+    return picture if picture.ndim == 2 else picture @ np.array([0.299, 0.587, 0.114])
+
+
 def show_picture(axes: Axes, picture: np.ndarray, title: str = "") -> None:
     axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
     axes.set_title(title)
@@ -230,7 +240,7 @@ def explanations(
     height = 1.32 * rows * picture.shape[0] / picture.shape[1] + 0.6
     figure = new_figure(width, height, title, caption)
     grid = figure.subplots(rows, len(maps) + 1, squeeze=False)
-    grey = picture if picture.ndim == 2 else picture @ np.array([0.299, 0.587, 0.114])
+    grey = greyed(picture)
     everything = np.concatenate([values.ravel() for values in maps.values()])
     highest = max(float(np.quantile(everything, 0.97)), 1.0)
     H, W = grey.shape

@@ -17,7 +17,7 @@ import explain
 import figures
 from base import GELU
 from explain import Walk
-from figures import ATTENTION, SIGNED, SMALLEST, outline, show_picture, styled
+from figures import ATTENTION, SIGNED, SMALLEST, greyed, in_colour, outline, show_picture, styled
 from ViT import ViT, ViTConfig
 
 WIDTH = 7.4  # inches, of every step
@@ -71,10 +71,6 @@ class Scene(NamedTuple):
         return row.unflatten(-1, self.config.grid).numpy()
 
 
-def in_colour(picture: np.ndarray) -> np.ndarray:
-    return picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=-1)
-
-
 def scene_of(
     model: ViT,
     image: Tensor,
@@ -85,8 +81,8 @@ def scene_of(
     block: int | None = None,
     head: int | None = None,
 ) -> Scene:
-    """Follows an image; what is not chosen is the middle patch, the middle block, and the head
-    that is choosiest about what this patch takes.
+    """Follows an image; by default the middle patch, the middle block, and the head in which this
+    patch takes the most from a single one.
 
     Args:
         image: (C, H, W), normalised, on the model's device.
@@ -109,9 +105,7 @@ def scene_of(
 # ---------------------------------------------------------------------------- parts of the pictures
 
 
-def _row(
-    scene: Scene, title: str, ratios: list[float], height: float, caption: str
-) -> tuple[Figure, list[Axes]]:
+def _row(title: str, ratios: list[float], height: float, caption: str) -> tuple[Figure, list[Axes]]:
     """A figure of axes side by side."""
     figure = figures.new_figure(WIDTH, height + 0.25, title, caption)
     return figure, list(np.atleast_1d(figure.subplots(1, len(ratios), width_ratios=ratios)))
@@ -123,11 +117,11 @@ def _sign(axes: Axes, text: str, size: float = 11) -> None:
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, fontsize=size)
 
 
-def _matrix(axes: Axes, values: np.ndarray, title: str, x: str, y: str = "", **style) -> None:
+def _matrix(axes: Axes, values: np.ndarray, title: str, x: str, y: str = "") -> None:
     """Values of both signs, white at 0, a row a token."""
     most = float(np.quantile(np.abs(values), 0.98)) or 1.0
-    style = {"cmap": SIGNED, "vmin": -most, "vmax": most} | style
-    axes.imshow(values, aspect="auto", interpolation_stage="data", **style)
+    scale = {"cmap": SIGNED, "vmin": -most, "vmax": most}
+    axes.imshow(values, aspect="auto", interpolation_stage="data", **scale)
     axes.set(xlabel=x, ylabel=y, title=title, xticks=[], yticks=[])
 
 
@@ -155,28 +149,26 @@ def _over_picture(axes: Axes, scene: Scene, values: np.ndarray, title: str) -> N
     """A value for each patch, over the greyed picture, with the chosen patch outlined."""
     (H, W), colours = scene.picture.shape[:2], colormaps[ATTENTION]
     share = values / max(float(values.max()), 1e-12)
-    show_picture(axes, in_colour(scene.picture).mean(axis=2), title)
+    show_picture(axes, greyed(scene.picture), title)
     colour = colours(share)
     colour[..., 3] = 0.15 + 0.7 * share  # little weight, clear view
     axes.imshow(colour, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
     _mark_in_picture(axes, scene)
 
 
-def _exploded(axes: Axes, scene: Scene, mark: bool = True) -> None:
-    """The picture as patches with gaps between them."""
-    pieces = scene.pieces()
+def _exploded(axes: Axes, scene: Scene) -> None:
+    """The picture as patches with gaps between them, the chosen one outlined."""
+    pieces, P = scene.pieces(), scene.config.patch_size
     figures.tiles(axes, pieces, [], [])
     axes.set_aspect("equal")
-    if mark:
-        P = scene.config.patch_size
-        y, x = figures.corner(pieces, *scene.patch)
-        outline(axes, y, x, P, P)
+    y, x = figures.corner(pieces, *scene.patch)
+    outline(axes, y, x, P, P)
 
 
-def _bars(axes: Axes, scene: Scene, title: str) -> None:
+def _bars(axes: Axes, scene: Scene, title: str, most: int = 10) -> None:
     """The likeliest classes, as bars."""
     probabilities = scene.walk.lens[-1].numpy()
-    order = np.argsort(-probabilities, kind="stable")[:10]
+    order = np.argsort(-probabilities, kind="stable")[:most]
     axes.barh(range(len(order)), 100 * probabilities[order], color="tab:blue")
     axes.set_yticks(range(len(order)), [scene.classes[k] for k in order])
     axes.invert_yaxis()
@@ -189,14 +181,14 @@ def _bars(axes: Axes, scene: Scene, title: str) -> None:
 @styled
 def overview(scene: Scene) -> Figure:
     """From the image to its class in one row; the attention is the outlined patch's."""
-    attention, depth = scene.walk.attention, scene.config.depth  # of the outlined patch
+    attention, depth = scene.walk.attention, scene.config.depth
     layers = sorted({0, depth // 2, depth - 1})
     figure = figures.new_figure(WIDTH + 1.6, 1.75, "")
     ratios = [1, 0.16, 1.15, 0.16, *[1] * len(layers), 0.16, 0.85]
     axes = list(figure.subplots(1, len(ratios), width_ratios=ratios))
     show_picture(axes[0], scene.picture, "an image")
     _sign(axes[1], "→")
-    _exploded(axes[2], scene, mark=False)
+    _exploded(axes[2], scene)
     axes[2].set_title(f"{scene.config.patches} patches")
     _sign(axes[3], "→")
     for axis, layer in zip(axes[4:], layers, strict=False):
@@ -204,9 +196,8 @@ def overview(scene: Scene) -> Figure:
         _over_picture(axis, scene, values, f"attention,\nlayer {layer + 1}")
     _mark_in_picture(axes[0], scene)
     _sign(axes[-2], "→")
-    _bars(axes[-1], scene, "a class")
-    axes[-1].set_yticks(range(3), axes[-1].get_yticklabels()[:3])
-    axes[-1].set(ylim=(2.6, -0.6), xticks=[0, 100], xlabel="%")
+    _bars(axes[-1], scene, "a class", most=3)
+    axes[-1].set(xticks=[0, 100], xlabel="%")
     return figure
 
 
@@ -220,7 +211,7 @@ def image(scene: Scene) -> Figure:
     names = CHANNELS if planes.shape[2] == 3 else (("values", "0.2"),)
     caption = "Right: the numbers of the outlined square, in the first of the channels."
     title = f"1. An image is {' x '.join(map(str, scene.picture.shape))} numbers"
-    figure, axes = _row(scene, title, [1] * (len(names) + 2), 1.5, caption)
+    figure, axes = _row(title, [1] * (len(names) + 2), 1.5, caption)
     show_picture(axes[0], scene.picture, "the image")
     for channel, (name, _) in enumerate(names):
         show_picture(axes[1 + channel], planes[..., channel], name)
@@ -244,7 +235,7 @@ def patches(scene: Scene) -> Figure:
     values = np.moveaxis(piece, 2, 0).reshape(piece.shape[2], -1)  # (C, P P)
     title = f"2. The image is cut into {g_h} x {g_w} patches, each a row of {values.size} numbers"
     caption = "Right: the outlined patch, flattened, channel after channel."
-    figure, axes = _row(scene, title, [1, 0.12, 1.15, 0.12, 0.6, 0.12, 2], 1.5, caption)
+    figure, axes = _row(title, [1, 0.12, 1.15, 0.12, 0.6, 0.12, 2], 1.5, caption)
     show_picture(axes[0], scene.picture)
     _sign(axes[1], "→")
     _exploded(axes[2], scene)
@@ -266,7 +257,7 @@ def embedding(scene: Scene) -> Figure:
     title = f"3. One matrix makes a token of {D} numbers of every patch"
     caption = "A row is a patch, the outlined one the same throughout. Blue below 0, red above."
     ratios = [inputs / D, 0.08, 0.9, 0.08, 1]
-    figure, axes = _row(scene, title, ratios, 1.7, caption)
+    figure, axes = _row(title, ratios, 1.7, caption)
     _matrix(axes[0], x, "patches", f"{inputs} numbers", f"{N} patches")
     _sign(axes[1], r"$\times$")
     _matrix(
@@ -294,7 +285,7 @@ def positions(scene: Scene) -> Figure:
         "Right: how alike the positions of the outlined patch and of every other are, from the "
         "least, black, to 1: near ones are alike."
     )
-    figure, axes = _row(scene, title, [1, 0.08, 1, 0.25, 0.62], 1.7, caption)
+    figure, axes = _row(title, [1, 0.08, 1, 0.25, 0.62], 1.7, caption)
     _matrix(axes[0], added.numpy(), "positions $E_{pos}$", f"{D} numbers", f"{T} tokens")
     _sign(axes[1], "→")
     _matrix(axes[2], z, "tokens with positions, $z_0$", f"{D} numbers")
@@ -317,7 +308,7 @@ def queries(scene: Scene) -> Figure:
         f"Three matrices make of each token a query, a key and a value of {D_h} numbers. The "
         "outlined query is about to meet every key."
     )
-    figure, axes = _row(scene, title, [1, 1, 1], 1.7, caption)
+    figure, axes = _row(title, [1, 1, 1], 1.7, caption)
     names = ("queries q: what I look for", "keys k: what I am", "values v: what I tell")
     for axis, values, name in zip(axes, parts, names, strict=True):
         _matrix(axis, values, name, f"{D_h} numbers", f"{T} tokens" if axis is axes[0] else "")
@@ -336,7 +327,7 @@ def attention(scene: Scene) -> Figure:
         "the average key, blue ones worse; a softmax turns that into weights that sum to 1. "
         "Right: the rows of all tokens, this one outlined."
     )
-    figure, axes = _row(scene, title, [1, 0.12, 1, 0.25, 1, 0.12, 1], 1.5, caption)
+    figure, axes = _row(title, [1, 0.12, 1, 0.25, 1, 0.12, 1], 1.5, caption)
     show_picture(axes[0], scene.picture, "who asks")
     _mark_in_picture(axes[0], scene)
     _sign(axes[1], "→")
@@ -362,7 +353,7 @@ def heads(scene: Scene) -> Figure:
         "Attention of the outlined patch in each head, each on a scale of its own. What the heads "
         "bring back is put side by side and mixed by one more matrix."
     )
-    figure, axes = _row(scene, title, [1] * (len(maps) + 1), 1.25, caption)
+    figure, axes = _row(title, [1] * (len(maps) + 1), 1.25, caption)
     show_picture(axes[0], scene.picture, "who asks")
     _mark_in_picture(axes[0], scene)
     for head, (axis, values) in enumerate(zip(axes[1:], maps, strict=True), start=1):
@@ -383,7 +374,7 @@ def mlp(scene: Scene) -> Figure:
         "Left: GELU, and in grey how often each input occurs among the tokens of this image. "
         "Right: what is left after it; most numbers are near 0, a few speak."
     )
-    figure, axes = _row(scene, title, [1, 2.6], 1.7, caption)
+    figure, axes = _row(title, [1, 2.6], 1.7, caption)
     x = np.linspace(-4, 4, 200)
     counts, edges = np.histogram(hidden.numpy(), bins=60, range=(-4, 4))
     twin = axes[0].twinx()
@@ -436,7 +427,7 @@ def classifier(scene: Scene) -> Figure:
         f"The head sees the {what} {scene.config.width} numbers after the last layer. Left: the "
         "same head on the tokens of earlier layers, to which it was not trained."
     )
-    figure, axes = _row(scene, title, [0.8, 1.7, 1.2], 1.9, caption)
+    figure, axes = _row(title, [0.8, 1.7, 1.2], 1.9, caption)
     show_picture(axes[0], scene.picture, "the image")
     for k in np.argsort(-lens[-1], kind="stable")[:3]:
         axes[1].plot(range(len(lens)), 100 * lens[:, k], marker=".", label=scene.classes[k])

@@ -1,10 +1,13 @@
 """visualization/vis.py: what it draws and says, and how it refuses what cannot be drawn."""
 
 import argparse
+import base64
 import dataclasses
 import hashlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -110,7 +113,7 @@ def test_all_draws_every_figure_and_the_manifest_tells_them(
     names |= {f"steps/validation-3/{name}" for name in STEPS}
     names |= {f"{group}/{name}" for group in ("model", "data", "run") for name in KINDS[group]}
     told = manifest(tmp_path)
-    assert told["figures"].keys() == names and told["not_applicable"] == {}
+    assert told["figures"].keys() == names | {"explorer"} and told["not_applicable"] == {}
     for name in names:
         with Image.open(tmp_path / f"out/{name}.png") as image:
             assert len(image.convert("L").getcolors()) > 5, name
@@ -118,7 +121,7 @@ def test_all_draws_every_figure_and_the_manifest_tells_them(
     checkpoint = tmp_path / "run/last.pt"
     assert told["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert told["arguments"]["index"] == [3] and told["arguments"]["save_data"] is True
-    assert f"{len(names)} figures in {tmp_path / 'out'}" in capsys.readouterr().out
+    assert f"{len(names) + 1} figures in {tmp_path / 'out'}" in capsys.readouterr().out
 
 
 def load(tmp_path, name) -> dict:
@@ -263,12 +266,13 @@ def test_with_only_a_checkpoint_what_needs_no_data_is_drawn(draw, tmp_path, monk
     assert told["figures"].keys() == {
         *(f"image/red.png/{name}" for name in KINDS["image"]),
         *(f"steps/red.png/{name}" for name in STEPS),
+        "explorer",
         *(f"model/{name}" for name in KINDS["model"]),
     }
     assert told["not_applicable"].pop("run/curves").startswith("the checkpoint holds no history")
     assert set(told["not_applicable"].values()) == {"no CIFAR-10 in data"}
     assert draw("") == 0
-    assert {"image", "steps"} <= manifest(tmp_path)["not_applicable"].keys()
+    assert {"image", "steps", "explorer"} <= manifest(tmp_path)["not_applicable"].keys()
     capsys.readouterr()
     for flags in ("data", "image", "steps", "all --index 0"):
         assert draw(flags) == 2
@@ -298,7 +302,7 @@ def test_non_square_images_have_a_wide_grid(draw, monkeypatch, tmp_path, small_s
     assert draw("--index 1 --query 2,3 --save-data") == 0
     assert load(tmp_path, "image/validation-1/attention-of-patch")["attention"].shape[2:] == (2, 3)
     assert load(tmp_path, "data/attention-examples")["rollout"].shape == (50, 2, 3)
-    assert len(manifest(tmp_path)["figures"]) == 4 + 11 + 2 + 7 + 3
+    assert len(manifest(tmp_path)["figures"]) == 4 + 11 + 1 + 2 + 7 + 3
 
 
 def test_a_single_patch_and_a_single_channel_can_be_drawn(
@@ -362,6 +366,43 @@ def test_a_scene_points_at_the_chosen_patch(small_shapes):
     assert np.array_equal(scene.pieces()[1, 2], picture[8:16, 16:24])
     sharpest = [scene.of_patch(A).max() for A in scene.walk.attention[1]]
     assert scene.head == int(np.argmax(sharpest))
+
+
+# ---------------------------------------------------------------------------- the explorer
+
+
+def test_the_explorer_is_one_page_that_holds_every_weight(draw, tmp_path, small_shapes):
+    write_checkpoint(tmp_path / "run/last.pt", small_shapes)
+    assert draw("explorer --index 3,4") == 0
+    page = (tmp_path / "out/explorer.html").read_text()
+    assert "@DATA@" not in page and not re.search(r"(src|href)=|https?:", page)
+    (text,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page)
+    told = json.loads(text)
+    assert (told["grid"], told["tokens"], told["layers"], told["heads"]) == ([4, 4], 17, 2, 2)
+    model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
+    pixels = small_shapes.validation.images[4:5]
+    trace = model.trace(data.normalise(pixels, checkpoint["mean"], checkpoint["std"]))
+    image = told["images"][1]
+    weights = np.frombuffer(base64.b64decode(image["attention"]), "<u2") / 65535
+    expected = torch.cat(trace.attention).detach().numpy()
+    np.testing.assert_allclose(weights.reshape(2, 2, 17, 17), expected, atol=1e-5)
+    with Image.open(io.BytesIO(base64.b64decode(image["picture"].split(",")[1]))) as picture:
+        assert np.array_equal(np.array(picture), pixels[0].permute(1, 2, 0).numpy())
+    likeliest = trace.logits[0].softmax(dim=0).max(dim=0)
+    assert image["classes"][0][0] == small_shapes.classes[likeliest.indices]
+    assert image["classes"][0][1] == pytest.approx(likeliest.values.item())
+
+
+def test_a_name_cannot_end_the_explorers_script(draw, tmp_path, small_shapes):
+    named = dataclasses.replace(small_shapes, classes=("</script>", *small_shapes.classes[1:]))
+    write_checkpoint(tmp_path / "run/last.pt", named)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    assert draw(f"explorer --image {tmp_path / 'red.png'} --target </script>") == 0
+    page = (tmp_path / "out/explorer.html").read_text()
+    assert page.count("</script>") == 2
+    (text,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page)
+    names = [name for image in json.loads(text)["images"] for name, _ in image["classes"]]
+    assert len(names) == 3
 
 
 # ---------------------------------------------------------------------------- refusals

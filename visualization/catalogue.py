@@ -5,15 +5,20 @@ A function here takes a `Model`, and for the figures of one image a `Subject`, a
 """
 
 import argparse
+import base64
+import io
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 import explain
@@ -43,6 +48,14 @@ class Picture:
     figure: Figure
     arrays: dict[str, np.ndarray]
     numbers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Page:
+    """A page for a browser that needs nothing but itself, and its line in the manifest."""
+
+    html: str
+    numbers: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -315,6 +328,42 @@ def draw_step(model: Model, subject: Subject, name: str) -> Picture:
         for name, part in shown.items()
     }
     return Picture(step.draw(scene), arrays)
+
+
+def draw_explorer(model: Model, subjects: list[Subject]) -> Page:
+    """Every attention weight of some images, to look through with the pointer."""
+    config = model.config
+    colours = matplotlib.colormaps[figures.ATTENTION](np.linspace(0, 1, 256))
+    content = {
+        "about": f"{model.run}: {config.depth} layers, {config.heads} heads, patches of "
+        f"{config.patch_size} x {config.patch_size} pixels.",
+        "grid": config.grid,
+        "tokens": config.tokens,
+        "layers": config.depth,
+        "heads": config.heads,
+        "colours": "".join(matplotlib.colors.to_hex(colour)[1:] for colour in colours),
+        "images": [explored(model, subject) for subject in subjects],
+    }
+    template = (Path(__file__).parent / "explorer.html").read_text()
+    text = json.dumps(content).replace("</", "<\\/")  # a name must not end the script
+    return Page(template.replace("@DATA@", text), {"images": [each.title for each in subjects]})
+
+
+def explored(model: Model, subject: Subject) -> dict[str, Any]:
+    """An image as explorer.html reads it; its attention (L, h, T, T) in units of 1/65535."""
+    trace = look(model, subject)
+    attention = torch.cat(trace.attention).cpu().double()
+    whole = (65535 * attention).round().numpy().astype("<u2")
+    png = io.BytesIO()
+    Image.fromarray(to_picture(subject.pixels)).save(png, "png")
+    likeliest = trace.logits[0].softmax(dim=0).topk(min(3, len(model.classes)))
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return {
+        "title": describe(model, subject),
+        "picture": "data:image/png;base64," + base64.b64encode(png.getbuffer()).decode(),
+        "attention": base64.b64encode(whole.tobytes()).decode(),
+        "classes": [(model.classes[k], share) for k, share in pairs],
+    }
 
 
 # ---------------------------------------------------------------------------- figures of the model

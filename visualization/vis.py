@@ -5,6 +5,7 @@
     python visualization/vis.py image --index 0,7      attention and relevance in images of its data
     python visualization/vis.py image --image cat.jpg  the same in a file
     python visualization/vis.py steps --index 7        the way through the model, in ten steps
+    python visualization/vis.py explorer               a page: point at a patch, see what it takes
     python visualization/vis.py data                   128 images: distance, entropy, similarity
     python visualization/vis.py run                    curves, confusion, mistakes, calibration
 
@@ -18,7 +19,7 @@ import hashlib
 import io
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,15 +36,25 @@ sys.path.insert(0, str(ROOT / "src"))  # the model's modules, from whatever fold
 
 import figures
 import utils
-from catalogue import OF_AN_IMAGE, OF_THE_MODEL, STEPS, Model, NotApplicable, Picture, Subject
+from catalogue import (
+    OF_AN_IMAGE,
+    OF_THE_MODEL,
+    STEPS,
+    Model,
+    NotApplicable,
+    Page,
+    Picture,
+    Subject,
+    draw_explorer,
+)
 from data import DataError, image_files, read_image
 from machine import choose_device
 from run import checkpoint_file
 from utils import UsageError
 
-OF_EACH_IMAGE = ("image", "steps")
-GROUPS = (*OF_EACH_IMAGE, *OF_THE_MODEL)
-DEFAULT_IMAGES = (0, 7)
+OF_IMAGES = ("image", "steps", "explorer")
+GROUPS = (*OF_IMAGES, *OF_THE_MODEL)
+DEFAULT_IMAGES, EXPLORED_IMAGES = (0, 7), range(8)
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -202,7 +213,7 @@ def check_arguments(model: Model) -> None:
 # ---------------------------------------------------------------------------- what to draw
 
 
-def plan(model: Model) -> tuple[dict[str, Callable[[], Picture]], dict[str, str]]:
+def plan(model: Model) -> tuple[dict[str, Callable[[], Picture | Page]], dict[str, str]]:
     """The figures to draw, and those that no data set can be had for with the reason, by name.
 
     Raises:
@@ -211,23 +222,25 @@ def plan(model: Model) -> tuple[dict[str, Callable[[], Picture]], dict[str, str]
     arguments = model.arguments
     groups = GROUPS if arguments.what == "all" else (arguments.what,)
     from_files = bool(arguments.image or arguments.dir)
-    without_data = {"model", *OF_EACH_IMAGE} if from_files else {"model"}
+    without_data = {"model", *OF_IMAGES} if from_files else {"model"}
     reason = None if without_data.issuperset(groups) else why_no_data(model)
-    drawings: dict[str, Callable[[], Picture]] = {}
+    drawings: dict[str, Callable[[], Picture | Page]] = {}
     missing: dict[str, str] = {}
     for group in groups:
-        if group not in OF_EACH_IMAGE:
+        if group not in OF_IMAGES:
             for name, draw in OF_THE_MODEL[group].items():
                 drawings[f"{group}/{name}"] = partial(draw, model)
         elif reason and not (from_files or arguments.index):
             missing[group] = reason
+        elif group == "explorer":
+            drawings[group] = partial(draw_explorer, model, subjects(model, EXPLORED_IMAGES))
         else:
-            for subject in subjects(model):
+            for subject in subjects(model, DEFAULT_IMAGES):
                 figures_of = STEPS if group == "steps" else of_an_image(arguments.query)
                 for name, draw in figures_of.items():
                     drawings[f"{group}/{subject.name}/{name}"] = partial(draw, model, subject)
     if reason:
-        needs_none = ("image/", "steps/", "model/", "run/curves")
+        needs_none = ("image/", "steps/", "explorer", "model/", "run/curves")
         missing |= {name: reason for name in drawings if not name.startswith(needs_none)}
     return {name: draw for name, draw in drawings.items() if name not in missing}, missing
 
@@ -249,8 +262,8 @@ def of_an_image(query: str | tuple[int, int] | None) -> dict[str, Callable]:
     return {name: draw for name, draw in OF_AN_IMAGE.items() if name != left_out}
 
 
-def subjects(model: Model) -> list[Subject]:
-    """The images that the command line names, or two of the split.
+def subjects(model: Model, by_default: Iterable[int]) -> list[Subject]:
+    """The images that the command line names, or some of the split.
 
     Raises:
         UsageError, DataError: an index, a file or a folder is not there, or a file is no image.
@@ -266,7 +279,7 @@ def subjects(model: Model) -> list[Subject]:
             for name, file, image in zip(names, files, pixels, strict=True)
         ]
     count = len(model.split)
-    chosen = arguments.index or [index for index in DEFAULT_IMAGES if index < count]
+    chosen = arguments.index or [index for index in by_default if index < count]
     for index in chosen:
         if not 0 <= index < count:
             raise UsageError(
@@ -321,8 +334,12 @@ def draw_all(model: Model, command: str) -> None:
     print(f"{model.path}: {len(drawn)} figures in {out}")
 
 
-def keep(picture: Picture, stem: Path, arguments: argparse.Namespace) -> dict:
-    """Writes a picture's files; returns its entry in the manifest."""
+def keep(picture: Picture | Page, stem: Path, arguments: argparse.Namespace) -> dict:
+    """Writes a picture's files, or a page's; returns its entry in the manifest."""
+    if isinstance(picture, Page):
+        path = stem.with_name(f"{stem.name}.html")
+        utils.write_whole(path, picture.html.encode())
+        return {"files": [path.name], **picture.numbers}
     written = [stem.with_name(f"{stem.name}.{arguments.format}")]
     figures.save(picture.figure, written[0], arguments.dpi)
     if arguments.save_data:

@@ -114,11 +114,16 @@ def flags_of(study: Study, change: str, seed: int) -> list[str]:
 
 def result_of(study: Study, change: str, seed: int) -> dict[str, Any] | None:
     """What a run came to; None where there is none, or where it was of other options than now."""
+    return kept_result(study.folder / change / f"seed{seed}", flags_of(study, change, seed))
+
+
+def kept_result(kept: Path, flags: list[str]) -> dict[str, Any] | None:
+    """The result.json in a folder, if it is of a run with these flags of the trainer."""
     try:
-        result = json.loads((study.folder / change / f"seed{seed}" / "result.json").read_text())
+        result = json.loads((kept / "result.json").read_text())
     except OSError:
         return None
-    model, training = configs_from(parse_arguments(flags_of(study, change, seed)))
+    model, training = configs_from(parse_arguments(flags))
     # An option that came after a run was at its default.
     result["training"] = dataclasses.asdict(TrainConfig()) | result["training"]
     wanted = {"model": dataclasses.asdict(model), "training": dataclasses.asdict(training)}

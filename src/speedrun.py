@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import machine
 import utils
-from ablation import train_and_keep
+from ablation import kept_result, train_and_keep
 from benchmark import Setting, run_of, seconds_of
 from data import normalise
 from recipes import RECIPES, Recipe
@@ -102,7 +102,7 @@ PUBLISHED = (
 # ---------------------------------------------------------------------------- training steps
 
 
-def training_step(recipe: Recipe, compiled: bool, setting: Setting) -> tuple[Callable, Any]:
+def training_step(recipe: Recipe, compiled: bool, setting: Setting) -> Callable[[], None]:
     """One training step of a recipe, its input aside, as `train_epoch` does it."""
     with run_of(recipe, setting, steps=1) as run:
         batch = run.dataset.train
@@ -119,7 +119,7 @@ def training_step(recipe: Recipe, compiled: bool, setting: Setting) -> tuple[Cal
             optimizer.step()
             optimizer.zero_grad()
 
-    return step, run
+    return step
 
 
 def throughput(plan: Plan, setting: Setting) -> None:
@@ -139,7 +139,8 @@ def throughput(plan: Plan, setting: Setting) -> None:
         train = dataclasses.replace(recipe.train, batch_size=batch, whole_epochs=0)
         row: dict[str, Any] = {"width": width, "depth": depth, "batch": batch, "mode": mode}
         try:
-            step, _ = training_step(Recipe("", model, train), mode == "compiled", setting)
+            torch.compiler.reset()  # which compiles but a few models of one class in a process
+            step = training_step(Recipe("", model, train), mode == "compiled", setting)
             step()
             taken = [seconds_of(step, 3, setting.device) for _ in range(setting.rounds)]
         except torch.OutOfMemoryError:
@@ -186,12 +187,10 @@ def profile_steps(plan: Plan, setting: Setting) -> None:
 
 def train(plan: Plan, name: str, flags: list[str]) -> dict[str, Any]:
     """The result.json of a run, made now unless it is there."""
-    kept = plan.folder / name
-    if (kept / "result.json").exists():
-        return json.loads((kept / "result.json").read_text())
     # Saving after each epoch would take a part of the minute.
     flags = ["--recipe", plan.recipe, *plan.flags, *flags, "--save-epochs", "100000"]
-    return train_and_keep(flags, kept, {})
+    kept = plan.folder / name
+    return kept_result(kept, flags) or train_and_keep(flags, kept, {})
 
 
 def curve(plan: Plan, setting: Setting) -> None:

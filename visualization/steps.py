@@ -240,7 +240,7 @@ def patches(scene: Scene) -> Figure:
     _sign(axes[1], "→")
     _exploded(axes[2], scene)
     _sign(axes[3], "→")
-    show_picture(axes[4], piece.squeeze())
+    show_picture(axes[4], piece if len(values) == 3 else piece[..., 0])
     _sign(axes[5], "→")
     names = CHANNELS if len(values) == 3 else (("values", "0.2"),)
     for channel, (name, color) in enumerate(names):
@@ -253,20 +253,18 @@ def patches(scene: Scene) -> Figure:
 @styled
 def embedding(scene: Scene) -> Figure:
     x, z = scene.walk.patches.numpy(), scene.walk.embedded.numpy()
+    E = scene.model.embed.projection.weight.detach().cpu().numpy().T  # (C P P, D)
     (N, inputs), D = x.shape, z.shape[1]
-    title = f"3. One matrix makes a token of {D} numbers of every patch"
-    caption = "A row is a patch, the outlined one the same throughout. Blue below 0, red above."
+    title = f"3. One matrix turns every patch into a token of {D} numbers"
+    caption = (
+        "A row is a patch, the outlined one the same throughout. Blue below 0, red above. The bias "
+        "that is added too is not drawn."
+    )
     ratios = [inputs / D, 0.08, 0.9, 0.08, 1]
     figure, axes = _row(title, ratios, 1.7, caption)
     _matrix(axes[0], x, "patches", f"{inputs} numbers", f"{N} patches")
     _sign(axes[1], r"$\times$")
-    _matrix(
-        axes[2],
-        scene.model.embed.projection.weight.detach().cpu().numpy().T,
-        "E",
-        f"{D}",
-        f"{inputs}",
-    )
+    _matrix(axes[2], E, "E", f"{D}", f"{inputs}")
     _sign(axes[3], "=")
     _matrix(axes[4], z, "tokens, before positions", f"{D} numbers", f"{N} tokens")
     _mark_row(axes[0], scene.number, inputs)

@@ -248,6 +248,8 @@ RECIPES = {
 
         Command   python src/trainer.py --recipe shipped
         Hardware  two cores of an AMD EPYC (Zen 4), bfloat16; torch 2.14.1
+        Time      5606 s the whole process, 5428 s of it training steps, other work beside it
+        Expect    88.8% validation, 88.4% test accuracy (1 seed)
         """,
         model=ViTConfig(
             patch_size=4, width=192, depth=6, heads=6, pooling="mean", positions="sincos"

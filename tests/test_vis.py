@@ -121,6 +121,7 @@ def test_all_draws_every_figure_and_the_manifest_tells_them(
     checkpoint = tmp_path / "run/last.pt"
     assert told["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert told["arguments"]["index"] == [3] and told["arguments"]["save_data"] is True
+    assert told["arguments"]["data_dir"] == "data" and told["checkpoint"] == str(checkpoint)
     assert f"{len(names) + 1} figures in {tmp_path / 'out'}" in capsys.readouterr().out
 
 

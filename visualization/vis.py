@@ -360,8 +360,8 @@ def manifest(
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "command": command,
-        "arguments": vars(model.arguments),
-        "checkpoint": str(model.path),
+        "arguments": {name: portable(value) for name, value in vars(model.arguments).items()},
+        "checkpoint": str(portable(model.path)),
         "checkpoint_sha256": digest,
         "model": asdict(model.config),
         "split": model.split_name,
@@ -369,6 +369,12 @@ def manifest(
         "not_applicable": missing,
         "versions": {"torch": str(torch.__version__), "matplotlib": matplotlib.__version__},
     }
+
+
+def portable(value: Any) -> Any:
+    """A path inside the repository as it is on every machine; anything else as it is."""
+    inside = isinstance(value, Path) and value.is_absolute() and value.is_relative_to(ROOT)
+    return value.relative_to(ROOT) if inside else value
 
 
 def choose_backend(show: bool) -> None:

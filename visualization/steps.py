@@ -301,7 +301,7 @@ def queries(scene: Scene) -> Figure:
     walk = scene.walk
     parts = [each[scene.head].numpy() for each in (walk.q, walk.k, walk.v)]
     T, D_h = parts[0].shape
-    title = f"5. Every token asks, is found, and answers: {scene.where}"
+    title = f"5. Queries, keys and values: {scene.where}"
     caption = (
         f"Three matrices make of each token a query, a key and a value of {D_h} numbers. The "
         "outlined query is about to meet every key."
@@ -365,9 +365,7 @@ def mlp(scene: Scene) -> Figure:
     hidden = scene.walk.hidden
     after = GELU()(hidden).numpy()
     T, width = after.shape
-    title = (
-        f"8. Each token thinks alone: {scene.config.width} numbers become {width}, a GELU, and back"
-    )
+    title = f"8. An MLP for each token: {scene.config.width} numbers, {width}, a GELU, and back"
     caption = (
         "Left: GELU, and in grey how often each input occurs among the tokens of this image. "
         "Right: what is left after it; most numbers are near 0, a few speak."
@@ -422,8 +420,8 @@ def classifier(scene: Scene) -> Figure:
     what = {"class": "class token's", "mean": "mean of the patches'"}[scene.config.pooling]
     title = "10. One matrix reads the class off"
     caption = (
-        f"The head sees the {what} {scene.config.width} numbers after the last layer. Left: the "
-        "same head on the tokens of earlier layers, to which it was not trained."
+        f"The head sees the {what} {scene.config.width} numbers after the last layer. Middle: the "
+        "same head on the tokens of earlier layers, to which it was not trained; 0 is the embedding."
     )
     figure, axes = _row(title, [0.8, 1.7, 1.2], 1.9, caption)
     show_picture(axes[0], scene.picture, "the image")

@@ -421,7 +421,8 @@ def classifier(scene: Scene) -> Figure:
     title = "10. One matrix reads the class off"
     caption = (
         f"The head sees the {what} {scene.config.width} numbers after the last layer. Middle: the "
-        "same head on the tokens of earlier layers, to which it was not trained; 0 is the embedding."
+        "same head on the tokens of earlier layers, for which it was not trained; 0 is the "
+        "embedding."
     )
     figure, axes = _row(title, [0.8, 1.7, 1.2], 1.9, caption)
     show_picture(axes[0], scene.picture, "the image")

@@ -289,7 +289,7 @@ def positions(scene: Scene) -> Figure:
     _matrix(axes[2], z, "tokens with positions, $z_0$", f"{D} numbers")
     axes[3].set_axis_off()
     alike = similarity[scene.patch].numpy()
-    _map(axes[4], alike, "cosine similarity", vmin=alike.min(), vmax=1)
+    _map(axes[4], alike, "cosine similarity", vmin=alike.min(), vmax=alike.max())
     _mark_in_map(axes[4], scene)
     for axis in (axes[0], axes[2]):
         _mark_row(axis, scene.token, D)

@@ -7,6 +7,7 @@ to save it, and to bring it back where it was.
 import argparse
 import copy
 import dataclasses
+import gc
 import math
 import re
 import tempfile
@@ -74,6 +75,15 @@ class Run:
         self.coins = torch.rand(len(self.dataset.train), generator=coins).to(self.device) < 0.5
         self.looked_at = self.saved_at = time.perf_counter()
         self.begin_epoch()
+
+    def leave_others(self) -> None:
+        """Lets go of the model over all ranks, after training and before the job ends.
+
+        What averages the gradients holds the process group. Where it is the last to do so, torch
+        2.11 waits for ever for a thread of the group that waits for Python.
+        """
+        self.parallel = self.model
+        gc.collect()
 
     @property
     def world(self) -> World:

@@ -649,7 +649,9 @@ def main(argv: list[str]) -> int:
                 return 0
             if run.config.deterministic and device.type == "cuda":
                 only_deterministic_kernels()
-            return 0 if train(run, command, arguments) else 1
+            worked = train(run, command, arguments)
+            run.leave_others()
+            return 0 if worked else 1
     except (UsageError, DataError, FolderInUse, utils.CheckpointError) as error:
         complain(str(error))
         return 2

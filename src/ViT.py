@@ -113,7 +113,7 @@ class ViTConfig:
 
     @property
     def patches(self) -> int:
-        """N"""
+        """N, the patches of an image."""
         return self.grid[0] * self.grid[1]
 
     @property

@@ -15,9 +15,7 @@ them table.csv. A result of other options than those given here now counts as mi
 """
 
 import argparse
-import csv
 import dataclasses
-import io
 import json
 import os
 import shlex
@@ -213,13 +211,10 @@ def main(argv: list[str]) -> int:
             worked = all(list(pool.map(lambda key: run(study, *key), missing)))
     rows = table(study)
     if rows:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
+        rounded = (
             {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} for row in rows
         )
-        utils.write_whole(study.folder / "table.csv", text.getvalue().encode())
+        utils.write_table(study.folder / "table.csv", rows[0], rounded)
         show(rows)
     return 0 if worked else 1
 

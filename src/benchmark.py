@@ -52,7 +52,15 @@ from optimizers import make_optimizers
 from processes import ALONE, Job, StopSignals
 from recipes import DEFAULT_RECIPE, RECIPES, Recipe, TrainConfig
 from run import Run
-from trainer import add_gradients, autocast, compile_model, targets_of, train_epoch
+from trainer import (
+    Forward,
+    add_gradients,
+    autocast,
+    compile_model,
+    example_of,
+    targets_of,
+    train_epoch,
+)
 from utils import UsageError
 from ViT import ViT, ViTConfig, parameters_of
 
@@ -430,6 +438,14 @@ def run_of(recipe: Recipe, setting: Setting, steps: int) -> Iterator[Run]:
         )
 
 
+def forward_of(run: Run, mode: str) -> Forward:
+    """The model of a run, for training: "eager" or "compiled"."""
+    run.model.train()
+    if mode == "eager":
+        return run.parallel
+    return compile_model(run.parallel, example_of(run), run.precision)
+
+
 def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) -> dict[str, float]:
     """Times whole epochs of `train_epoch` and, in turn, their forward and backward passes alone.
 
@@ -440,10 +456,7 @@ def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) ->
     with run_of(recipe, setting, steps) as run:
         batch = run.dataset.train.take(torch.arange(run.config.batch_size, device=setting.device))
         targets = targets_of(batch, 10)
-        forward = run.parallel
-        if mode == "compiled":
-            example = normalise(batch.images, CIFAR10_MEAN, CIFAR10_STD)
-            forward = compile_model(run.parallel.train(), example, setting.precision)
+        forward = forward_of(run, mode)
 
         def epoch() -> None:
             run.end_epoch(train_epoch(run, forward))

@@ -33,10 +33,9 @@ from torch.profiler import ProfilerActivity, profile
 import machine
 import utils
 from ablation import kept_result, train_and_keep
-from benchmark import Setting, run_of, seconds_of
-from data import normalise
+from benchmark import Setting, forward_of, run_of, seconds_of
 from recipes import RECIPES, Recipe
-from trainer import add_gradients, compile_model, targets_of, train_epoch
+from trainer import add_gradients, targets_of, train_epoch
 from utils import UsageError
 
 
@@ -102,16 +101,11 @@ PUBLISHED = (
 # ---------------------------------------------------------------------------- training steps
 
 
-def training_step(recipe: Recipe, compiled: bool, setting: Setting) -> Callable[[], None]:
+def training_step(recipe: Recipe, mode: str, setting: Setting) -> Callable[[], None]:
     """One training step of a recipe, its input aside, as `train_epoch` does it."""
     with run_of(recipe, setting, steps=1) as run:
-        batch = run.dataset.train
+        batch, forward = run.dataset.train, forward_of(run, mode)
         targets = targets_of(batch, len(run.dataset.classes))
-        run.model.train()
-        forward = run.parallel
-        if compiled:
-            example = normalise(batch.images, run.dataset.mean, run.dataset.std)
-            forward = compile_model(run.parallel, example, setting.precision)
 
     def step() -> None:
         add_gradients(run, forward, batch.images, targets)
@@ -125,7 +119,7 @@ def training_step(recipe: Recipe, compiled: bool, setting: Setting) -> Callable[
 def throughput(plan: Plan, setting: Setting) -> None:
     """throughput.csv, a row at a time, so that a run that is stopped goes on where it was."""
     path = plan.folder / "throughput.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     there = {tuple(row[key] for key in ("width", "depth", "batch", "mode")) for row in rows}
     rate = machine.matrix_rate(setting.device, setting.precision)
     recipe = RECIPES[plan.recipe]
@@ -140,7 +134,7 @@ def throughput(plan: Plan, setting: Setting) -> None:
         row: dict[str, Any] = {"width": width, "depth": depth, "batch": batch, "mode": mode}
         try:
             torch.compiler.reset()  # which compiles but a few models of one class in a process
-            step = training_step(Recipe("", model, train), mode == "compiled", setting)
+            step = training_step(Recipe("", model, train), mode, setting)
             step()
             taken = [seconds_of(step, 3, setting.device) for _ in range(setting.rounds)]
         except torch.OutOfMemoryError:
@@ -150,7 +144,7 @@ def throughput(plan: Plan, setting: Setting) -> None:
         flops = machine.training_flops(model, train.patch_dropout)
         row |= {"images_per_second": round(images), "share": round(images * flops / rate, 3)}
         rows.append(row)
-        write_rows(path, rows)
+        utils.write_table(path, row, rows)
         print(
             f"width {width:4}, depth {depth:3}, batch {batch:5}, {mode:9}{images:11,.0f} images/s,"
             f" {row['share']:.0%} of the matrix rate",
@@ -163,12 +157,7 @@ def profile_steps(plan: Plan, setting: Setting) -> None:
     on_gpu = setting.device.type == "cuda"
     recipe = RECIPES[plan.recipe]
     with run_of(recipe, setting, steps=10) as run:
-        run.model.train()
-        forward = run.parallel
-        if on_gpu:
-            images = run.dataset.train.images[: run.config.batch_size]
-            example = normalise(images, run.dataset.mean, run.dataset.std)
-            forward = compile_model(run.parallel, example, setting.precision)
+        forward = forward_of(run, "compiled" if on_gpu else "eager")
         run.end_epoch(train_epoch(run, forward))  # warms up
         activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
         with profile(activities=activities) as profiler:
@@ -294,11 +283,6 @@ PARTS: dict[str, Callable[[Plan, Setting], None]] = {
     "seeds": seeds,
     "plot": plot,
 }
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-    utils.write_whole(path, ("\n".join(lines) + "\n").encode())
 
 
 def main(argv: list[str]) -> int:

@@ -199,10 +199,16 @@ def remove_partial_files(folder: Path, names: Iterable[str]) -> None:
 
 def write_metrics(path: Path, history: list[dict[str, float]]) -> None:
     """metrics.csv: a row for each epoch."""
+    rows = ({name: _short(value) for name, value in row.items()} for row in history)
+    write_table(path, METRICS, rows)
+
+
+def write_table(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a CSV file with a line of names and a line for each row."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(METRICS), lineterminator="\n")
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _short(value) for name, value in row.items()} for row in history)
+    writer.writerows(rows)
     write_whole(path, text.getvalue().encode())
 
 

@@ -69,8 +69,9 @@ def walk(model: ViT, image: Tensor, block: int) -> Walk:
     trace, inside = model.trace(image[None]), model.blocks[block]
     patches = patchify(image[None], model.config.patch_size)
     z = trace.tokens[block]
-    q, k, v = inside.attention.split(inside.norm1(z))
-    mixed = z + inside.attention(inside.norm1(z))  # Eq. 2
+    normed = inside.norm1(z)
+    q, k, v = inside.attention.split(normed)
+    mixed = z + inside.attention(normed)  # Eq. 2
     return Walk(
         patches=patches[0],
         embedded=model.embed.projection(patches)[0],

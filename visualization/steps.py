@@ -22,6 +22,7 @@ from ViT import ViT, ViTConfig
 
 WIDTH = 7.4  # inches, of every step
 CHANNELS = (("red", "tab:red"), ("green", "tab:green"), ("blue", "tab:blue"))
+GREY = (("values", "0.2"),)
 MOST_TILES = 8  # heads or layers side by side
 
 
@@ -53,6 +54,11 @@ class Scene(NamedTuple):
     @property
     def where(self) -> str:
         return f"layer {self.block + 1}, head {self.head + 1}"
+
+    def piece(self) -> np.ndarray:
+        """The pixels of the chosen patch, (P, P, 3) or (P, P, 1)."""
+        (row, column), P = self.patch, self.config.patch_size
+        return np.atleast_3d(self.picture)[row * P :, column * P :][:P, :P]
 
     def pieces(self) -> np.ndarray:
         """The picture cut up, in colour: (g_h, g_w, P, P, 3)."""
@@ -147,10 +153,10 @@ def _map(axes: Axes, values: np.ndarray, title: str, **style) -> None:
 
 def _over_picture(axes: Axes, scene: Scene, values: np.ndarray, title: str) -> None:
     """A value for each patch, over the greyed picture, with the chosen patch outlined."""
-    (H, W), colours = scene.picture.shape[:2], colormaps[ATTENTION]
+    H, W = scene.picture.shape[:2]
     share = values / max(float(values.max()), 1e-12)
     show_picture(axes, greyed(scene.picture), title)
-    colour = colours(share)
+    colour = colormaps[ATTENTION](share)
     colour[..., 3] = 0.15 + 0.7 * share  # little weight, clear view
     axes.imshow(colour, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
     _mark_in_picture(axes, scene)
@@ -208,7 +214,7 @@ def overview(scene: Scene) -> Figure:
 def image(scene: Scene) -> Figure:
     P = scene.config.patch_size
     planes = np.atleast_3d(scene.picture)
-    names = CHANNELS if planes.shape[2] == 3 else (("values", "0.2"),)
+    names = CHANNELS if planes.shape[2] == 3 else GREY
     caption = "Right: the numbers of the outlined square, in the first of the channels."
     title = f"1. An image is {' x '.join(map(str, scene.picture.shape))} numbers"
     figure, axes = _row(title, [1] * (len(names) + 2), 1.5, caption)
@@ -217,7 +223,7 @@ def image(scene: Scene) -> Figure:
         show_picture(axes[1 + channel], planes[..., channel], name)
     for axis in axes[:-1]:
         _mark_in_picture(axis, scene)
-    numbers = planes[scene.patch[0] * P :, scene.patch[1] * P :, 0][:P, :P]
+    numbers = scene.piece()[..., 0]
     show_picture(axes[-1], numbers, f"{names[0][0]}, {P} x {P}")
     if P <= 8:
         for y, x in np.ndindex(P, P):
@@ -231,7 +237,7 @@ def image(scene: Scene) -> Figure:
 @styled
 def patches(scene: Scene) -> Figure:
     (g_h, g_w), P = scene.config.grid, scene.config.patch_size
-    piece = np.atleast_3d(scene.picture)[scene.patch[0] * P :, scene.patch[1] * P :][:P, :P]
+    piece = scene.piece()
     values = np.moveaxis(piece, 2, 0).reshape(piece.shape[2], -1)  # (C, P P)
     title = f"2. The image is cut into {g_h} x {g_w} patches, each a row of {values.size} numbers"
     caption = "Right: the outlined patch, flattened, channel after channel."
@@ -242,10 +248,9 @@ def patches(scene: Scene) -> Figure:
     _sign(axes[3], "→")
     show_picture(axes[4], piece if len(values) == 3 else piece[..., 0])
     _sign(axes[5], "→")
-    names = CHANNELS if len(values) == 3 else (("values", "0.2"),)
-    for channel, (name, color) in enumerate(names):
+    for channel, (_, color) in enumerate(CHANNELS if len(values) == 3 else GREY):
         first = channel * P * P
-        axes[6].bar(range(first, first + P * P), values[channel], 0.8, color=color, label=name)
+        axes[6].bar(range(first, first + P * P), values[channel], 0.8, color=color)
     axes[6].set(ylim=(0, 255), xticks=[], yticks=[0, 255], xlabel=f"{values.size} numbers")
     return figure
 
@@ -303,7 +308,7 @@ def queries(scene: Scene) -> Figure:
     T, D_h = parts[0].shape
     title = f"5. Queries, keys and values: {scene.where}"
     caption = (
-        f"Three matrices make of each token a query, a key and a value of {D_h} numbers. The "
+        f"Three matrices turn each token into a query, a key and a value of {D_h} numbers. The "
         "outlined query is about to meet every key."
     )
     figure, axes = _row(title, [1, 1, 1], 1.7, caption)
@@ -333,7 +338,7 @@ def attention(scene: Scene) -> Figure:
     _map(axes[2], scores, r"$q \cdot k / \sqrt{D_h}$", cmap=SIGNED, vmin=-most, vmax=most)
     _sign(axes[3], "softmax\n→", SMALLEST)
     _map(axes[4], scene.of_patch(A), "its row of A")
-    _sign(axes[5], "")
+    axes[5].set_axis_off()
     highest = float(A.quantile(0.995))
     axes[6].imshow(A.numpy(), cmap=ATTENTION, vmin=0, vmax=highest, interpolation_stage="data")
     axes[6].set(title="A", xlabel="key of token", ylabel="query of token", xticks=[], yticks=[])
@@ -346,7 +351,7 @@ def attention(scene: Scene) -> Figure:
 @styled
 def heads(scene: Scene) -> Figure:
     maps = scene.of_patch(scene.walk.attention[scene.block])[:MOST_TILES]
-    title = f"7. Several heads look at once, each for something else: layer {scene.block + 1}"
+    title = f"7. Several heads look at once: layer {scene.block + 1}"
     caption = (
         "Attention of the outlined patch in each head, each on a scale of its own. What the heads "
         "bring back is put side by side and mixed by one more matrix."

@@ -6,7 +6,7 @@
 
     recipe    the cpu recipe as it was before these findings, and shorter: three epochs, each on a
               quarter of the patches, none on all of them; an hour on two cores
-    shape     width, depth, patch and the share of patches for equal operations, on a CPU
+    shape     width, depth and the share of patches for equal operations, on a CPU; 100 minutes
     speed94   options of the speed94 recipe, for a GPU; not yet run
 
 Every run is the trainer's own and judged by the validation images (--no-test); on a CPU it has one
@@ -71,7 +71,8 @@ STUDIES = {
     # image, has fewer epochs.
     "shape": Study(
         utils.ROOT / "results/speed94/shape",
-        f"{_SHORT} --epochs 12 --patch-dropout 0.75 --whole-epochs 0 --validate-every 100",
+        f"{_SHORT} --epochs 12 --warmup-epochs 0.25 --patch-dropout 0.75 --whole-epochs 0"
+        " --validate-every 100",
         {
             "none": "",
             "narrow": "--width 96 --heads 3 --epochs 21",
@@ -79,10 +80,9 @@ STUDIES = {
             "wider": "--width 256 --heads 8 --epochs 3",
             "shallow": "--depth 2 --epochs 23",
             "deep": "--depth 8 --epochs 6",
-            "half": "--patch-dropout 0.5 --epochs 6",
-            "eighth": "--patch-dropout 0.875 --epochs 24",
-            "patch-8": "--patch-size 8 --patch-dropout 0",
-            "patch-2": "--patch-size 2 --patch-dropout 0.9375",
+            "whole-epoch": "--epochs 9 --whole-epochs 1",
+            "half": "--patch-dropout 0.5 --epochs 5 --whole-epochs 1",
+            "eighth": "--patch-dropout 0.875 --epochs 17 --whole-epochs 1",
         },
     ),
     "speed94": Study(

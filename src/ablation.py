@@ -42,6 +42,10 @@ class Study(NamedTuple):
     changes: dict[str, str]  # a folder's name, and the flags
     seeds: tuple[int, ...] = (0, 1, 2)
 
+    @property
+    def on_cpu(self) -> bool:
+        return "--device cpu" in self.base
+
 
 _SHORT = "--recipe cpu --compile on --no-test --device cpu"
 
@@ -152,7 +156,7 @@ def train_and_keep(flags: list[str], kept: Path, environment: dict[str, str]) ->
 def run(study: Study, change: str, seed: int) -> bool:
     """Trains with a change and a seed, keeps the figures, and says so; whether that worked."""
     flags = flags_of(study, change, seed)
-    one_thread = {"OMP_NUM_THREADS": "1"} if "--device cpu" in study.base else {}
+    one_thread = {"OMP_NUM_THREADS": "1"} if study.on_cpu else {}
     try:
         result = train_and_keep(flags, study.folder / change / f"seed{seed}", one_thread)
     except UsageError as error:
@@ -198,16 +202,19 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("study", nargs="?", choices=STUDIES, default="recipe", help="(recipe)")
     parser.add_argument("--table", action="store_true", help="no runs")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a core each (2)")
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time (on a CPU 2, a core each; on a GPU 1)"
+    )
     arguments = parser.parse_args(argv)
-    if arguments.jobs < 1:
-        parser.error(f"--jobs must be at least 1, not {arguments.jobs}")
     study, worked = STUDIES[arguments.study], True
+    jobs = (2 if study.on_cpu else 1) if arguments.jobs is None else arguments.jobs
+    if jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {jobs}")
     if not arguments.table:
         # Seed by seed, so that the changes compare however far it gets.
         wanted = [(change, seed) for seed in study.seeds for change in study.changes]
         missing = [key for key in wanted if result_of(study, *key) is None]
-        with ThreadPoolExecutor(arguments.jobs) as pool:
+        with ThreadPoolExecutor(jobs) as pool:
             worked = all(list(pool.map(lambda key: run(study, *key), missing)))
     rows = table(study)
     if rows:

@@ -1,12 +1,15 @@
-"""How fast a plain ViT gets to 94% on CIFAR-10: the whole measurement, for one GPU.
+"""How close a plain ViT gets to 94% on CIFAR-10 in a minute: the whole measurement, for one GPU.
 
     python src/speedrun.py                 all of it, to results/speed94/
     python src/speedrun.py throughput      one part of it
+    python src/speedrun.py --seconds 90 --out DIR      for another time, or for another GPU
     python src/speedrun.py --dry-run       all of it in small, on the drawn data set, on any device
 
     throughput   images/s of training steps of widths, depths and batches, eager and compiled, and
                  the share of the device's matrix rate that they come to
     profile      which operations the time of the recipe's training steps goes to
+    epochs       as many epochs of the recipe as fit into the time, from a short run; what follows
+                 trains for so many, or for the recipe's own where this part was left out
     curve        one run that holds validation images out: accuracy against seconds
     seeds        the recipe on all training images, each seed tested once
     plot         what there is of curve and seeds, beside published points
@@ -21,6 +24,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -48,10 +52,12 @@ class Plan(NamedTuple):
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     batches: tuple[int, ...]
+    seconds: float  # from the first training step to the end of the evaluation
     folder: Path
 
 
 HEAD = 64  # numbers a head, in the throughput's models
+MARGIN = 0.98  # of the seconds are planned, as no two runs take the same
 ROUNDS = 5  # of the throughput, of three steps each
 THE_PLAN = Plan(
     recipe="speed94",
@@ -60,6 +66,7 @@ THE_PLAN = Plan(
     widths=(256, 384, 512),
     depths=(6, 8, 12),
     batches=(512, 1024, 2048),
+    seconds=60,
     folder=utils.ROOT / "results/speed94",
 )
 DRY_PLAN = Plan(
@@ -69,6 +76,7 @@ DRY_PLAN = Plan(
     widths=(64,),
     depths=(1, 2),
     batches=(50, 100),
+    seconds=5,
     folder=utils.ROOT / "checkpoints/speedrun",
 )
 
@@ -98,6 +106,11 @@ PUBLISHED = (
 )
 
 
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
 # ---------------------------------------------------------------------------- training steps
 
 
@@ -119,7 +132,7 @@ def training_step(recipe: Recipe, mode: str, setting: Setting) -> Callable[[], N
 def throughput(plan: Plan, setting: Setting) -> None:
     """throughput.csv, a row at a time, so that a run that is stopped goes on where it was."""
     path = plan.folder / "throughput.csv"
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    rows = rows_of(path) if path.exists() else []
     there = {tuple(row[key] for key in ("width", "depth", "batch", "mode")) for row in rows}
     rate = machine.matrix_rate(setting.device, setting.precision)
     recipe = RECIPES[plan.recipe]
@@ -174,17 +187,49 @@ def profile_steps(plan: Plan, setting: Setting) -> None:
 # ---------------------------------------------------------------------------- runs
 
 
-def train(plan: Plan, name: str, flags: list[str]) -> dict[str, Any]:
+def train(plan: Plan, name: str, flags: list[str], setting: Setting) -> dict[str, Any]:
     """The result.json of a run, made now unless it is there."""
     # Saving after each epoch would take a part of the minute.
     flags = ["--recipe", plan.recipe, *plan.flags, *flags, "--save-epochs", "100000"]
+    flags += ["--device", str(setting.device)]
     kept = plan.folder / name
     return kept_result(kept, flags) or train_and_keep(flags, kept, {})
 
 
+def epochs(plan: Plan, setting: Setting) -> None:
+    """epochs.json: how many epochs fit into the plan's seconds, and from what that follows."""
+    path = plan.folder / "epochs.json"
+    if path.exists() and (other := json.loads(path.read_text())["seconds"]) != plan.seconds:
+        raise UsageError(
+            f"{plan.folder} is of runs of {other:g} s, not {plan.seconds:g}; name another by --out"
+        )
+    # Without warm-up, which is told in epochs and may be longer than this run.
+    short = "--epochs 4 --warmup-epochs 0 --whole-epochs 1 --validation-images 0".split()
+    result = train(plan, "short", short, setting)
+    *dropped, whole = (float(row["seconds"]) for row in rows_of(plan.folder / "short/metrics.csv"))
+    rest = result["seconds"]["first_step_to_end"] - sum(dropped) - whole
+    dropped = statistics.median(dropped)
+    at_the_end = RECIPES[plan.recipe].train.whole_epochs
+    fit = int((MARGIN * plan.seconds - rest - at_the_end * whole) / dropped) + at_the_end
+    if fit < 1:
+        raise UsageError(f"no epoch fits into {plan.seconds:g} s; one takes {dropped:.1f} s")
+    found = {"seconds": plan.seconds, "epochs": fit, "epoch": dropped, "whole_epoch": whole}
+    utils.write_json(path, found | {"rest": rest})
+    print(
+        f"{fit} epochs fit into {plan.seconds:g} s: {dropped:.2f} s each, {whole:.2f} s with all "
+        f"patches, {rest:.2f} s saving and evaluating"
+    )
+
+
+def fitting(plan: Plan) -> list[str]:
+    """The trainer's flag for as many epochs as fit; none where that was not measured."""
+    path = plan.folder / "epochs.json"
+    return ["--epochs", str(json.loads(path.read_text())["epochs"])] if path.exists() else []
+
+
 def curve(plan: Plan, setting: Setting) -> None:
-    device = ["--device", str(setting.device)]
-    result = train(plan, "curve", ["--no-test", "--validate-every", "5", *device])
+    flags = [*fitting(plan), "--no-test", "--validate-every", "5"]
+    result = train(plan, "curve", flags, setting)
     print(f"validation accuracy {result['validation_accuracy']:.2%}, {told(result)}")
 
 
@@ -192,13 +237,14 @@ def seeds(plan: Plan, setting: Setting) -> None:
     """Trains and tests every seed, and writes summary.json."""
     results = []
     for seed in range(plan.seeds):
-        flags = ["--seed", str(seed), "--validation-images", "0", "--device", str(setting.device)]
-        results.append(train(plan, f"seed{seed}", flags))
+        flags = [*fitting(plan), "--seed", str(seed), "--validation-images", "0"]
+        results.append(train(plan, f"seed{seed}", flags, setting))
         print(f"seed {seed}: test accuracy {results[-1]['test_accuracy']:.2%}, {told(results[-1])}")
     accuracies = [result["test_accuracy"] for result in results]
     seconds = [result["seconds"]["first_step_to_end"] for result in results]
     summary = {
         "recipe": plan.recipe,
+        "epochs": results[0]["epochs"],
         "device_name": results[0]["device_name"],
         "torch": results[0]["torch"],
         "seeds": len(results),
@@ -266,11 +312,10 @@ def draw(plan: Plan) -> Figure:
 def curve_of(path: Path) -> tuple[list[float], list[float]]:
     """Seconds of training, and the validation accuracy in percent that they led to."""
     seconds, points = 0.0, []
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            seconds += float(row["seconds"])
-            if row["validation_accuracy"]:
-                points.append((seconds, 100 * float(row["validation_accuracy"])))
+    for row in rows_of(path):
+        seconds += float(row["seconds"])
+        if row["validation_accuracy"]:
+            points.append((seconds, 100 * float(row["validation_accuracy"])))
     return tuple(map(list, zip(*points, strict=True)))
 
 
@@ -279,6 +324,7 @@ def curve_of(path: Path) -> tuple[list[float], list[float]]:
 PARTS: dict[str, Callable[[Plan, Setting], None]] = {
     "throughput": throughput,
     "profile": profile_steps,
+    "epochs": epochs,
     "curve": curve,
     "seeds": seeds,
     "plot": plot,
@@ -293,11 +339,16 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("part", nargs="?", choices=("all", *PARTS), default="all", help="(all)")
     parser.add_argument("--dry-run", action="store_true", help="in small, on the drawn data set")
+    parser.add_argument("--seconds", type=float, help=f"of a run ({THE_PLAN.seconds})")
     parser.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="(results/speed94/)")
     arguments = parser.parse_args(argv)
     plan = DRY_PLAN if arguments.dry_run else THE_PLAN
     plan = plan._replace(folder=arguments.out or plan.folder)
+    if arguments.seconds is not None:
+        if not 0 < arguments.seconds < math.inf:
+            parser.error(f"--seconds must be above 0, not {arguments.seconds}")
+        plan = plan._replace(seconds=arguments.seconds)
     try:
         device = machine.choose_device(arguments.device)
         if device.type != "cuda" and not arguments.dry_run and arguments.part != "plot":

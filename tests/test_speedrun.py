@@ -16,8 +16,8 @@ def measure(monkeypatch, tmp_path):
     small = {"widths": (64,), "depths": (1,), "batches": (4,), "flags": flags.split()}
     monkeypatch.setattr(speedrun, "DRY_PLAN", speedrun.DRY_PLAN._replace(**small))
     monkeypatch.setattr(speedrun, "ROUNDS", 1)
-    return lambda part: speedrun.main(
-        [part, "--dry-run", "--device", "cpu", "--out", str(tmp_path)]
+    return lambda part, *more: speedrun.main(
+        [part, "--dry-run", "--device", "cpu", "--out", str(tmp_path), *more]
     )
 
 
@@ -41,6 +41,29 @@ def test_seeds_are_all_told_and_not_trained_twice(measure, tmp_path, capsys):
     assert (tmp_path / "seed1/result.json").stat().st_mtime_ns == before
     assert (tmp_path / "accuracy-against-seconds.png").stat().st_size > 20_000
     assert "over 2 seeds" in capsys.readouterr().out
+
+
+def test_runs_are_as_long_as_fits_into_the_seconds(measure, tmp_path, capsys):
+    assert measure("epochs", "--seconds", "60") == 0
+    found = json.loads((tmp_path / "epochs.json").read_text())
+    rows = speedrun.rows_of(tmp_path / "short/metrics.csv")
+    assert len(rows) == 4 and found["whole_epoch"] == float(rows[3]["seconds"])
+    planned = found["epochs"] * found["epoch"] + found["rest"]  # the demo has no whole epochs
+    assert 0 <= 0.98 * 60 - planned < found["epoch"]
+
+    (tmp_path / "epochs.json").write_text(json.dumps(found | {"epochs": 3}))
+    assert measure("curve") == 0
+    assert json.loads((tmp_path / "curve/result.json").read_text())["epochs"] == 3
+    capsys.readouterr()
+    for seconds, word in (("90", "--out"), ("0", "above 0"), ("nan", "above 0")):
+        with pytest.raises(SystemExit) as stop:
+            measure("epochs", "--seconds", seconds)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and word in line
+    (tmp_path / "epochs.json").unlink()
+    with pytest.raises(SystemExit):
+        measure("epochs", "--seconds", "0.001")
+    assert "no epoch fits into 0.001 s" in capsys.readouterr().err
 
 
 def test_throughput_has_a_row_for_each_size_once(measure, tmp_path, capsys):

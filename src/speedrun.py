@@ -31,12 +31,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
 import machine
 import utils
-from ablation import kept_result, train_and_keep
+from ablation import STUDIES, kept_result, result_of, train_and_keep
 from benchmark import Setting, forward_of, run_of, seconds_of
 from recipes import RECIPES, Recipe
 from trainer import add_gradients, targets_of, train_epoch
@@ -84,32 +85,32 @@ DRY_PLAN = Plan(
 class Published(NamedTuple):
     """What others state, as their README had it."""
 
-    accuracy: float  # percent, on the test images
-    seconds: float
     kind: str  # "CNN" or "ViT"
     what: str
+    accuracy: float  # percent, on the test images
+    seconds: float
+    hardware: str
     source: str
+    petaflops: float | None = None  # 1e15 operations of the whole training
     shift: tuple[int, int] = (6, 0)  # of its name in the plot, in points
 
 
+_AIRBENCH = "github.com/KellerJordan/cifar10-airbench"
+_HLB = "github.com/tysam-code/hlb-CIFAR10"
+_HIVERGE = "github.com/hiverge/cifar10-speedrun"
+_COLOSSAL = "github.com/hpcaitech/ColossalAI, benchmark"
+_VIT_CIFAR = "github.com/omihub777/ViT-CIFAR"
 PUBLISHED = (
-    Published(94.01, 2.1, "CNN", "Hiverge, A100", "github.com/hiverge/cifar10-speedrun", (-14, 9)),
-    Published(
-        94.01,
-        2.59,
-        "CNN",
-        "airbench94 (Muon), A100",
-        "github.com/KellerJordan/cifar10-airbench",
-        (-8, -20),
-    ),
-    Published(94.0, 6.3, "CNN", "hlb-CIFAR10, A100", "github.com/tysam-code/hlb-CIFAR10", (4, -9)),
-    Published(95.01, 10.4, "CNN", "airbench95, A100", "github.com/KellerJordan/cifar10-airbench"),
-    Published(96.0, 27.3, "CNN", "airbench96, A100", "github.com/KellerJordan/cifar10-airbench"),
-    Published(
-        90.5, 16 * 60, "ViT", "ViT-Lite-7/4, 8 A100", "github.com/hpcaitech/ColossalAI, benchmark"
-    ),
-    Published(90.92, 8062, "ViT", "ViT-CIFAR, V100", "github.com/omihub777/ViT-CIFAR"),
+    Published("CNN", "Hiverge", 94.01, 2.1, "A100", _HIVERGE, shift=(-14, 9)),
+    Published("CNN", "airbench94 (spectral)", 94.05, 2.67, "A100", _AIRBENCH, 0.29, (-8, -20)),
+    Published("CNN", "hlb-CIFAR10", 94.0, 6.3, "A100", _HLB, shift=(4, -9)),
+    Published("CNN", "airbench95", 95.01, 10.4, "A100", _AIRBENCH, 1.4),
+    Published("CNN", "airbench96", 96.0, 27.3, "A100", _AIRBENCH, 3.1),
+    Published("CNN", "ResNet-18", 96.0, 420, "A100", _AIRBENCH, 32.3),
+    Published("ViT", "ViT-Lite-7/4", 90.5, 960, "8 A100", _COLOSSAL, shift=(-8, 10)),
+    Published("ViT", "ViT-CIFAR", 90.92, 8062, "V100", _VIT_CIFAR),
 )
+A_MINUTE = 60 * 989e12  # operations of an H100 or H200 at their specified rate, dense bfloat16
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -280,38 +281,66 @@ def told(result: dict[str, Any]) -> str:
 
 
 def plot(plan: Plan, setting: Setting) -> None:
-    utils.write_figure(plan.folder / "accuracy-against-seconds.png", draw(plan))
-    print(f"wrote {plan.folder / 'accuracy-against-seconds.png'}")
+    utils.write_figure(plan.folder / "accuracy.png", draw(plan))
+    print(f"wrote {plan.folder / 'accuracy.png'}")
 
 
 def draw(plan: Plan) -> Figure:
-    """Accuracy against seconds of training: what was measured here, and what others state."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=150)
-    axes = figure.subplots()
+    """Accuracy against seconds and operations: what was measured here, and what others state."""
+    figure = Figure(figsize=(12, 4.5), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2, sharey=True)
     elsewhere = [utils.ROOT / "results" / name for name in ("cpu", "shipped")]
     for folder in (plan.folder / "curve", *elsewhere):
         if (folder / "metrics.csv").exists():
             result = json.loads((folder / "result.json").read_text())
-            label = f"this code, {result['recipe']}, {result['device_name']} (validation)"
-            axes.plot(*curve_of(folder / "metrics.csv"), ".-", label=label)
+            recipe, accuracy = result["recipe"], 100 * result["validation_accuracy"]
+            label = f"{recipe}, {result['device_name']} (validation)"
+            left.plot(*curve_of(folder / "metrics.csv"), ".-", label=label)
+            right.plot(operations_of(result), accuracy, "o", label=f"{recipe} (validation)")
     for folder in sorted(plan.folder.glob("seed*")):
         result = json.loads((folder / "result.json").read_text())
-        point = result["seconds"]["first_step_to_end"], 100 * result["test_accuracy"]
-        axes.plot(*point, "k*", label="speed94, a seed (test)" if folder.name == "seed0" else None)
-    for kind, marker in (("CNN", "o"), ("ViT", "s")):
-        points = [(point.seconds, point.accuracy) for point in PUBLISHED if point.kind == kind]
-        style = {"color": "0.45", "ms": 5, "label": f"published, {kind} (test)"}
-        axes.plot(*zip(*points, strict=True), marker, **style)
-    for point in PUBLISHED:
-        style = {"textcoords": "offset points", "fontsize": 7, "va": "center"}
-        axes.annotate(point.what, (point.seconds, point.accuracy), point.shift, **style)
-    axes.axhline(94, color="0.7", linewidth=0.8, linestyle="--")
-    axes.set(xscale="log", xlabel="seconds of training", ylabel="accuracy (%)")
-    axes.set(xlim=(1, 4e4), ylim=(70, 98))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7, loc="lower left")
+        seconds, accuracy = result["seconds"]["first_step_to_end"], 100 * result["test_accuracy"]
+        label = f"{plan.recipe}, a seed (test)" if folder.name == "seed0" else None
+        left.plot(seconds, accuracy, "k*", label=label)
+        right.plot(operations_of(result), accuracy, "k*", label=label)
+    study = STUDIES["shape"]
+    runs = [result_of(study, change, seed) for change in study.changes for seed in study.seeds]
+    points = [(operations_of(run), 100 * run["validation_accuracy"]) for run in runs if run]
+    if points:
+        right.plot(*zip(*points, strict=True), "k.", ms=3, label="shape study, a seed (validation)")
+    draw_published(left, [(p.seconds, f"{p.what}, {p.hardware}", p) for p in PUBLISHED])
+    counted = [(1e15 * p.petaflops, p.what, p) for p in PUBLISHED if p.petaflops]
+    draw_published(right, counted)
+    minute = {"color": "0.93", "label": "a minute of an H200, at 20 to 40% of its rate"}
+    right.axvspan(0.2 * A_MINUTE, 0.4 * A_MINUTE, **minute)
+    left.set(xlabel="seconds of training", ylabel="accuracy (%)", xlim=(1, 1e5), ylim=(70, 98))
+    right.set(xlabel="floating-point operations of the training", xlim=(1e13, 1e17))
+    for axes in (left, right):
+        axes.axhline(94, color="0.7", linewidth=0.8, linestyle="--")
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=7, loc="center left")
+    right.legend(frameon=False, fontsize=7, loc=(0.26, 0.03))
     return figure
+
+
+def draw_published(axes: Axes, points: list[tuple[float, str, Published]]) -> None:
+    """Draws published accuracies: where along the axis, under which name, and what is stated."""
+    for kind, marker in (("CNN", "o"), ("ViT", "s")):
+        of_kind = [(x, point.accuracy) for x, _, point in points if point.kind == kind]
+        if of_kind:
+            style = {"color": "0.45", "ms": 5, "label": f"published, {kind} (test)"}
+            axes.plot(*zip(*of_kind, strict=True), marker, **style)
+    for x, name, point in points:
+        style = {"textcoords": "offset points", "fontsize": 7, "va": "center"}
+        axes.annotate(name, (x, point.accuracy), point.shift, **style)
+
+
+def operations_of(result: dict[str, Any]) -> float:
+    """Floating-point operations of a run's training, from the rate that its result.json states."""
+    rate = result["matrix_flops_per_second"] * result["matrix_rate_share"]
+    return rate * result["seconds"]["training"]
 
 
 def curve_of(path: Path) -> tuple[list[float], list[float]]:

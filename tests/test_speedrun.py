@@ -39,7 +39,7 @@ def test_seeds_are_all_told_and_not_trained_twice(measure, tmp_path, capsys):
     before = (tmp_path / "seed1/result.json").stat().st_mtime_ns
     assert measure("seeds") == 0 and measure("plot") == 0
     assert (tmp_path / "seed1/result.json").stat().st_mtime_ns == before
-    assert (tmp_path / "accuracy-against-seconds.png").stat().st_size > 20_000
+    assert (tmp_path / "accuracy.png").stat().st_size > 20_000
     assert "over 2 seeds" in capsys.readouterr().out
 
 

@@ -7,6 +7,7 @@
     recipe    the cpu recipe as it was before these findings, and shorter: three epochs, each on a
               quarter of the patches, none on all of them; an hour on two cores
     shape     width, depth and the share of patches for equal operations, on a CPU; 100 minutes
+    size      the width for a third of these operations; 15 minutes
     speed94   options of the speed94 recipe, for a GPU; not yet run
 
 Every run is the trainer's own and judged by the validation images (--no-test); on a CPU it has one
@@ -48,6 +49,10 @@ class Study(NamedTuple):
 
 
 _SHORT = "--recipe cpu --compile on --no-test --device cpu"
+_SHAPE = (
+    f"{_SHORT} --epochs 12 --warmup-epochs 0.25 --patch-dropout 0.75 --whole-epochs 0"
+    " --validate-every 100"
+)
 
 STUDIES = {
     "recipe": Study(
@@ -75,10 +80,10 @@ STUDIES = {
     # image, has fewer epochs.
     "shape": Study(
         utils.ROOT / "results/speed94/shape",
-        f"{_SHORT} --epochs 12 --warmup-epochs 0.25 --patch-dropout 0.75 --whole-epochs 0"
-        " --validate-every 100",
+        _SHAPE,
         {
             "none": "",
+            "narrower": "--width 64 --heads 2 --epochs 46",
             "narrow": "--width 96 --heads 3 --epochs 21",
             "wide": "--width 160 --heads 5 --epochs 8",
             "wider": "--width 256 --heads 8 --epochs 3",
@@ -87,6 +92,15 @@ STUDIES = {
             "whole-epoch": "--epochs 9 --whole-epochs 1",
             "half": "--patch-dropout 0.5 --epochs 5 --whole-epochs 1",
             "eighth": "--patch-dropout 0.875 --epochs 17 --whole-epochs 1",
+        },
+    ),
+    "size": Study(
+        utils.ROOT / "results/speed94/size",
+        _SHAPE,
+        {
+            "none": "--epochs 4",
+            "narrower": "--width 64 --heads 2 --epochs 15",
+            "narrow": "--width 96 --heads 3 --epochs 7",
         },
     ),
     "speed94": Study(

@@ -78,10 +78,11 @@ def test_every_study_can_begin(name):
         assert arguments.no_test
 
 
-def test_all_shapes_do_as_many_operations():
+@pytest.mark.parametrize("name", ["shape", "size"])
+def test_all_shapes_do_as_many_operations(name):
     done = {}
-    for change in STUDIES["shape"].changes:
-        flags = ablation.flags_of(STUDIES["shape"], change, 0)
+    for change in STUDIES[name].changes:
+        flags = ablation.flags_of(STUDIES[name], change, 0)
         model, training = ablation.configs_from(ablation.parse_arguments(flags))
         shares = map(training.patch_dropout_in, range(training.epochs))
         done[change] = sum(training_flops(model, share) for share in shares)

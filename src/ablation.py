@@ -6,7 +6,7 @@
 
     recipe    the cpu recipe as it was before these findings, and shorter: three epochs, each on a
               quarter of the patches, none on all of them; an hour on two cores
-    shape     width, depth and the share of patches for equal operations, on a CPU; 100 minutes
+    shape     width, depth and the share of patches for equal operations, on a CPU; two hours
     size      the width for a third of these operations; 15 minutes
     speed94   options of the speed94 recipe, for a GPU; not yet run
 
@@ -103,11 +103,17 @@ STUDIES = {
             "narrow": "--width 96 --heads 3 --epochs 7",
         },
     ),
+    # The first five for equal operations, too.
     "speed94": Study(
         utils.ROOT / "results/speed94/search",
         "--recipe speed94 --no-test",
         {
             "none": "",
+            "narrow": "--width 256 --heads 4 --epochs 574",
+            "wide": "--width 512 --heads 8 --epochs 136",
+            "deep": "--depth 12 --epochs 119",
+            "half": "--patch-dropout 0.5 --batch-size 1000 --epochs 127",
+            "batch": "--batch-size 1000",
             "muon-low": "--muon-learning-rate 0.01",
             "muon-high": "--muon-learning-rate 0.04",
             "rate": "--learning-rate 1e-3",
@@ -115,10 +121,7 @@ STUDIES = {
             "no-colour": "--colour 0",
             "less-crop": "--crop-padding 2",
             "trivial": "--policy trivial --policy-epochs 0.8",
-            "quarter": "--patch-dropout 0.75 --epochs 110",
-            "whole-epochs": "--whole-epochs 4",
             "averaging": "--averaging 0.999",
-            "batch": "--batch-size 500",
         },
     ),
 }
@@ -162,9 +165,12 @@ def train_and_keep(flags: list[str], kept: Path, environment: dict[str, str]) ->
         done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
         if done.returncode:
             raise UsageError(done.stderr.strip())
-        for file in ("metrics.csv", "result.json"):
-            utils.write_whole(kept / file, (Path(folder) / "run" / file).read_bytes())
-    return json.loads((kept / "result.json").read_text())
+        made = Path(folder) / "run"
+        result = json.loads((made / "result.json").read_text())
+        result["command"] = shlex.join(["python", "src/trainer.py", *flags])
+        utils.write_whole(kept / "metrics.csv", (made / "metrics.csv").read_bytes())
+    utils.write_json(kept / "result.json", result)
+    return result
 
 
 def run(study: Study, change: str, seed: int) -> bool:

@@ -34,6 +34,7 @@ def test_missing_runs_are_trained_and_a_failure_is_said(study, tmp_path, capsys)
     assert "| none |  | 1 | " in printed and " ± " not in printed and "| wrong |" not in printed
     result = json.loads((tmp_path / "none/seed0/result.json").read_text())
     assert result["test_accuracy"] is None and result["seed"] == 0
+    assert result["command"] == f"python src/trainer.py {TINY} --device cpu --seed 0"
     assert (tmp_path / "none/seed0/metrics.csv").exists() and not (tmp_path / "wrong").exists()
     assert [row["seeds"] for row in ablation.table(made)] == [1]
     other = made._replace(base=f"{made.base} --label-smoothing 0.3")
@@ -78,10 +79,17 @@ def test_every_study_can_begin(name):
         assert arguments.no_test
 
 
-@pytest.mark.parametrize("name", ["shape", "size"])
-def test_all_shapes_do_as_many_operations(name):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("shape", STUDIES["shape"].changes),
+        ("size", STUDIES["size"].changes),
+        ("speed94", ["none", "narrow", "wide", "deep", "half"]),
+    ],
+)
+def test_all_shapes_do_as_many_operations(name, changes):
     done = {}
-    for change in STUDIES[name].changes:
+    for change in changes:
         flags = ablation.flags_of(STUDIES[name], change, 0)
         model, training = ablation.configs_from(ablation.parse_arguments(flags))
         shares = map(training.patch_dropout_in, range(training.epochs))

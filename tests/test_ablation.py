@@ -84,7 +84,7 @@ def test_every_study_can_begin(name):
     [
         ("shape", STUDIES["shape"].changes),
         ("size", STUDIES["size"].changes),
-        ("speed94", ["none", "narrow", "wide", "deep", "half"]),
+        ("speed94", ["none", "width-256", "width-384", "depth-12", "half"]),
     ],
 )
 def test_all_shapes_do_as_many_operations(name, changes):

@@ -99,7 +99,6 @@ STUDIES = {
         _SHAPE,
         {
             "none": "--epochs 4",
-            "width-32": "--width 32 --heads 1 --epochs 56",
             "width-48": "--width 48 --heads 2 --epochs 26",
             "width-64": "--width 64 --heads 2 --epochs 15",
             "width-96": "--width 96 --heads 3 --epochs 7",
@@ -136,6 +135,11 @@ def flags_of(study: Study, change: str, seed: int) -> list[str]:
 def result_of(study: Study, change: str, seed: int) -> dict[str, Any] | None:
     """What a run came to; None where there is none, or where it was of other options than now."""
     return kept_result(study.folder / change / f"seed{seed}", flags_of(study, change, seed))
+
+
+def results_of(study: Study, change: str) -> list[dict[str, Any]]:
+    """What there is of a change's seeds."""
+    return [result for seed in study.seeds if (result := result_of(study, change, seed))]
 
 
 def kept_result(kept: Path, flags: list[str]) -> dict[str, Any] | None:
@@ -192,7 +196,7 @@ def table(study: Study) -> list[dict[str, Any]]:
     """A row for each change that was run: percent over the seeds, seconds of the fastest."""
     rows: list[dict[str, Any]] = []
     for change, flags in study.changes.items():
-        results = [result for seed in study.seeds if (result := result_of(study, change, seed))]
+        results = results_of(study, change)
         if not results:
             continue
         accuracies = [100 * result["validation_accuracy"] for result in results]

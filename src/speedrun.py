@@ -37,7 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import machine
 import utils
-from ablation import STUDIES, kept_result, result_of, train_and_keep
+from ablation import STUDIES, kept_result, results_of, train_and_keep
 from benchmark import Setting, forward_of, run_of, seconds_of
 from recipes import RECIPES, Recipe
 from trainer import add_gradients, targets_of, train_epoch
@@ -303,17 +303,20 @@ def draw(plan: Plan) -> Figure:
         label = f"{plan.recipe}, a seed (test)" if folder.name == "seed0" else None
         left.plot(seconds, accuracy, "k*", label=label)
         right.plot(operations_of(result), accuracy, "k*", label=label)
-    study = STUDIES["shape"]
-    runs = [result_of(study, change, seed) for change in study.changes for seed in study.seeds]
-    points = [(operations_of(run), 100 * run["validation_accuracy"]) for run in runs if run]
-    if points:
-        right.plot(*zip(*points, strict=True), "k.", ms=3, label="shape study, a seed (validation)")
+    for study, colour in (("shape", "k"), ("size", "tab:green")):
+        runs = [
+            run for change in STUDIES[study].changes for run in results_of(STUDIES[study], change)
+        ]
+        points = [(operations_of(run), 100 * run["validation_accuracy"]) for run in runs]
+        if points:
+            style = {"color": colour, "ms": 3, "label": f"{study} study, a seed (validation)"}
+            right.plot(*zip(*points, strict=True), ".", **style)
     draw_published(left, [(p.seconds, f"{p.what}, {p.hardware}", p) for p in PUBLISHED])
     counted = [(1e15 * p.petaflops, p.what, p) for p in PUBLISHED if p.petaflops]
     draw_published(right, counted)
     minute = {"color": "0.93", "label": "a minute of an H200, at 20 to 40% of its rate"}
     right.axvspan(0.2 * A_MINUTE, 0.4 * A_MINUTE, **minute)
-    left.set(xlabel="seconds of training", ylabel="accuracy (%)", xlim=(1, 1e5), ylim=(70, 98))
+    left.set(xlabel="seconds of training", ylabel="accuracy (%)", xlim=(1, 1e5), ylim=(65, 98))
     right.set(xlabel="floating-point operations of the training", xlim=(1e13, 1e17))
     for axes in (left, right):
         axes.axhline(94, color="0.7", linewidth=0.8, linestyle="--")

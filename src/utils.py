@@ -287,11 +287,19 @@ class UsageError(Exception):
 
 
 def run_program(main: Callable[[list[str]], int]) -> typing.NoReturn:
-    """Ends the process with what `main` returns for its command line, or 130 after Ctrl-C."""
+    """Ends the process with what `main` returns for its command line.
+
+    With 130 after Ctrl-C, and 141 once nobody reads its output any more, as after `| head`.
+    """
     try:
-        sys.exit(main(sys.argv[1:]))
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        status = 141
+    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):

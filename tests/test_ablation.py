@@ -3,13 +3,17 @@
 import csv
 import dataclasses
 import json
+import os
 import statistics
+import subprocess
+import sys
 
 import pytest
 
 import ablation
 from ablation import STUDIES, Study
 from machine import training_flops
+from small import ROOT
 
 TINY = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1 --no-test"
 
@@ -103,3 +107,12 @@ def test_bad_input_is_one_line_and_exit_status_2(capsys):
         ablation.main(["--jobs", "0"])
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and line == "ablation.py: --jobs must be at least 1, not 0"
+
+
+def test_it_ends_without_a_word_when_nobody_reads_on():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(ROOT / "src/ablation.py"), "--table"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 141 and done.stderr == ""

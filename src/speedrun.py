@@ -101,7 +101,7 @@ _HIVERGE = "github.com/hiverge/cifar10-speedrun"
 _COLOSSAL = "github.com/hpcaitech/ColossalAI, benchmark"
 _VIT_CIFAR = "github.com/omihub777/ViT-CIFAR"
 PUBLISHED = (
-    Published("CNN", "Hiverge", 94.01, 2.1, "A100", _HIVERGE, shift=(-14, 9)),
+    Published("CNN", "Hiverge", 94.01, 2.095, "A100", _HIVERGE, shift=(-14, 9)),
     Published("CNN", "airbench94 (spectral)", 94.05, 2.67, "A100", _AIRBENCH, 0.29, (-8, -20)),
     Published("CNN", "hlb-CIFAR10", 94.0, 6.3, "A100", _HLB, shift=(4, -9)),
     Published("CNN", "airbench95", 95.01, 10.4, "A100", _AIRBENCH, 1.4),
@@ -213,17 +213,17 @@ def epochs(plan: Plan, setting: Setting) -> None:
     # Without warm-up, which is told in epochs and may be longer than this run.
     short = "--epochs 4 --warmup-epochs 0 --whole-epochs 1 --validation-images 0".split()
     result = train(plan, "short", short, setting)
-    *dropped, whole = (float(row["seconds"]) for row in rows_of(plan.folder / "short/metrics.csv"))
-    rest = result["seconds"]["first_step_to_end"] - sum(dropped) - whole
-    dropped = statistics.median(dropped)
+    taken = [float(row["seconds"]) for row in rows_of(plan.folder / "short/metrics.csv")]
+    rest = result["seconds"]["first_step_to_end"] - sum(taken)
+    epoch, whole = statistics.median(taken[:-1]), taken[-1]
     at_the_end = RECIPES[plan.recipe].train.whole_epochs
-    fit = int((MARGIN * plan.seconds - rest - at_the_end * whole) / dropped) + at_the_end
+    fit = int((MARGIN * plan.seconds - rest - at_the_end * whole) / epoch) + at_the_end
     if fit < 1:
-        raise UsageError(f"no epoch fits into {plan.seconds:g} s; one takes {dropped:.1f} s")
-    found = {"seconds": plan.seconds, "epochs": fit, "epoch": dropped, "whole_epoch": whole}
+        raise UsageError(f"no epoch fits into {plan.seconds:g} s; one takes {epoch:.1f} s")
+    found = {"seconds": plan.seconds, "epochs": fit, "epoch": epoch, "whole_epoch": whole}
     utils.write_json(path, found | {"rest": rest})
     print(
-        f"{fit} epochs fit into {plan.seconds:g} s: {dropped:.2f} s each, {whole:.2f} s with all "
+        f"{fit} epochs fit into {plan.seconds:g} s: {epoch:.2f} s each, {whole:.2f} s with all "
         f"patches, {rest:.2f} s saving and evaluating"
     )
 
@@ -289,28 +289,7 @@ def draw(plan: Plan) -> Figure:
     """Accuracy against seconds and operations: what was measured here, and what others state."""
     figure = Figure(figsize=(12, 4.5), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2, sharey=True)
-    elsewhere = [utils.ROOT / "results" / name for name in ("cpu", "shipped")]
-    for folder in (plan.folder / "curve", *elsewhere):
-        if (folder / "metrics.csv").exists():
-            result = json.loads((folder / "result.json").read_text())
-            recipe, accuracy = result["recipe"], 100 * result["validation_accuracy"]
-            label = f"{recipe}, {result['device_name']} (validation)"
-            left.plot(*curve_of(folder / "metrics.csv"), ".-", label=label)
-            right.plot(operations_of(result), accuracy, "o", label=f"{recipe} (validation)")
-    for folder in sorted(plan.folder.glob("seed*")):
-        result = json.loads((folder / "result.json").read_text())
-        seconds, accuracy = result["seconds"]["first_step_to_end"], 100 * result["test_accuracy"]
-        label = f"{plan.recipe}, a seed (test)" if folder.name == "seed0" else None
-        left.plot(seconds, accuracy, "k*", label=label)
-        right.plot(operations_of(result), accuracy, "k*", label=label)
-    for study, colour in (("shape", "k"), ("size", "tab:green")):
-        runs = [
-            run for change in STUDIES[study].changes for run in results_of(STUDIES[study], change)
-        ]
-        points = [(operations_of(run), 100 * run["validation_accuracy"]) for run in runs]
-        if points:
-            style = {"color": colour, "ms": 3, "label": f"{study} study, a seed (validation)"}
-            right.plot(*zip(*points, strict=True), ".", **style)
+    draw_measured(left, right, plan)
     draw_published(left, [(p.seconds, f"{p.what}, {p.hardware}", p) for p in PUBLISHED])
     counted = [(1e15 * p.petaflops, p.what, p) for p in PUBLISHED if p.petaflops]
     draw_published(right, counted)
@@ -326,6 +305,31 @@ def draw(plan: Plan) -> Figure:
     left.legend(frameon=False, fontsize=7, loc="center left")
     right.legend(frameon=False, fontsize=7, loc=(0.26, 0.03))
     return figure
+
+
+def draw_measured(left: Axes, right: Axes, plan: Plan) -> None:
+    """Draws this code's runs: against seconds on the left, against operations on the right."""
+    elsewhere = [utils.ROOT / "results" / name for name in ("cpu", "shipped")]
+    for folder in (plan.folder / "curve", *elsewhere):
+        if (folder / "metrics.csv").exists():
+            result = json.loads((folder / "result.json").read_text())
+            recipe, accuracy = result["recipe"], 100 * result["validation_accuracy"]
+            label = f"{recipe}, {result['device_name']} (validation)"
+            left.plot(*curve_of(folder / "metrics.csv"), ".-", label=label)
+            right.plot(operations_of(result), accuracy, "o", label=f"{recipe} (validation)")
+    for folder in sorted(plan.folder.glob("seed*")):
+        result = json.loads((folder / "result.json").read_text())
+        seconds, accuracy = result["seconds"]["first_step_to_end"], 100 * result["test_accuracy"]
+        label = f"{plan.recipe}, a seed (test)" if folder.name == "seed0" else None
+        left.plot(seconds, accuracy, "k*", label=label)
+        right.plot(operations_of(result), accuracy, "k*", label=label)
+    for name, colour in (("shape", "k"), ("size", "tab:green")):
+        study = STUDIES[name]
+        runs = [run for change in study.changes for run in results_of(study, change)]
+        points = [(operations_of(run), 100 * run["validation_accuracy"]) for run in runs]
+        if points:
+            style = {"color": colour, "ms": 3, "label": f"{name} study, a seed (validation)"}
+            right.plot(*zip(*points, strict=True), ".", **style)
 
 
 def draw_published(axes: Axes, points: list[tuple[float, str, Published]]) -> None:

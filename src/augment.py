@@ -1,26 +1,19 @@
-"""Augmentation of whole batches, on the device they are on, with a draw of its own for each image.
+"""Augmentation of whole batches on the device they are on, with a random draw for each image.
 
 Each function takes and returns uint8 images (B, C, H, W); those that mix two images also take and
 return targets (B, K), the probability of each class. A generator lives on the images' device; the
 same state of it gives the same result. Nothing but torchvision's policies waits for the device.
-
-    python src/augment.py                    draws what each does to visualization/out/augment.png
-    python src/augment.py --recipe demo      and in the last row all that a recipe does
+`python visualization/vis.py data` draws what a checkpoint's recipe does to some images.
 """
-
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2 as v2
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import utils
-from data import DataError, Split, load_dataset
-from recipes import RECIPES, TrainConfig
+from recipes import TrainConfig
 
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision has it
 ERASED_AREA, ERASED_ASPECT = (0.02, 0.33), (0.3, 3.3)  # of Zhong et al., arXiv 1708.04896
@@ -42,19 +35,18 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def alternating_flip(images: Tensor, coins: Tensor, epoch: int) -> Tensor:
-    """Shows each image in turn as it is and mirrored, so that two epochs hold every view.
+    """Mirrors each image in every other epoch, so that two epochs show both views of it.
 
     From Jordan, 94% on CIFAR-10 in 3.29 seconds (arXiv 2404.00498).
 
     Args:
-        coins: (B,) bool, for each image whether it is mirrored in even epochs or in odd ones; the
-            same in every epoch.
+        coins: (B,) bool, the same in every epoch: whether the image is mirrored in even epochs.
     """
     return flip(images, coins ^ bool(epoch % 2))
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Surrounds each image with `padding` black pixels and cuts its size out at a random place."""
+    """Pads each image with black and crops a random window of the original size."""
     B, _, H, W = images.shape
     device = images.device
     top, left = torch.randint(2 * padding + 1, (2, B), generator=generator, device=device)
@@ -75,10 +67,10 @@ def boxes(
 
 
 def random_erase(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Random erasing (Zhong et al., arXiv 1708.04896): a box of noise in a share of the images.
+    """Random erasing (Zhong et al., arXiv 1708.04896): fills a box of some images with noise.
 
-    Its area is 2% to 33% of the image's and its height from 0.3 to 3.3 times its width, cut to the
-    image where it would be longer.
+    Its area is 2% to 33% of the image's and its height 0.3 to 3.3 times its width, clipped to the
+    image.
     """
     B, _, H, W = images.shape
 
@@ -98,37 +90,37 @@ def random_erase(images: Tensor, probability: float, generator: torch.Generator)
     return torch.where(erased, noise.to(torch.uint8), images)
 
 
-# ---------------------------------------------------------------------------- colour
+# ---------------------------------------------------------------------------- color
 
 
 def blend(images: Tensor, other: Tensor | float, factors: Tensor) -> Tensor:
-    """factor x image + (1 - factor) x other, cut to 0 to 255; factors (B,), also above 1."""
+    """factor x image + (1 - factor) x other, clipped to 0 to 255; factors (B,) may exceed 1."""
     factors = factors[:, None, None, None]
     return (factors * images + (1 - factors) * other).clamp(0, 255).to(torch.uint8)
 
 
-def grey(images: Tensor) -> Tensor:
-    """The luma of RGB images, (B, 1, H, W) in whole steps."""
+def gray(images: Tensor) -> Tensor:
+    """The luma of RGB images, rounded down: (B, 1, H, W)."""
     red, green, blue = images.float().unbind(1)
     return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).floor()[:, None]
 
 
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Towards black (0), as it is (1), and beyond."""
+    """Factor 0 is black, 1 the image, and above 1 is brighter."""
     return blend(images, 0.0, factors)
 
 
 def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """Towards the image's mean grey (0), as it is (1), and beyond."""
-    return blend(images, grey(images).mean(dim=(1, 2, 3), keepdim=True), factors)
+    """Factor 0 is the mean gray of the image, 1 the image, and above 1 has more contrast."""
+    return blend(images, gray(images).mean(dim=(1, 2, 3), keepdim=True), factors)
 
 
 def adjust_saturation(images: Tensor, factors: Tensor) -> Tensor:
-    """Towards the image in grey (0), as it is (1), and beyond."""
-    return blend(images, grey(images), factors)
+    """Factor 0 is the image in gray, 1 the image, and above 1 is more saturated."""
+    return blend(images, gray(images), factors)
 
 
-def random_colour(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+def random_color(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Brightness, contrast and saturation, each by a factor from 1 - strength to 1 + strength."""
     for adjust in (adjust_brightness, adjust_contrast, adjust_saturation):
         draw = torch.rand(len(images), generator=generator, device=images.device)
@@ -139,8 +131,8 @@ def random_colour(images: Tensor, strength: float, generator: torch.Generator) -
 def auto_augment(images: Tensor, policy: v2.Transform, seed: int) -> Tensor:
     """A policy of torchvision, such as `v2.TrivialAugmentWide`, with a draw for each few images.
 
-    torchvision draws once for all the images it is given, so it is given them in groups. Its draws
-    come from torch's generator of the CPU, whose state is left as it was.
+    torchvision draws once for all images of a call, so each group is a call. Its draws come from
+    torch's default CPU generator, whose state is restored.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -171,28 +163,28 @@ def cutmix(
         shares: (B,), how much of the image itself is kept; a box over the edge leaves more.
     """
     B, _, H, W = images.shape
-    centre_y, centre_x = torch.rand(2, B, generator=generator, device=images.device)
-    top, bottom = _interval((centre_y * H).floor(), (1 - shares).sqrt() * H, H)
-    left, right = _interval((centre_x * W).floor(), (1 - shares).sqrt() * W, W)
+    center_y, center_x = torch.rand(2, B, generator=generator, device=images.device)
+    top, bottom = _interval((center_y * H).floor(), (1 - shares).sqrt() * H, H)
+    left, right = _interval((center_x * W).floor(), (1 - shares).sqrt() * W, W)
     box = boxes(top, left, bottom - top, right - left, (H, W))
     kept = 1 - (bottom - top) * (right - left) / (H * W)
     mixed = torch.where(box, images.roll(1, 0), images)
     return mixed, torch.lerp(targets.roll(1, 0), targets, kept.to(targets.dtype)[:, None])
 
 
-def _interval(centre: Tensor, length: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-    """Both ends of an interval around a centre, in whole pixels from 0 to the limit."""
+def _interval(center: Tensor, length: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """Both ends of an interval around a center, in whole pixels from 0 to the limit."""
     half = (length / 2).floor()
-    return (centre - half).clamp(0, limit).long(), (centre + half).clamp(0, limit).long()
+    return (center - half).clamp(0, limit).long(), (center + half).clamp(0, limit).long()
 
 
-# ---------------------------------------------------------------------------- a recipe's
+# ---------------------------------------------------------------------------- a batch
 
 
 def augment(
     images: Tensor, targets: Tensor, config: TrainConfig, seed: int, coins: Tensor, epoch: int
 ) -> tuple[Tensor, Tensor]:
-    """All that a recipe does to a batch before the model sees it.
+    """Everything that a recipe does to a batch before the model sees it.
 
     Args:
         images: (B, C, H, W) uint8.
@@ -212,8 +204,8 @@ def augment(
         trivial = config.policy == "trivial"
         policy = v2.TrivialAugmentWide() if trivial else v2.RandAugment(magnitude=config.magnitude)
         images = auto_augment(images, policy, utils.seed_for(seed, 1))
-    if config.colour:
-        images = random_colour(images, config.colour, generator)
+    if config.color:
+        images = random_color(images, config.color, generator)
     if config.erase:
         images = random_erase(images, config.erase, generator)
     if (config.mixup or config.cutmix) and epoch < config.mixed_epochs * config.epochs:
@@ -224,7 +216,7 @@ def augment(
 def _mix(
     images: Tensor, targets: Tensor, config: TrainConfig, seed: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Mixup or CutMix; where a recipe has both, one of them for each image."""
+    """Mixup or CutMix; with both, one of them for each image."""
     host = np.random.default_rng(utils.seed_for(seed, 2))  # torch's Beta takes no generator
 
     def shares(alpha: float) -> Tensor:
@@ -244,64 +236,3 @@ def _mix(
         torch.where(choice[:, None, None, None], cut[0], blended[0]),
         torch.where(choice[:, None], cut[1], blended[1]),
     )
-
-
-# ---------------------------------------------------------------------------- a look
-
-
-def contact_sheet(split: Split, config: TrainConfig, classes: int) -> Figure:
-    """What each operation makes of a few images, a row each; in the last row all of a recipe's."""
-    images, targets = split.images, F.one_hot(split.labels, classes).float()
-    half = torch.full((len(images),), 0.5)
-    generator = torch.Generator().manual_seed(0)
-    rows: dict[str, Callable[[], Tensor]] = {
-        "as they are": lambda: images,
-        "random flip": lambda: random_flip(images, generator),
-        "random crop, 4": lambda: random_crop(images, 4, generator),
-        "random erase": lambda: random_erase(images, 1.0, generator),
-        "brightness x 1.5": lambda: adjust_brightness(images, 3 * half),
-        "contrast x 0.5": lambda: adjust_contrast(images, half),
-        "saturation x 2": lambda: adjust_saturation(images, 4 * half),
-        "random colour, 0.5": lambda: random_colour(images, 0.5, generator),
-        "TrivialAugment": lambda: auto_augment(images, v2.TrivialAugmentWide(), 0),
-        "RandAugment": lambda: auto_augment(images, v2.RandAugment(), 0),
-        "mixup, half": lambda: mixup(images, targets, half)[0],
-        "CutMix, half": lambda: cutmix(images, targets, half, generator)[0],
-        "the recipe": lambda: augment(images, targets, config, 0, half > 0, 0)[0],
-    }
-    figure = Figure(figsize=(0.62 * len(images) + 1.5, 0.62 * len(rows)), dpi=150)
-    axes = figure.subplots(len(rows), len(images))
-    figure.subplots_adjust(0.16, 0.01, 0.99, 0.99, wspace=0.05, hspace=0.05)
-    for line, (name, operation) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(line, operation(), strict=True):
-            axis.imshow(image.permute(1, 2, 0).numpy())
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    return figure
-
-
-def main(argv: list[str]) -> int:
-    parser = utils.Parser(prog="augment.py", description="Draws what augmentation does to images.")
-    parser.add_argument("--recipe", choices=RECIPES, default="cpu", help="of the last row (cpu)")
-    parser.add_argument("--images", type=int, default=12, help="how many (12)")
-    parser.add_argument("--data-dir", type=Path, default=utils.ROOT / "data", help="CIFAR-10's")
-    out = utils.ROOT / "visualization/out/augment.png"
-    parser.add_argument("--out", type=Path, default=out, help="the file to write")
-    arguments = parser.parse_args(argv)
-    if not 2 <= arguments.images <= 100:
-        parser.error(f"--images must be from 2 to 100, not {arguments.images}")
-    config = RECIPES[arguments.recipe].train
-    try:
-        data = load_dataset(config.dataset, validation_images=0, data_dir=arguments.data_dir)
-        split = data.train.take(torch.arange(arguments.images))
-        utils.write_figure(arguments.out, contact_sheet(split, config, len(data.classes)))
-    except DataError as error:
-        parser.error(str(error))
-    except OSError as error:
-        parser.error(f"cannot write {arguments.out}: {error.strerror or error}")
-    print(f"wrote {arguments.out}")
-    return 0
-
-
-if __name__ == "__main__":
-    utils.run_program(main)

@@ -1,28 +1,31 @@
-"""How weights move: the learning-rate schedule, Muon, and which optimizer moves which weights."""
+"""How weights are updated: the schedule, Muon, and which optimizer updates which weights."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from config import UserError
 from recipes import TrainConfig
 from ViT import ViT
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
-    """The learning rate of a step as a share of the highest: linear up, then down to 0.
+    """The learning rate of a step as a share of the peak: linear warm-up, then decay to 0.
 
     Args:
         step: 0 for the first; at `steps`, after the last one, the factor is 0.
         warmup: steps of linear warm-up; the last of them is the first at the full rate.
-        schedule: "cosine" or "linear", the way down.
+        schedule: "cosine" or "linear", of the decay.
     """
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / (steps - warmup)
+    progress = (step - warmup) / max(1, steps - warmup)
     return 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -32,26 +35,24 @@ def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> f
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal (Jordan et al., kellerjordan.github.io/posts/muon).
 
-    Does what `torch.optim.Muon` does, with two differences: matrices of one shape go through the
-    iteration as one batch, and a weight may hold several matrices one under the other, as q, k and
-    v are, each of which is made orthogonal apart. A step of `cpu` on two Zen 4 cores takes 16 ms,
-    torch's with three weights for q, k and v 25 ms (torch 2.14, medians of 15, in turns).
+    Does what `torch.optim.Muon` does (a test compares them), with two differences: matrices of one
+    shape go through the iteration as one batch, and a weight may stack several matrices by rows, as
+    that of q, k and v does; each of them is orthogonalized separately.
 
     Args:
-        groups: of matrices; a group's `parts` says how many matrices one under the other each of
-            its weights is.
+        groups: of matrices; a group's `parts` is the number of matrices stacked in each weight.
         lr: the learning rate.
         weight_decay: decoupled, times the rate.
-        momentum: of Nesterov's kind.
-        dtype: what the iteration is computed in.
+        momentum: Nesterov's.
+        dtype: of the iteration.
     """
 
     def __init__(
         self,
         groups: Iterable[dict[str, Any]],
         *,
-        lr: float,
-        weight_decay: float,
+        lr: float = 0.02,
+        weight_decay: float = 0.0,
         momentum: float = 0.95,
         dtype: torch.dtype = torch.bfloat16,
     ):
@@ -61,7 +62,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        alike = defaultdict(list)  # (shape, rate): pairs of a matrix and the direction it is to go
+        alike = defaultdict(list)  # (shape, rate): pairs of a matrix and its momentum
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
@@ -78,7 +79,7 @@ class Muon(torch.optim.Optimizer):
                     alike[pair[0].shape, group["lr"]].append(pair)
         for ((rows, columns), rate), pairs in alike.items():
             matrices, directions = zip(*pairs, strict=True)
-            steps = orthogonalise(torch.stack(directions).to(self.dtype)).to(matrices[0].dtype)
+            steps = orthogonalize(torch.stack(directions).to(self.dtype)).to(matrices[0].dtype)
             scale = max(1, rows / columns) ** 0.5
             torch._foreach_add_(matrices, steps.unbind(), alpha=-rate * scale)
 
@@ -89,11 +90,11 @@ class Muon(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """The orthogonal matrix next to each of a batch (B, n, m), up to singular values of 0.7 to 1.2.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The nearest orthogonal matrix to each of (B, n, m), with singular values of 0.7 to 1.2.
 
-    Five steps of the Newton-Schulz iteration with Jordan's coefficients, which move every singular
-    value towards 1, quickly rather than closely.
+    Five steps of the Newton-Schulz iteration with Jordan's coefficients, which bring every singular
+    value near 1 fast, but not exactly, except those near 0.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     X = matrices.mT if tall else matrices
@@ -108,44 +109,78 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- the model's
 
 
-def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[torch.optim.Optimizer]:
-    """AdamW, and beside it Muon for the matrices of the blocks where the config says so.
+class Rule(NamedTuple):
+    """How to update the weights whose full name matches; the first matching rule wins."""
 
-    Weight decay is for matrices alone: not for biases, norms, the class token and positions.
+    pattern: str
+    optimizer: str  # "AdamW" or "Muon"
+    options: dict[str, Any]  # of the parameter group
+
+
+def rules(config: TrainConfig) -> list[Rule]:
+    """Weight decay is for matrices: not for biases, norms, class token and positions."""
+    muon = config.optimizer == "muon"
+    fast = {"lr": config.muon_learning_rate, "weight_decay": config.weight_decay}
+    slow = {"lr": config.learning_rate}
+    return [
+        *[Rule(r"blocks\.\d+\.attn\.qkv\.weight", "Muon", fast | {"parts": 3})] * muon,
+        *[Rule(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", "Muon", fast)] * muon,
+        Rule(
+            r"(embed\.proj|head|blocks\.\d+\.(attn|mlp)\.\w+)\.weight",
+            "AdamW",
+            slow | {"weight_decay": config.weight_decay},
+        ),
+        Rule(r".*", "AdamW", slow | {"weight_decay": 0.0}),
+    ]
+
+
+def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[torch.optim.Optimizer]:
+    """AdamW, and beside it Muon where `rules` have weights for it.
 
     Args:
         precision: "bf16" or "fp32", of Muon's iteration.
     """
-    named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    use_muon = config.optimizer == "muon"
-    hidden = {
-        name: w for name, w in named if use_muon and name.startswith("blocks.") and w.ndim == 2
-    }
-    rest = [w for name, w in named if name not in hidden]
-    groups = [
-        {"params": [w for w in rest if w.ndim == 2], "weight_decay": config.weight_decay},
-        {"params": [w for w in rest if w.ndim != 2], "weight_decay": 0.0},
+    groups = [(rule, {"params": [], **rule.options}) for rule in rules(config)]
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            group = next(group for rule, group in groups if re.fullmatch(rule.pattern, name))
+            group["params"].append(weight)
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    classes = {"AdamW": partial(torch.optim.AdamW, fused=True), "Muon": partial(Muon, dtype=dtype)}
+    names = sorted({rule.optimizer for rule, _ in groups})
+    optimizers = [
+        classes[name]([group for rule, group in groups if rule.optimizer == name]) for name in names
     ]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    ]
-    if use_muon:
-        fused = [w for name, w in hidden.items() if name.endswith("qkv.weight")]
-        single = [w for name, w in hidden.items() if not name.endswith("qkv.weight")]
-        groups = [{"params": fused, "parts": 3}, {"params": single}]
-        optimizers.append(
-            Muon(
-                groups,
-                lr=config.muon_learning_rate,
-                weight_decay=config.weight_decay,
-                dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-            )
-        )
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["highest_lr"] = group["lr"]
+        group["peak_lr"] = group["lr"]
     return optimizers
 
 
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["highest_lr"] * factor
+        group["lr"] = group["peak_lr"] * factor
+
+
+OPTIMIZER_STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+
+
+def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
+    """Restores what optimizers remember of each of their parameters; their options stay.
+
+    Raises:
+        UserError: it is not what such optimizers remember of such parameters.
+    """
+    if len(states) != len(optimizers):
+        raise UserError(f"optimizers has {len(states)} entries, not {len(optimizers)}")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        name = type(optimizer).__name__
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        if state.keys() != set(range(len(weights))):
+            raise UserError(f"the state of {name} is not that of {len(weights)} weights")
+        for number, weight in enumerate(weights):
+            for key in OPTIMIZER_STATE[name] | state[number].keys():
+                value, shape = state[number].get(key), () if key == "step" else weight.shape
+                if key not in OPTIMIZER_STATE[name] or value is None or value.shape != shape:
+                    raise UserError(f"{key!r:.80} of {name} is not that of weight {number}")
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

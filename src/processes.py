@@ -1,16 +1,15 @@
-"""What a run has to do with other processes: those that stop it, want its folder, share its work.
+"""Signals that stop a run, the lock of its folder, and the processes that train it together.
 
-    StopSignals    Ctrl-C and SIGTERM, granted when the training loop is ready for them
+    StopSignals    Ctrl-C and SIGTERM, handled between two steps of the training loop
     folder_lock    one run at a time in a folder
     World          the processes that train one model together, started by torchrun
-    Job            the three of them, for as long as the process has work
+    Job            the three of them, for one process
 
-A process started by hand is a world of one, and none of the methods then communicates.
+A process that torchrun did not start is a world of one, and no method then communicates.
 """
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,14 +21,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from config import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows has no flock
     fcntl = None
 
 
-class FolderInUse(Exception):
-    """Another run has the folder; the message is one line for the user."""
+class FolderInUse(UserError):
+    """Another run has the folder."""
 
 
 class WorldError(Exception):
@@ -40,7 +41,8 @@ class WorldError(Exception):
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM ends the process; like KeyboardInterrupt, no error to be caught on the way.
+    """Ctrl-C or SIGTERM ends the process; like KeyboardInterrupt not an Exception, so
+    that no handler of errors catches it.
 
     Args:
         number: the signal.
@@ -81,7 +83,7 @@ class StopSignals:
 
     @contextmanager
     def postponed(self) -> Iterator[None]:
-        """A block that no signal interrupts; it looks at `received` itself, or is left in its end.
+        """A block that no signal interrupts; it checks `received` itself, or is stopped at its end.
 
         Raises:
             Stopped: on leaving, a signal has come and nobody has raised for it.
@@ -109,7 +111,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         OSError: there is no such folder, or it cannot be read.
     """
     if fcntl is None:
-        print(f"cannot lock {folder} on this platform; start no second run in it")
+        print(f"cannot lock {folder} on this platform; do not start a second run in it")
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
@@ -121,7 +123,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by another run; wait for it, or stop it"
             ) from None
         except OSError as error:  # some network file systems have no locks
-            print(f"cannot lock {folder} ({error.strerror}); start no second run in it")
+            print(f"cannot lock {folder} ({error.strerror}); do not start a second run in it")
         yield
     finally:
         os.close(handle)
@@ -154,16 +156,13 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def agree(self, wish: int) -> int:
-        """The greatest wish of any rank, so that all do the same."""
-        wishes = torch.tensor(wish)
-        if self.size > 1:
-            dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        return int(wishes)
+    def any(self, *wishes: bool) -> list[bool]:
+        """Which of the wishes any rank has, so that all do the same."""
+        return self.sum(torch.tensor(wishes, dtype=torch.int64)).bool().tolist()
 
     def wait(self) -> None:
         """Waits until every rank is here."""
-        self.agree(0)
+        self.any(False)
 
     @contextmanager
     def one_of_each_host_first(self) -> Iterator[None]:
@@ -239,14 +238,11 @@ class Job:
         self.world.wait()
 
 
+ALONE_JOB = Job(ALONE, StopSignals(), ExitStack())  # heeds no signals and locks nothing
+
+
 @contextmanager
 def joined_job(use_gpus: bool) -> Iterator[Job]:
     """A job for the time of a block; see `joined_world` for what it takes and raises."""
     with ExitStack() as held, StopSignals() as stop, joined_world(use_gpus) as world:
         yield Job(world, stop, held)
-
-
-def complain(message: str) -> None:
-    """One line on standard error, with the rank of a process that does not lead."""
-    rank = os.environ.get("RANK", "0")
-    print(f"rank {rank}: " * (rank != "0") + f"trainer.py: {message}", file=sys.stderr)

@@ -1,10 +1,9 @@
-"""A run: its state, its folder, its checkpoints; started anew or gone on with.
+"""A run: its options, its state, its folder and its checkpoints; started anew or resumed.
 
 The training loop of trainer.py moves a `Run` from step to step; here is what it takes to begin one,
 to save it, and to bring it back where it was.
 """
 
-import argparse
 import copy
 import dataclasses
 import gc
@@ -12,75 +11,122 @@ import math
 import re
 import tempfile
 import time
-from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-import machine
+import device as devices
 import utils
-from checks import config_from
-from data import Dataset, Split, load_dataset
-from optimizers import learning_rate_factor, make_optimizers
-from processes import Job, World
-from recipes import RECIPES, TrainConfig
-from utils import UsageError
-from ViT import MODELS, ViT, ViTConfig
+from config import Config, UserError
+from data import Dataset, load_dataset
+from initialization import mimetic
+from optimizers import learning_rate_factor, load_optimizers, make_optimizers
+from processes import ALONE, ALONE_JOB, Job, World, without_averaging
+from recipes import Phase, TrainConfig
+from utils import Checkpoint, CheckpointError, EpochRecord
+from ViT import ViT, ViTConfig, patches_kept
 
 RUN_FILES = ("last.pt", "metrics.csv", "curves.png", "result.json", "model.pt")
+_IMPORTED = time.perf_counter()
 
 
 class Diverged(Exception):
-    """The loss or a weight is no longer a number; all ranks of a job raise it together."""
+    """The loss or a weight is no longer finite; all ranks of a job raise it together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Config):
+    """Where a run reads and writes, and when: nothing that changes its weights."""
+
+    name: Annotated[str | None, "the run's folder in the output directory (the recipe's name)"] = (
+        None
+    )
+    overwrite: Annotated[bool, "overwrite a run of that name, or with --export its model.pt"] = (
+        False
+    )
+    output_dir: Annotated[Path, "where the folders of runs are"] = utils.ROOT / "checkpoints"
+    data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
+    data_url: Annotated[str | None, "another address of the data set's archive"] = None
+    test: Annotated[bool, "--no-test skips the test set; use it while tuning"] = True
+    save_minutes: Annotated[
+        float, "minutes between mid-epoch checkpoints; 0: every step", "[0, inf)"
+    ] = 10.0
+    save_epochs: Annotated[int, "epochs between checkpoints; the last is saved", "[1, inf)"] = 1
+    device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.name is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name):
+            raise UserError(f"--name {self.name!r} must be letters, digits, '.', '_' and '-'")
 
 
 # ---------------------------------------------------------------------------- its state
 
 
-@dataclasses.dataclass
+@dataclass
 class Progress:
-    """How far the epoch under way is; of several ranks, what this one has done of it."""
+    """Progress within the current epoch; with several ranks, this rank's part of it."""
 
     losses: Tensor  # (steps an epoch,): of each step done, then zeros
-    correct: Tensor  # () int64: training images classified right
+    correct: Tensor  # () int64: training images classified correctly
     steps: int = 0  # done
     seconds: float = 0.0
 
 
-@dataclasses.dataclass(kw_only=True)
 class Run:
-    """A run in progress: what it works with, and the state that a checkpoint brings back."""
+    """A run in progress: what it works with, and the state that a checkpoint brings back.
 
-    folder: Path
-    recipe: str
-    config: TrainConfig
-    dataset: Dataset
-    device: torch.device
-    precision: str  # "bf16" or "fp32"
-    model: ViT
-    averaged: ViT | None  # the model of the averaged weights, where the config asks for them
-    optimizers: list[torch.optim.Optimizer]
-    job: Job
-    save_minutes: float
-    history: list[dict[str, Any]]  # a row for each epoch done
-    seconds: dict[str, float]  # "compile" and "total", of the processes before this one
-    saved_step: int = 0  # of the checkpoint there is to go on from; 0: there is none
-    save_failed: bool = False  # the last time it was tried
+    Args:
+        model: on the CPU, as initialized.
+        recipe: the name that checkpoints and result.json state.
+        folder: where it is saved; locked by the job.
+    """
 
-    def __post_init__(self):
-        self.parallel = self.world.parallel(self.model)  # the model, over all ranks
-        coins = utils.generator_for(self.config.seed)
-        self.coins = torch.rand(len(self.dataset.train), generator=coins).to(self.device) < 0.5
+    def __init__(
+        self,
+        model: ViT,
+        config: TrainConfig,
+        dataset: Dataset,
+        device: torch.device,
+        job: Job = ALONE_JOB,
+        *,
+        recipe: str = "",
+        folder: Path = Path(),
+        options: RunOptions = RunOptions(),
+    ):
+        self.config, self.dataset, self.device, self.job = config, dataset, device, job
+        self.recipe, self.folder, self.options = recipe, folder, options
+        self.preprocessing = dataset.preprocessing
+        self.precision = devices.resolve_precision(config.precision, device)
+        self.model = model.to(device)
+        # Holds the exponential moving average of the weights; evaluation uses it.
+        self.averaged = copy.deepcopy(model).requires_grad_(False) if config.averaging else None
+        self.parallel = self.world.parallel(model)  # the model, over all ranks
+        self.optimizers = make_optimizers(model, config, self.precision)
+        coins = utils.generator_for(config.seed)
+        self.coins = torch.rand(len(dataset.train), generator=coins).to(device) < 0.5
+        self.history: list[EpochRecord] = []
+        self.compile_seconds = self.earlier_seconds = 0.0  # the latter of earlier processes
+        self.saved_step = 0  # of the checkpoint that can be resumed; 0: there is none
+        self.save_failed = False  # the last time it was tried
         self.looked_at = self.saved_at = time.perf_counter()
         self.begin_epoch()
+        last = len(dataset.train) % config.batch_size or config.batch_size
+        if last < self.world.size:
+            raise UserError(
+                f"the last batch of an epoch has {last} images, too few for {self.world.size} "
+                f"processes; choose another --batch-size than {config.batch_size}"
+            )
 
     def leave_others(self) -> None:
-        """Lets go of the model over all ranks, after training and before the job ends.
+        """Drops the DistributedDataParallel wrapper, after training and before the job ends.
 
-        What averages the gradients holds the process group. Where it is the last to do so, torch
-        2.11 waits for ever for a thread of the group that waits for Python.
+        It holds the process group. If it holds the last reference, torch 2.11 deadlocks: the
+        group's destructor waits for a thread that waits for Python.
         """
         self.parallel = self.model
         gc.collect()
@@ -117,21 +163,29 @@ class Run:
         """The model whose accuracy counts."""
         return self.averaged or self.model
 
-    def operations(self) -> dict[float, float]:
-        """Floating-point operations of the training, by the share of patches that is left out."""
-        done: dict[float, float] = defaultdict(float)
-        for epoch in range(self.config.epochs):
-            patch_dropout = self.config.patch_dropout_in(epoch)
-            of_an_image = machine.training_flops(self.model.config, patch_dropout)
-            done[patch_dropout] += of_an_image * len(self.dataset.train)
-        return done
+    def flops(self, phase: Phase) -> float:
+        """Floating-point operations of the training in a phase."""
+        of_an_image = training_flops(self.model.config, phase.patch_dropout)
+        return of_an_image * len(self.dataset.train) * len(phase.epochs)
+
+    def parts(self, batch_size: int) -> Iterator[Tensor]:
+        """The rows of this rank's share of a batch, in the parts of gradient accumulation.
+
+        Gradients are averaged over the ranks in the backward pass of the last part alone.
+        """
+        rows = self.world.share(torch.arange(batch_size, device=self.device))
+        *parts, last = rows.tensor_split(min(self.config.accumulate, len(rows)))
+        for part in parts:
+            with without_averaging(self.parallel):
+                yield part
+        yield last
 
     @torch.no_grad()
     def average_weights(self) -> None:
-        """Moves the averaged weights towards those of the step just done.
+        """Moves the averaged weights toward those of the step just done.
 
         The decay rises from 0.1, as in TensorFlow's ExponentialMovingAverage, so that the first
-        weights are soon forgotten. To be called before the step is counted.
+        weights are soon forgotten. Call it before the step is counted.
         """
         if self.averaged is None:
             return
@@ -140,16 +194,16 @@ class Run:
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def begin_epoch(self) -> None:
-        self.model.embed.patch_dropout = self.config.patch_dropout_in(self.epoch)
         losses = torch.zeros(self.steps_per_epoch, device=self.device)
         self.progress = Progress(losses, torch.zeros((), dtype=torch.int64, device=self.device))
 
-    def end_epoch(self, row: dict[str, Any]) -> None:
-        self.history.append(row)
+    def end_epoch(self, record: EpochRecord) -> None:
+        self.history.append(record)
         self.begin_epoch()
 
     def total_seconds(self) -> float:
-        return self.seconds["total"] + machine.process_seconds()
+        """Of all processes of the run, each from when torch is imported."""
+        return self.earlier_seconds + time.perf_counter() - _IMPORTED
 
     def say(self, line: str) -> None:
         if self.world.leads:
@@ -169,7 +223,7 @@ class Run:
         return losses
 
     def diverged(self, what: str, step: int) -> Diverged:
-        """What to raise when `what` is wrong since a step of the run, 0 for its first."""
+        """The error to raise for `what` at a step of the run, 0 for its first."""
         rate = self.rate_factor(step) * self.config.learning_rate
         return Diverged(
             f"{what} at step {step + 1} (epoch {step // self.steps_per_epoch + 1}, "
@@ -185,150 +239,170 @@ class Run:
         """Writes last.pt and metrics.csv; where that fails, says so and keeps the last good ones.
 
         Args:
-            last: the run makes no other try.
+            last: the run does not try again.
 
         Raises:
-            Diverged: there are losses or weights that no checkpoint should hold.
+            Diverged: a loss or a weight is not finite.
         """
         done, losses = self.progress, self.check_losses()
         correct = int(self.world.sum(done.correct))
-        weights = self.model.state_dict()
-        if not all(weight.isfinite().all() for weight in weights.values()):
+        if not all(weight.isfinite().all() for weight in self.model.state_dict().values()):
             raise self.diverged("the weights are not finite", self.step - 1)
         self.saved_at = time.perf_counter()
         if not self.world.leads:
             return
-        partial = {"steps": done.steps, "losses": losses, "correct": correct}
+        partial = (
+            utils.Partial(steps=done.steps, losses=losses, correct=correct, seconds=done.seconds)
+            if done.steps
+            else None
+        )
+        checkpoint = Checkpoint(
+            recipe=self.recipe,
+            model=self.model.config,
+            training=self.config,
+            preprocessing=self.preprocessing,
+            classes=list(self.dataset.classes),
+            weights=on_cpu(dict(self.model.state_dict())),
+            averaged=on_cpu(dict(self.averaged.state_dict())) if self.averaged else None,
+            optimizers=[on_cpu(optimizer.state_dict()["state"]) for optimizer in self.optimizers],
+            history=self.history,
+            partial=partial,
+            compile_seconds=self.compile_seconds,
+            total_seconds=self.total_seconds(),
+            versions=utils.versions(),
+        )
         try:
-            # The rows first: a run that is killed in between goes on, and writes them again.
+            # The rows first: a run that is killed in between resumes, and writes them again.
             utils.write_metrics(self.folder / "metrics.csv", self.history)
-            utils.save_checkpoint(
-                self.folder / "last.pt",
-                model_config=dataclasses.asdict(self.model.config),
-                train_config=dataclasses.asdict(self.config),
-                recipe=self.recipe,
-                weights=dict(weights),
-                averaged=dict(self.averaged.state_dict()) if self.averaged else {},
-                optimizers=[optimizer.state_dict()["state"] for optimizer in self.optimizers],
-                epoch=self.epoch,
-                partial=partial | {"seconds": done.seconds} if done.steps else {},
-                history=self.history,
-                seconds=self.seconds | {"total": self.total_seconds()},
-                classes=list(self.dataset.classes),
-                mean=list(self.dataset.mean),
-                std=list(self.dataset.std),
-            )
+            utils.save_checkpoint(self.folder / "last.pt", checkpoint)
             self.saved_step, self.save_failed = self.step, False
         except OSError as error:
             self.save_failed = True
-            goes_on = "" if last else "; training goes on, and the next checkpoint is another try"
+            next_try = "" if last else "; training continues, and the next checkpoint tries again"
             reason = error.strerror or error
-            print(f"cannot save step {self.step} to {self.folder}: {reason}{goes_on}", flush=True)
+            print(f"cannot save step {self.step} to {self.folder}: {reason}{next_try}", flush=True)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Sets a fresh run to where a checkpoint of it was.
+
+        Sums over all ranks are credited to rank 0.
+
+        Raises:
+            UserError: the checkpoint is not one of such a run.
+        """
+        if not checkpoint.optimizers:
+            raise UserError("it holds a model without its optimizers, for sharing")
+        if bool(self.averaged) != bool(checkpoint.averaged):
+            raise UserError(
+                f"averaging is {self.config.averaging}, but its averaged weights disagree"
+            )
+        self.model.load_state_dict(checkpoint.weights)
+        if self.averaged:
+            self.averaged.load_state_dict(checkpoint.averaged)
+        load_optimizers(self.optimizers, checkpoint.optimizers)
+        self.history, self.preprocessing = checkpoint.history, checkpoint.preprocessing
+        self.compile_seconds = checkpoint.compile_seconds
+        self.earlier_seconds = checkpoint.total_seconds
+        self.begin_epoch()
+        if partial := checkpoint.partial:
+            if partial.steps > self.steps_per_epoch:
+                raise UserError(f"it is at step {partial.steps} of {self.steps_per_epoch}")
+            self.progress.steps, self.progress.seconds = partial.steps, partial.seconds
+            if self.world.leads:
+                self.progress.losses[: partial.steps] = partial.losses
+                self.progress.correct += partial.correct
+        self.saved_step = self.step
+
+
+def on_cpu(tree: Any) -> Any:
+    """Containers of tensors with the tensors on the CPU."""
+    if isinstance(tree, dict):
+        return {key: on_cpu(value) for key, value in tree.items()}
+    return tree.cpu()
+
+
+def training_flops(config: ViTConfig, patch_dropout: float = 0.0) -> int:
+    """Floating-point operations of a training step for each image, as the scaling papers count.
+
+    2 a weight and token forward, twice that backward, and the two products of attention; norms,
+    softmax and GELU are left out (Kaplan et al., arXiv 2001.08361; PaLM, arXiv 2204.02311, B).
+    """
+    D, N = config.width, config.patches
+    T = config.tokens - N + patches_kept(N, patch_dropout)
+    block = T * (4 * D * D + 2 * D * config.hidden) + 2 * T * T * D
+    patches = N * config.channels * config.patch_size**2 * D
+    return 6 * (config.depth * block + patches + D * config.classes)
 
 
 # ---------------------------------------------------------------------------- its beginning
 
 
-def new_run(arguments: argparse.Namespace, device: torch.device, job: Job) -> Run:
-    """A fresh run of a recipe, changed by the flags given."""
-    model_config, config = configs_from(arguments)
-    name = arguments.name or arguments.recipe
-    if not re.fullmatch(r"[\w.-]*\w[\w.-]*", name):
-        raise UsageError(f"--name {name!r} must be letters, digits, '.', '_' and '-'")
-    folder = arguments.output_dir / name
+def new_run(
+    recipe: str,
+    model_config: ViTConfig,
+    config: TrainConfig,
+    options: RunOptions,
+    device: torch.device,
+    job: Job,
+) -> Run:
+    """A fresh run; the model's channels and classes are those of the data set.
+
+    Raises:
+        UserError: the folder, the data set or the configs cannot be used; nothing was changed.
+    """
+    folder = options.output_dir / (options.name or recipe)
     if job.world.leads:
-        _refuse_existing(folder, arguments)  # before what may be a long download
-    dataset = dataset_for(config.dataset, config.validation_images, arguments, device, job.world)
-    check_fit(model_config, dataset)
-    _take_new_folder(folder, arguments, job)
+        _refuse_existing(folder, options)  # before what may be a long download
+    dataset = dataset_for(config, options, device, job.world)
+    preprocessing = dataset.preprocessing
+    model_config = dataclasses.replace(
+        model_config, channels=preprocessing.channels, classes=len(dataset.classes)
+    )
+    if model_config.image_size != preprocessing.size:
+        (H, W), (h, w) = model_config.image_size, preprocessing.size
+        raise UserError(f"image_size {H}x{W} is not that of {dataset.name}, {h}x{w}")
     torch.manual_seed(config.seed)
     model = ViT(model_config)
-    if config.initialisation == "mimetic":
-        model.mimic_trained_attention()
-    model.to(device)
-    precision = machine.resolve_precision(config.precision, device)
-    return Run(
-        folder=folder,
-        recipe=arguments.recipe,
-        config=config,
-        dataset=dataset,
-        device=device,
-        precision=precision,
-        model=model,
-        averaged=copy.deepcopy(model).requires_grad_(False) if config.averaging else None,
-        optimizers=make_optimizers(model, config, precision),
-        job=job,
-        save_minutes=arguments.save_minutes,
-        history=[],
-        seconds={"compile": 0.0, "total": 0.0},
-    )
+    if config.initialization == "mimetic":
+        mimetic(model)
+    run = Run(model, config, dataset, device, job, recipe=recipe, folder=folder, options=options)
+    _take_new_folder(folder, options, job)
+    return run
 
 
-def configs_from(arguments: argparse.Namespace) -> tuple[ViTConfig, TrainConfig]:
-    """Those of the recipe, changed by the flags given."""
-    recipe = RECIPES[arguments.recipe]
-    size = MODELS[arguments.model] if arguments.model else {}
-    try:
-        model = dataclasses.replace(recipe.model, **size | utils.given(arguments, ViTConfig))
-        return model, dataclasses.replace(recipe.train, **utils.given(arguments, TrainConfig))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+def resumed_run(
+    path: Path, changes: dict[str, Any], options: RunOptions, device: torch.device, job: Job
+) -> Run:
+    """The run whose folder or checkpoint is given, as its last checkpoint left it.
 
+    Args:
+        changes: fields of the config; only `epochs` and `accumulate` can be changed.
 
-def resumed_run(arguments: argparse.Namespace, device: torch.device, job: Job) -> Run:
-    """The run whose folder or checkpoint is given, as its last checkpoint left it."""
-    changed = utils.given(arguments, ViTConfig) | utils.given(arguments, TrainConfig)
-    refused = [name for name in changed if name not in ("epochs", "accumulate")]
-    if refused or arguments.model:
-        flag = (refused or ["model"])[0].replace("_", "-")
-        raise UsageError(
-            f"--{flag} cannot change while a run goes on; only --epochs and --accumulate can"
+    Raises:
+        UserError: the checkpoint or a change cannot be used.
+    """
+    if refused := [name for name in changes if name not in ("epochs", "accumulate")]:
+        raise UserError(
+            f"--{refused[0].replace('_', '-')} cannot be changed on resume; "
+            "only --epochs and --accumulate can"
         )
-    path = checkpoint_file(arguments.resume)
+    path = checkpoint_file(path)
     _take_folder(path.parent, job)
     checkpoint = utils.load_checkpoint(path)
-    if not checkpoint["optimizers"]:
-        raise utils.CheckpointError(
-            f"{path} holds a model without its optimizers; it cannot be gone on with"
-        )
-    model = utils.build_model(checkpoint, "weights", device)
-    averaged = None
+    before = checkpoint.training
+    config = dataclasses.replace(before, **changes)
+    dataset = dataset_for(config, options, device, job.world)
+    check_fit(checkpoint, dataset)
+    names = {"recipe": checkpoint.recipe, "folder": path.parent, "options": options}
+    run = Run(ViT(checkpoint.model), config, dataset, device, job, **names)
     try:
-        before = config_from(TrainConfig, checkpoint["train_config"])
-        precision = machine.resolve_precision(before.precision, device)
-        optimizers = make_optimizers(model, before, precision)
-        utils.load_optimizers(optimizers, checkpoint["optimizers"])
-        if bool(before.averaging) != bool(checkpoint["averaged"]):
-            raise ValueError(f"averaging is {before.averaging}, which its averaged weights belie")
-        if before.averaging:
-            averaged = utils.build_model(checkpoint, "averaged", device).requires_grad_(False)
-    except ValueError as error:
-        raise utils.CheckpointError(f"{path} cannot be gone on with: {error}") from error
-    try:
-        config = dataclasses.replace(before, **changed)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    dataset = dataset_for(config.dataset, config.validation_images, arguments, device, job.world)
-    check_fit(model.config, dataset)
-    run = Run(
-        folder=path.parent,
-        recipe=checkpoint["recipe"],
-        config=config,
-        dataset=dataset,
-        device=device,
-        precision=precision,
-        model=model,
-        averaged=averaged,
-        optimizers=optimizers,
-        job=job,
-        save_minutes=arguments.save_minutes,
-        history=checkpoint["history"],
-        seconds=checkpoint["seconds"],
-    )
-    _go_on_within_epoch(run, checkpoint["partial"])
-    run.saved_step = run.step
+        run.restore(checkpoint)
+    except UserError as error:
+        raise CheckpointError(f"{path} cannot be resumed: {error}") from error
+    if path.name != "last.pt":  # which the run would overwrite
+        raise UserError(f"--resume takes a run's folder or its last.pt, not {path}")
     if run.step > config.epochs * run.steps_per_epoch:
-        raise UsageError(
+        raise UserError(
             f"--epochs {config.epochs} is less than {run.folder} has done: epoch {run.epoch}"
             f" and {run.progress.steps} steps"
         )
@@ -336,45 +410,32 @@ def resumed_run(arguments: argparse.Namespace, device: torch.device, job: Job) -
         rate = config.learning_rate * run.rate_factor(run.step)
         run.say(
             f"the {config.schedule} schedule now reaches 0 at epoch {config.epochs} instead of "
-            f"{before.epochs}: the learning rate goes on at {rate:.2g}"
+            f"{before.epochs}: the learning rate continues at {rate:.2g}"
         )
     return run
 
 
-def _go_on_within_epoch(run: Run, partial: dict[str, Any]) -> None:
-    """Sets a run to where it was in an epoch; what all ranks did together, rank 0 now has done."""
-    if not partial:
-        return
-    if not 0 < partial["steps"] <= run.steps_per_epoch:
-        raise utils.CheckpointError(
-            f"{run.folder} cannot be gone on with: step {partial['steps']} "
-            f"of an epoch of {run.steps_per_epoch}"
+def _refuse_existing(folder: Path, options: RunOptions) -> None:
+    if any((folder / name).exists() for name in RUN_FILES) and not options.overwrite:
+        raise UserError(
+            f"{folder} exists; --resume continues it, --overwrite replaces it, --name names another"
         )
-    run.progress.steps, run.progress.seconds = partial["steps"], partial["seconds"]
-    if run.world.leads:
-        run.progress.losses[: partial["steps"]] = partial["losses"]
-        run.progress.correct += partial["correct"]
 
 
-def _refuse_existing(folder: Path, arguments: argparse.Namespace) -> None:
-    if any((folder / name).exists() for name in RUN_FILES) and not arguments.overwrite:
-        raise UsageError(f"{folder} exists; --resume it, --overwrite it, or choose another --name")
-
-
-def _take_new_folder(folder: Path, arguments: argparse.Namespace, job: Job) -> None:
-    """Makes the folder of a new run, and empties it where the user said so."""
+def _take_new_folder(folder: Path, options: RunOptions, job: Job) -> None:
+    """Makes the folder of a new run; --overwrite empties it."""
     try:
         if job.world.leads:
             folder.mkdir(parents=True, exist_ok=True)
         _take_folder(folder, job)
         if job.world.leads:
-            _refuse_existing(folder, arguments)
+            _refuse_existing(folder, options)
             with tempfile.TemporaryFile(dir=folder):
-                pass  # better to learn here than after an epoch that nothing can be written
+                pass  # fails now rather than after an epoch where nothing can be written
             for name in RUN_FILES:
                 (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def _take_folder(folder: Path, job: Job) -> None:
@@ -384,7 +445,7 @@ def _take_folder(folder: Path, job: Job) -> None:
         if job.world.leads:
             utils.remove_partial_files(folder, RUN_FILES)
     except OSError as error:
-        raise UsageError(f"cannot use {folder}: {error.strerror}") from error
+        raise UserError(f"cannot use {folder}: {error.strerror}") from error
 
 
 def checkpoint_file(path: Path) -> Path:
@@ -395,30 +456,30 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def dataset_for(
-    name: str,
-    validation_images: int,
-    arguments: argparse.Namespace,
-    device: torch.device,
-    world: World,
+    config: TrainConfig, options: RunOptions, device: torch.device, world: World = ALONE
 ) -> Dataset:
     with world.one_of_each_host_first():
         return load_dataset(
-            name,
-            validation_images=validation_images,
+            config.dataset,
+            validation_images=config.validation_images,
             device=device,
-            data_dir=arguments.data_dir,
-            data_url=arguments.data_url,
+            data_dir=options.data_dir,
+            data_url=options.data_url,
         )
 
 
-def check_fit(config: ViTConfig, dataset: Dataset, split: Split | None = None) -> None:
-    """Raises UsageError where images, of the training split if no other, are none of a model's."""
-    images = (split or dataset.train).images
-    found = (len(dataset.classes), *images.shape[1:])
-    wanted = (config.classes, config.channels, *config.image_size)
+def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    """Raises UserError where a checkpoint's model is not for the images of a data set."""
+    wanted, found = (tuple(each.classes) for each in (checkpoint, dataset))
     if wanted != found:
-        (K, *shape), (count, *size) = wanted, found
-        raise UsageError(
-            f"the model is for {K} classes of images of {' x '.join(map(str, shape))}, "
-            f"but {dataset.name} has {count} of {' x '.join(map(str, size))}"
+        pairs = zip(wanted, found, strict=False)
+        a, b = next((pair for pair in pairs if pair[0] != pair[1]), (len(wanted), len(found)))
+        raise UserError(
+            f"the classes of {dataset.name} are not the model's: {b!r} instead of {a!r}"
+        )
+    wanted, found = (each.preprocessing for each in (checkpoint, dataset))
+    if (wanted.size, wanted.channels) != (found.size, found.channels):
+        raise UserError(
+            f"{dataset.name} has {found.channels} x {found.size[0]} x {found.size[1]} pixels, "
+            f"but the model takes {wanted.channels} x {wanted.size[0]} x {wanted.size[1]}"
         )

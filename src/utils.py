@@ -1,38 +1,27 @@
-"""What surrounds training: checkpoints, the run log, seeding, and flags made from dataclasses."""
+"""What surrounds training: checkpoints that describe themselves, the run log, and seeds."""
 
-import argparse
 import contextlib
 import csv
-import dataclasses
-import difflib
 import io
 import json
 import os
-import sys
+import subprocess
 import tempfile
-import types
-import typing
 import warnings
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torchvision
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from checks import (
-    CHECKPOINT,
-    CHECKPOINT_FORMAT,
-    METRICS,
-    OPTIMIZER_STATE,
-    check_content,
-    check_fields,
-    sound_copy,
-)
+from config import Config, UserError
+from data import Preprocessing
+from recipes import TrainConfig
 from ViT import ViT, ViTConfig
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the current folder is
@@ -40,121 +29,234 @@ ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the cu
 
 # ---------------------------------------------------------------------------- checkpoints
 
-
-_WRITTEN = ("format", "versions")  # by `save_checkpoint` itself
-
-
-class CheckpointError(Exception):
-    """A file is no checkpoint of this repository; the message is one line for the user."""
+CHECKPOINT_FORMAT = 4
 
 
-def save_checkpoint(path: Path, **content: Any) -> None:
+class CheckpointError(UserError):
+    """A file is not a checkpoint of this repository, or cannot be used for this task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord(Config):
+    """An epoch, as a row of metrics.csv has it."""
+
+    epoch: int  # counted from 1
+    step: int  # the run's, at the end of the epoch
+    learning_rate: float
+    train_loss: float
+    train_accuracy: float
+    seconds: Annotated[float, "of training", "(0, inf)"]
+    images_per_second: float
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partial(Config):
+    """How far an epoch was when it was saved."""
+
+    steps: Annotated[int, "done", "[1, inf)"]
+    losses: Tensor  # (steps,)
+    correct: int  # training images classified correctly
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Config):
+    """Everything that a checkpoint holds.
+
+    A field with a default may be missing in a file. No random state is kept: every seed follows
+    from `training.seed` and the step (`seed_for`).
+    """
+
+    recipe: str
+    model: ViTConfig
+    training: TrainConfig
+    preprocessing: Preprocessing  # of the images that the model expects
+    classes: list[str]  # their names, in the order of the logits
+    weights: dict[str, Tensor]  # float32, or float16 in an exported model
+    averaged: dict[str, Tensor] | None = None  # EMA weights, where the recipe keeps them
+    optimizers: list[dict[int, dict[str, Tensor]]] | None = None  # parameter's number to its state
+    history: list[EpochRecord]
+    partial: Partial | None = None  # of the epoch under way
+    compile_seconds: float = 0.0
+    total_seconds: float = 0.0
+    versions: dict[str, str]
+
+    def __post_init__(self):
+        super().__post_init__()
+        K, (H, W) = self.model.classes, self.model.image_size
+        if len(self.classes) != K:
+            raise UserError(f"classes has {len(self.classes)} names, but the model has {K} classes")
+        if (self.preprocessing.channels, self.preprocessing.size) != (self.model.channels, (H, W)):
+            raise UserError(
+                f"preprocessing is not that of {self.model.channels} x {H} x {W} pixels"
+            )
+        if [row.epoch for row in self.history] != list(range(1, len(self.history) + 1)):
+            raise UserError("history must have a row for each epoch, in their order")
+        if self.partial and self.partial.losses.shape != (self.partial.steps,):
+            raise UserError("partial must have one loss for each step")
+        for weights in filter(None, (self.weights, self.averaged)):
+            check_weights(self.model, weights)
+
+    @property
+    def evaluated(self) -> dict[str, Tensor]:
+        """The weights whose accuracy counts: the averaged ones where there are any."""
+        return self.averaged or self.weights
+
+
+def check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
+    """Raises UserError unless the weights are those of a model, before that takes memory."""
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    if len(blocks) != config.depth:
+        raise UserError(f"depth is {config.depth}, but there are weights of {len(blocks)} blocks")
+    for name, weight in weights.items():
+        if weight.dtype not in (torch.float16, torch.get_default_dtype()):
+            raise UserError(f"{name} is of {weight.dtype}")
+    try:
+        with torch.device("meta"):
+            ViT(config).load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Writes a checkpoint of plain containers and tensors, whole or not at all.
-
-    Args:
-        content: everything in `CHECKPOINT` but what is `_WRITTEN` here.
 
     Raises:
         OSError: the file cannot be written; one that was there is still there.
     """
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
-    versions = {name: str(version) for name, version in versions.items()}
-    checkpoint = content | {"format": CHECKPOINT_FORMAT, "versions": versions}
-    assert checkpoint.keys() == CHECKPOINT.keys(), checkpoint.keys() ^ CHECKPOINT.keys()
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    torch.save({"format": CHECKPOINT_FORMAT, **checkpoint.to_plain()}, buffer)
     write_whole(path, buffer.getbuffer())
 
 
-def save_model(path: Path, checkpoint: dict[str, Any]) -> None:
+def save_model(path: Path, checkpoint: Checkpoint) -> None:
     """Writes the model of a checkpoint alone: the evaluated weights, in half precision.
 
-    `load_model` reads it like any other, into float32; a run cannot go on from it.
+    `load_model` reads it like any other, into float32; a run cannot resume from it.
 
     Raises:
         OSError: as in `save_checkpoint`.
         CheckpointError: a weight is too large for half precision.
     """
-    weights = checkpoint[evaluated_weights(checkpoint)]
-    halves = {name: weight.half() for name, weight in weights.items()}
+    halves = {name: weight.half() for name, weight in checkpoint.evaluated.items()}
     if not all(half.isfinite().all() for half in halves.values()):
         raise CheckpointError(f"{path} cannot hold weights above 65,504 in half precision")
-    kept = {name: value for name, value in checkpoint.items() if name not in _WRITTEN}
-    without = {"averaged": {}, "optimizers": [], "partial": {}}
-    save_checkpoint(path, **kept | without | {"weights": halves})
+    none = dict.fromkeys(("averaged", "optimizers", "partial"))
+    save_checkpoint(path, replace(checkpoint, weights=halves, **none))
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, running nothing that is in it and believing none of it.
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint onto the CPU; nothing in the file is executed.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it holds what `save_checkpoint`
-            would not have written.
+        CheckpointError: there is no such file, it is damaged, or its content makes no sense.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is not a file")
     try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} is no file")
-        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            checkpoint = torch.load(sound_copy(file), map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(content) as archive:
+            if damaged := archive.testzip():  # torch.load compares no checksum
+                raise zipfile.BadZipFile(damaged)
+        content.seek(0)
+        with warnings.catch_warnings(action="ignore"):
+            plain = torch.load(content, map_location="cpu", weights_only=True)
+        return Checkpoint.from_plain(_migrated(plain))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except CheckpointError:
-        raise
+    except UserError as error:
+        raise CheckpointError(f"{path} is not a usable checkpoint: {str(error)[:300]}") from error
     except Exception as error:  # a damaged file can fail in any way inside zipfile and torch.load
         raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from error
-    try:
-        check_content(checkpoint)
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} is no checkpoint to use: {reason[:300]}") from error
-    return checkpoint
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[ViT, dict[str, Any]]:
+def _migrated(plain: Any) -> dict[str, Any]:
+    """The fields of today's format, of a file of today's or of an older one."""
+    if type(plain) is not dict or type(plain.get("format")) is not int:
+        raise UserError("src/trainer.py did not write it")
+    if plain["format"] == 3:
+        plain = _from_format_3(plain)
+    if plain["format"] != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"it has checkpoint format {plain['format']}, this code reads 3 and {CHECKPOINT_FORMAT}"
+        )
+    return {name: value for name, value in plain.items() if name != "format"}
+
+
+def _from_format_3(plain: dict[str, Any]) -> dict[str, Any]:
+    """Format 4 has timm's names of weights, American spelling, and `Preprocessing`."""
+    names = {"projection": "proj", "class_token": "cls_token", "positions": "pos_embed"}
+    names |= {"attention": "attn", "output": "proj", "expand": "fc1", "contract": "fc2"}
+    spelled = {"initialisation": "initialization", "colour": "color"}
+
+    def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            ".".join(names.get(part, part) for part in name.split(".")): weight
+            for name, weight in weights.items()
+        }
+
+    return {
+        "format": 4,
+        "recipe": plain["recipe"],
+        "model": plain["model_config"],
+        "training": {spelled.get(k, k): value for k, value in plain["train_config"].items()},
+        "preprocessing": {
+            "size": plain["model_config"]["image_size"],
+            "mean": tuple(plain["mean"]),
+            "std": tuple(plain["std"]),
+        },
+        "classes": plain["classes"],
+        "weights": renamed(plain["weights"]),
+        "averaged": renamed(plain["averaged"]) or None,
+        "optimizers": plain["optimizers"] or None,
+        "history": plain["history"],
+        "partial": plain["partial"] or None,
+        "compile_seconds": plain["seconds"]["compile"],
+        "total_seconds": plain["seconds"]["total"],
+        "versions": plain["versions"],
+    }
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[ViT, Checkpoint]:
     """Rebuilds the model that a checkpoint holds, from the file alone.
 
     Returns:
-        The model, with the averaged weights where there are any, in evaluation mode on `device`,
-        and the checkpoint (class names, mean, std, ...).
+        The model with the evaluated weights, in evaluation mode on `device`, and the checkpoint,
+        whose `preprocessing` and `classes` say what goes in and what comes out.
 
     Raises:
-        CheckpointError: the file is no checkpoint, or its parts do not fit together.
+        CheckpointError: the file is not a usable checkpoint.
     """
     checkpoint = load_checkpoint(path)
-    return build_model(checkpoint, evaluated_weights(checkpoint), device).eval(), checkpoint
+    try:
+        model = ViT(checkpoint.model)
+    except (RuntimeError, MemoryError) as error:  # fixed positions of an image too large for memory
+        raise CheckpointError(f"{path} is not a usable checkpoint: out of memory") from error
+    model.load_state_dict(checkpoint.evaluated)
+    return model.to(device).eval(), checkpoint
 
 
-def evaluated_weights(checkpoint: dict[str, Any]) -> str:
-    """Which weights of a checkpoint count: the averaged ones where there are any."""
-    return "averaged" if checkpoint["averaged"] else "weights"
+def versions() -> dict[str, str]:
+    return {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
 
 
-def build_model(checkpoint: dict[str, Any], weights: str, device: torch.device | str) -> ViT:
-    """The model of a checkpoint with its "weights" or its "averaged" ones."""
-    model = ViT(ViTConfig(**checkpoint["model_config"]))
-    model.load_state_dict(checkpoint[weights])
-    return model.to(device)
+def code_commit() -> str | None:
+    """The commit of this code, with a "+" where files have changed since; None outside git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "src"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
-def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
-    """Brings back what optimizers remember of each of their parameters; their options stay.
-
-    Raises:
-        ValueError: it is not what such optimizers remember of such parameters.
-    """
-    if len(states) != len(optimizers):
-        raise ValueError(f"it has {len(states)} optimizers, not {len(optimizers)}")
-    for optimizer, state in zip(optimizers, states, strict=True):
-        name = type(optimizer).__name__
-        parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
-        check_fields(state, dict.fromkeys(range(len(parameters)), dict[str, Tensor]), name)
-        for number, weight in enumerate(parameters):
-            check_fields(state[number], dict.fromkeys(OPTIMIZER_STATE[name], Tensor), name)
-            for key, value in state[number].items():
-                if value.shape != (() if key == "step" else weight.shape):
-                    raise ValueError(f"{key!r} of {name} has shape {tuple(value.shape)}")
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+# ---------------------------------------------------------------------------- files
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -178,7 +280,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Has a rename in a folder outlive a loss of power, where the system can do that."""
+    """Makes a rename in a folder survive a power loss, where the system can do that."""
     with contextlib.suppress(OSError):  # Windows opens no folders; the rename itself is done
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -188,7 +290,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def remove_partial_files(folder: Path, names: Iterable[str]) -> None:
-    """Removes what killed runs left of these files; only who locked the folder may."""
+    """Removes what killed runs left of these files; call it only with the folder locked."""
     for name in names:
         for file in folder.glob(f".{name}.*.part"):
             file.unlink(missing_ok=True)
@@ -197,10 +299,10 @@ def remove_partial_files(folder: Path, names: Iterable[str]) -> None:
 # ---------------------------------------------------------------------------- the run log
 
 
-def write_metrics(path: Path, history: list[dict[str, float]]) -> None:
+def write_metrics(path: Path, history: list[EpochRecord]) -> None:
     """metrics.csv: a row for each epoch."""
-    rows = ({name: _short(value) for name, value in row.items()} for row in history)
-    write_table(path, METRICS, rows)
+    rows = ({name: _short(value) for name, value in row.to_plain().items()} for row in history)
+    write_table(path, EpochRecord.fields(), rows)
 
 
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
@@ -213,52 +315,8 @@ def write_table(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes result.json and the like; what JSON has no word for, say a path, as its text."""
+    """Writes a JSON file; a value that JSON does not know, such as a path, becomes its text."""
     write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
-
-
-def write_curves(path: Path, history: list[dict[str, float]], title: str) -> None:
-    """curves.png: loss, accuracy and learning rate against the epoch."""
-    figure = Figure(figsize=(10, 3.2), layout="constrained", dpi=150)
-    figure.suptitle(title)
-    draw_curves(figure, history)
-    write_figure(path, figure)
-
-
-def write_figure(path: Path, figure: Figure, **options: Any) -> None:
-    """Writes a figure in the format that the path's ending names.
-
-    Args:
-        options: of matplotlib's savefig.
-    """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix[1:], **options)
-    write_whole(path, buffer.getbuffer())
-
-
-def draw_curves(figure: Figure, history: list[dict[str, float]]) -> None:
-    """Draws into an empty figure.
-
-    The training curves are of augmented images and smoothed labels, as the model met them.
-    """
-    losses, accuracies, rates = figure.subplots(1, 3)
-
-    def curve(axes, name: str, label: str | None = None, scale: float = 1.0, **style) -> None:
-        points = [(row["epoch"], scale * row[name]) for row in history if row[name] is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-
-    curve(losses, "train_loss", "training, as augmented", marker=".")
-    curve(accuracies, "train_accuracy", "training", 100, marker=".")
-    curve(rates, "learning_rate", color="tab:gray")
-    curve(losses, "validation_loss", "validation", marker=".")
-    curve(accuracies, "validation_accuracy", "validation", 100, marker=".")
-    labels = ("loss (nats)", "accuracy (%)", "learning rate at the epoch's end")
-    for axes, label in zip((losses, accuracies, rates), labels, strict=True):
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-    losses.legend(frameon=False)
 
 
 def _short(value: float | None) -> float | str | None:
@@ -277,83 +335,3 @@ def seed_for(*key: int) -> int:
 def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on the key alone."""
     return torch.Generator(device).manual_seed(seed_for(*key))
-
-
-# ---------------------------------------------------------------------------- the command line
-
-
-class UsageError(Exception):
-    """What a user asks for cannot be; the message is one line for the user."""
-
-
-def run_program(main: Callable[[list[str]], int]) -> typing.NoReturn:
-    """Ends the process with what `main` returns for its command line.
-
-    With 130 after Ctrl-C, and 141 once nobody reads its output any more, as after `| head`.
-    """
-    try:
-        status = main(sys.argv[1:])
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
-        status = 141
-    sys.exit(status)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with the nearest flag for a misspelt one."""
-
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> typing.NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            unknown = message.split()[2]
-            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
-            message += f" (did you mean {near[0]}?)" if near else " (--help lists all)"
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def add_flags(group: argparse._ArgumentGroup, config: Any) -> None:
-    """Adds a flag for each field of a config, with its value there as the default that help shows.
-
-    A field is declared as `name: Annotated[type, "help"]`. A flag that is not given leaves nothing
-    in the parsed arguments, so that `given` can tell.
-    """
-    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
-        kind, text = typing.get_args(hint)
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "type": kind}
-        if kind is bool:
-            options = {"default": argparse.SUPPRESS, "action": argparse.BooleanOptionalAction}
-        elif typing.get_origin(kind) is typing.Literal:
-            options |= {"choices": typing.get_args(kind), "type": str}
-        elif isinstance(kind, types.UnionType):  # int | tuple[int, int]
-            options |= {"type": _height_and_width, "metavar": "PIXELS"}
-        else:
-            options |= {"metavar": kind.__name__.upper()}
-        value = getattr(config, name)
-        shown = "x".join(map(str, value)) if isinstance(value, tuple) else value
-        group.add_argument(f"--{name.replace('_', '-')}", help=f"{text} ({shown})", **options)
-
-
-def given(arguments: argparse.Namespace, config_class: type) -> dict[str, Any]:
-    """The fields of a config class that the command line gave a value."""
-    names = (field.name for field in dataclasses.fields(config_class))
-    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-
-
-def _height_and_width(text: str) -> tuple[int, int]:
-    """'32' or '32x48'."""
-    try:
-        height, width = (int(part) for part in (text.split("x") * 2)[:2])
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32 or 32x48") from None
-    return height, width
-
-
-def existing_path(text: str) -> Path:
-    """A path as given, or, where there is nothing, the same inside the repository."""
-    path = Path(text)
-    return path if path.exists() else ROOT / text

@@ -1,17 +1,24 @@
 """What several tests need: a small data set in place of the real one, and runs of the trainer."""
 
+import sys
+
 import pytest
 import torch
 
 import run
 import small
-import trainer
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     """Sums are cut up by the number of threads; one makes every machine's tests the same."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def program(monkeypatch):
+    """Errors start with the name of the program."""
+    monkeypatch.setattr(sys, "argv", small.PROGRAM)
 
 
 @pytest.fixture(scope="session")
@@ -24,4 +31,4 @@ def small_shapes():
 def train(monkeypatch, tmp_path):
     """train("--epochs 2 ...") runs a tiny demo recipe into tmp_path and returns its exit status."""
     monkeypatch.setattr(run, "load_dataset", small.load_small)
-    return lambda flags: trainer.main(small.arguments(flags, tmp_path))
+    return lambda flags: small.status_of(flags, tmp_path)

@@ -20,12 +20,15 @@ import pytest
 import torch
 from tqdm import tqdm
 
+import cli
 import data
 import run
+import shapes
 import trainer
 import utils
 
 TINY = "--patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 40 --warmup-epochs 0.5".split()
+PROGRAM = ["src/trainer.py"]  # sys.argv, of which errors name the program
 PATIENCE = 120  # seconds until a process counts as hung
 
 
@@ -38,10 +41,9 @@ needs_cifar10 = pytest.mark.skipif(
 
 def small_shapes():
     """The Shapes data set with 200 training images (the last 40 in a short batch), 50 and 60."""
-    classes = tuple(data.SHAPES)
-    draw = data.draw_shapes
-    parts = {"train": draw(200, seed=0), "validation": draw(50, seed=1), "test": draw(60, seed=2)}
-    return data.Dataset("shapes", classes, (0.31,) * 3, (0.247,) * 3, **parts)
+    preprocessing = data.Preprocessing(size=(32, 32), mean=(0.31,) * 3, std=(0.247,) * 3)
+    parts = (data.Split(*shapes.draw_shapes(n, seed)[:2]) for seed, n in enumerate((200, 50, 60)))
+    return data.Dataset("shapes", tuple(shapes.SHAPES), preprocessing, *parts)
 
 
 SHAPES = small_shapes()
@@ -49,17 +51,16 @@ SHAPES = small_shapes()
 
 def load_small(name, *, validation_images, **_):
     """In place of `data.load_dataset`."""
-    held_out = SHAPES.validation.take(torch.arange(0 if validation_images == 0 else 50))
-    return dataclasses.replace(SHAPES, validation=held_out)
+    return SHAPES if validation_images else dataclasses.replace(SHAPES, validation=None)
 
 
 def arguments(flags, folder):
-    tasks = ("--resume", "--evaluate", "--export")
-    recipe = [] if any(task in flags for task in tasks) else ["--recipe", "demo", *TINY]
-    return [*recipe, "--output-dir", str(folder), *flags.split()]
+    if any(task in flags for task in ("--resume", "--evaluate", "--export")):
+        return flags.split()
+    return ["--recipe", "demo", *TINY, "--output-dir", str(folder), *flags.split()]
 
 
-# ---------------------------------------------------------------------------- what a run came to
+# ---------------------------------------------------------------------------- the results of a run
 
 
 def rows_of(path):
@@ -71,14 +72,13 @@ def rows_of(path):
 
 def result_of(path):
     """result.json without what depends on the process that wrote it."""
-    timed = ("seconds", "images_per_second", "peak_memory_bytes", "command")
-    timed += ("matrix_flops_per_second", "matrix_rate_share")
+    timed = ("seconds", "images_per_second", "peak_memory_bytes", "command", "commit")
     result = json.loads(path.read_text())
     return {key: value for key, value in result.items() if key not in timed}
 
 
 def weights_of(path):
-    return utils.load_checkpoint(path)["weights"]
+    return utils.load_checkpoint(path).weights
 
 
 def same_weights(first, second):
@@ -88,7 +88,7 @@ def same_weights(first, second):
 def differing(first, second):
     """How many numbers differ between two runs' ends: weights, optimizers, metrics and result."""
     ends = [utils.load_checkpoint(folder / "last.pt") for folder in (first, second)]
-    a, b = ([end["weights"], end["averaged"], *flat(end["optimizers"])] for end in ends)
+    a, b = ([end.weights, end.averaged or {}, *flat(end.optimizers)] for end in ends)
     count = sum(int((x[key] != y[key]).sum()) for x, y in zip(a, b, strict=True) for key in x)
     count += rows_of(first / "metrics.csv") != rows_of(second / "metrics.csv")
     return count + (result_of(first / "result.json") != result_of(second / "result.json"))
@@ -104,7 +104,7 @@ PLACES = ("empty", "half", "unflushed", "unnamed", "named")
 
 
 def die_in_save(place, number):
-    """Has this process kill itself while it writes its so-manieth file."""
+    """Has this process kill itself while it writes its file of this number, from 1."""
     calls = {"count": 0}
 
     def die():
@@ -151,8 +151,14 @@ def die_in_save(place, number):
     os.replace = counted(os.replace, place == "unnamed", place == "named")
 
 
+def status_of(flags, folder):
+    """The exit status of the trainer; its errors are one line on standard error."""
+    return cli.status_of(trainer.main, arguments(flags, folder))
+
+
 def work(flags, folder, log, environment, death, double):
     """A process of its own: the trainer, as `python src/trainer.py` starts it."""
+    sys.argv = PROGRAM
     os.environ.update(environment)
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -164,7 +170,7 @@ def work(flags, folder, log, environment, death, double):
     if death:
         die_in_save(*death)
     run.load_dataset = load_small
-    sys.exit(trainer.main(arguments(flags, folder)))
+    sys.exit(status_of(flags, folder))
 
 
 def start(flags, folder, *, log="log", environment=None, death=None, double=False):

@@ -1,7 +1,6 @@
-"""The studies' runs are the trainer's, and their tables are made of what they left."""
+"""The runs of the studies are the trainer's, and the tables are those of their results."""
 
 import csv
-import dataclasses
 import json
 import os
 import statistics
@@ -11,8 +10,9 @@ import sys
 import pytest
 
 import ablation
+import cli
 from ablation import STUDIES, Study
-from machine import training_flops
+from run import training_flops
 from small import ROOT
 
 TINY = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1 --no-test"
@@ -20,7 +20,7 @@ TINY = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1 
 
 @pytest.fixture
 def study(monkeypatch, tmp_path):
-    """study(changes, seeds) is the study that the program now knows as the recipe's."""
+    """study(changes, seeds) takes the place of the recipe study, with its folder in tmp_path."""
 
     def put(changes, seeds=(0,), base=f"{TINY} --device cpu"):
         made = Study(tmp_path, base, changes, seeds)
@@ -30,7 +30,7 @@ def study(monkeypatch, tmp_path):
     return put
 
 
-def test_missing_runs_are_trained_and_a_failure_is_said(study, tmp_path, capsys):
+def test_missing_runs_are_trained_and_a_failure_is_reported(study, tmp_path, capsys):
     made = study({"none": "", "wrong": "--heads 3"})
     assert ablation.main(["--jobs", "2"]) == 1
     printed = capsys.readouterr().out
@@ -48,8 +48,8 @@ def test_missing_runs_are_trained_and_a_failure_is_said(study, tmp_path, capsys)
 def write_result(study, change, seed, accuracy, without=()):
     folder = study.folder / change / f"seed{seed}"
     folder.mkdir(parents=True)
-    flags = ablation.parse_arguments(ablation.flags_of(study, change, seed))
-    model, training = map(dataclasses.asdict, ablation.configs_from(flags))
+    command = cli.parse(ablation.flags_of(study, change, seed), "")
+    model, training = command.model.to_plain(), command.training.to_plain()
     training = {name: value for name, value in training.items() if name not in without}
     content = {"model": model, "training": training, "validation_accuracy": accuracy}
     content["seconds"] = {"training": 10.0 + seed}
@@ -68,7 +68,7 @@ def test_the_table_is_the_mean_and_deviation_over_seeds(study, tmp_path, capsys)
     assert float(row["deviation"]) == pytest.approx(statistics.stdev((70, 72, 77)), abs=0.01)
 
 
-def test_an_option_that_came_after_a_run_was_at_its_default(study):
+def test_an_option_added_after_a_run_had_its_default(study):
     made = study({"none": "", "policy": "--policy-epochs 0.5"})
     write_result(made, "none", 0, 0.7, without=["policy_epochs"])
     write_result(made, "policy", 0, 0.7, without=["policy_epochs"])
@@ -76,11 +76,10 @@ def test_an_option_that_came_after_a_run_was_at_its_default(study):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_study_can_begin(name):
+def test_every_study_has_valid_flags_and_leaves_the_test_set_alone(name):
     for change in STUDIES[name].changes:
-        arguments = ablation.parse_arguments(ablation.flags_of(STUDIES[name], change, 0))
-        ablation.configs_from(arguments)
-        assert arguments.no_test
+        command = cli.parse(ablation.flags_of(STUDIES[name], change, 0), "")
+        assert not command.options.test
 
 
 @pytest.mark.parametrize(
@@ -94,10 +93,11 @@ def test_every_study_can_begin(name):
 def test_all_shapes_do_as_many_operations(name, changes):
     done = {}
     for change in changes:
-        flags = ablation.flags_of(STUDIES[name], change, 0)
-        model, training = ablation.configs_from(ablation.parse_arguments(flags))
-        shares = map(training.patch_dropout_in, range(training.epochs))
-        done[change] = sum(training_flops(model, share) for share in shares)
+        command = cli.parse(ablation.flags_of(STUDIES[name], change, 0), "")
+        done[change] = sum(
+            training_flops(command.model, phase.patch_dropout) * len(phase.epochs)
+            for phase in command.training.phases()
+        )
     for change, operations in done.items():
         assert operations == pytest.approx(done["none"], rel=0.04), change
 
@@ -109,10 +109,10 @@ def test_bad_input_is_one_line_and_exit_status_2(capsys):
     assert stop.value.code == 2 and line == "ablation.py: --jobs must be at least 1, not 0"
 
 
-def test_it_ends_without_a_word_when_nobody_reads_on():
+def test_it_ends_silently_when_the_reader_of_its_output_is_gone():
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, str(ROOT / "src/ablation.py"), "--table"]
+    command = [sys.executable, str(ROOT / "experiments/ablation.py"), "--table"]
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert done.returncode == 141 and done.stderr == ""

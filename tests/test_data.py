@@ -1,4 +1,4 @@
-"""CIFAR-10 from every place it can come from, the split, the batches, image files, the Shapes."""
+"""CIFAR-10 from every place it can come from, the split, the batches, image files."""
 
 import hashlib
 import http.server
@@ -17,18 +17,19 @@ import torch
 import torchvision
 import torchvision.transforms.v2.functional as reference
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import data
+from config import UserError
 from data import (
     DataError,
+    Preprocessing,
+    Split,
     batch_rows,
-    batches,
-    draw_shapes,
     load_dataset,
-    normalise,
     stratified_split,
 )
-from small import CIFAR10, needs_cifar10
+from small import CIFAR10, default_dtype, needs_cifar10
 
 CLASSES = [f"class {label}" for label in range(10)]
 
@@ -114,12 +115,16 @@ def load(folder, url="http://127.0.0.1:9/nothing-listens-here"):
     return load_dataset("cifar10", validation_images=20, data_dir=folder, data_url=url)
 
 
+def images_of(split):
+    return split.take(torch.arange(len(split))).images
+
+
 def test_a_download_gives_the_images_that_were_packed(archive, serve, tmp_path):
     packed, files = archive
     dataset = load(tmp_path / "new", serve(sending(packed)))
     assert dataset.classes == tuple(CLASSES)
     assert dataset.test.labels.tolist() == files["test_batch"]["labels"]
-    assert dataset.test.images.flatten(1).tolist() == files["test_batch"]["data"].tolist()
+    assert images_of(dataset.test).flatten(1).tolist() == files["test_batch"]["data"].tolist()
     assert (len(dataset.train), len(dataset.validation)) == (80, 20)
 
 
@@ -127,7 +132,7 @@ def test_a_tarball_or_an_unpacked_folder_already_there_is_used(archive, tmp_path
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0])
     first = load(tmp_path)
     (tmp_path / "cifar-10-python.tar.gz").unlink()
-    assert torch.equal(load(tmp_path).train.images, first.train.images)
+    assert torch.equal(images_of(load(tmp_path).train), images_of(first.train))
 
 
 @pytest.mark.parametrize("failure", ["damaged", "cut off", "404", "stalls", "nobody", "no folder"])
@@ -166,13 +171,16 @@ def test_the_real_cifar10_is_what_torchvision_reads():
     reference = torchvision.datasets.CIFAR10(CIFAR10, train=False)
     for row in (0, 1234, 9999):
         image, label = reference[row]
-        assert np.array_equal(np.asarray(image), dataset.test.images[row].permute(1, 2, 0))
+        assert np.array_equal(np.asarray(image), images_of(dataset.test)[row].permute(1, 2, 0))
         assert dataset.test.labels[row] == label
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (45000, 5000, 10000)
     assert dataset.validation.labels.bincount().tolist() == [500] * 10
-    pixels = torch.cat([dataset.train.images, dataset.validation.images]).double() / 255
-    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(dataset.mean, abs=1e-4)
-    assert pixels.std((0, 2, 3)).tolist() == pytest.approx(dataset.std, abs=1e-4)
+    pixels = torch.cat([images_of(dataset.train), images_of(dataset.validation)])
+    stated, values = dataset.preprocessing, torch.arange(256) / 255
+    for channel, mean, std in zip(range(3), stated.mean, stated.std, strict=True):
+        share = pixels[:, channel].flatten().bincount(minlength=256) / (50_000 * 1024)
+        assert (share @ values).item() == pytest.approx(mean, abs=1e-4)
+        assert (share @ (values - mean) ** 2).sqrt().item() == pytest.approx(std, abs=1e-4)
 
 
 def test_an_unknown_data_set_is_refused():
@@ -185,22 +193,46 @@ def test_an_unknown_data_set_is_refused():
 
 def test_the_split_is_stratified_complete_and_always_the_same():
     labels = torch.arange(1000) % 10
-    kept, held_out = stratified_split(labels, 200, classes=10)
+    kept, held_out = stratified_split(labels, 200)
     assert torch.cat([kept, held_out]).sort().values.tolist() == list(range(1000))
     assert labels[held_out].bincount().tolist() == [20] * 10
     torch.manual_seed(5)
-    assert torch.equal(held_out, stratified_split(labels, 200, classes=10)[1])
+    assert torch.equal(held_out, stratified_split(labels, 200)[1])
 
 
-@pytest.mark.parametrize("held_out", [-10, 5, 1000, 2000])
-def test_an_impossible_split_is_refused_with_its_number(held_out):
-    with pytest.raises(DataError, match=str(held_out)):
-        stratified_split(torch.arange(1000) % 10, held_out, classes=10)
+def test_the_held_out_images_of_equal_classes_are_those_of_every_earlier_run():
+    """Else the validation accuracy of a model that was trained before would be one of training."""
+    _, held_out = stratified_split(torch.arange(1000) % 10, 20)
+    assert held_out[:8].tolist() == [23, 37, 44, 158, 209, 261, 264, 483]
+
+
+def test_unequal_classes_give_their_shares_and_the_largest_remainders_one_more():
+    labels = torch.arange(3).repeat_interleave(torch.tensor([70, 20, 10]))
+    kept, held_out = stratified_split(labels, 23)  # shares of 16.1, 4.6 and 2.3
+    assert labels[held_out].bincount().tolist() == [16, 5, 2]
+    assert torch.cat([kept, held_out]).sort().values.tolist() == list(range(100))
+    assert stratified_split(torch.tensor([2, 2, 0, 2, 0]), 1)[1].shape == (1,)  # no class 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "held_out"),
+    [([10, 10], -10), ([10, 10], 20), ([10, 10], 30), ([10, 10], 19), ([1, 1000], 901)],
+)
+def test_an_impossible_split_is_refused_with_its_number(counts, held_out):
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    with pytest.raises(DataError, match=f"{held_out} must be .* less than the {len(labels):,}"):
+        stratified_split(labels, held_out)
+
+
+def test_without_validation_images_there_is_no_such_split(archive, tmp_path):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0])
+    dataset = load_dataset("cifar10", validation_images=0, data_dir=tmp_path)
+    assert dataset.validation is None and len(dataset.train) == 100
 
 
 @pytest.fixture
 def seventy():
-    return data.Split(torch.arange(70, dtype=torch.uint8).view(70, 1, 1, 1), torch.arange(70))
+    return Split(torch.arange(70, dtype=torch.uint8).view(70, 1, 1, 1), torch.arange(70))
 
 
 def test_rows_of_batches_come_once_each_in_an_order_of_the_generator(seventy):
@@ -213,19 +245,62 @@ def test_rows_of_batches_come_once_each_in_an_order_of_the_generator(seventy):
     assert sorted(order(1)) == list(range(70))
 
 
-def test_batches_hold_a_split_in_its_own_order(seventy):
-    parts = list(batches(seventy, 32))
-    assert [len(part) for part in parts] == [32, 32, 6]
+def test_batches_hold_the_images_and_labels_of_their_rows(seventy):
+    parts = list(seventy.batches(batch_rows(seventy, 32)))
+    assert [len(part.labels) for part in parts] == [32, 32, 6]
     assert all(torch.equal(part.images.flatten().long(), part.labels) for part in parts)
     assert torch.cat([part.labels for part in parts]).tolist() == list(range(70))
+    some = seventy.subset(torch.tensor([5, 3, 69])).to("cpu")
+    assert (len(some), some.labels.tolist()) == (3, [5, 3, 69])
+    assert some.take(torch.tensor([2])).images.flatten().tolist() == [69]
 
 
-def test_normalise_is_torchvisions():
+# ---------------------------------------------------------------------------- preprocessing
+
+
+def expecting(size, channels=3, **options):
+    return Preprocessing(size=size, mean=(0.5,) * channels, std=(0.2,) * channels, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normalize_is_torchvisions(dtype):
     images = torch.randint(0, 256, (5, 3, 4, 4), dtype=torch.uint8)
     mean, std = (0.1, 0.5, 0.9), (0.2, 0.3, 0.4)
-    scaled = reference.to_dtype(images, scale=True)
+    scaled = reference.to_dtype(images, dtype, scale=True)
     expected = reference.normalize(scaled, mean, std)
-    torch.testing.assert_close(normalise(images, mean, std), expected)
+    with default_dtype(dtype):
+        ours = Preprocessing(size=(4, 4), mean=mean, std=std).normalize(images)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"size": (0, 4)}, "size must be two positive numbers, not (0, 4)"),
+        ({"mean": (0.5,) * 3}, "std must be 3 positive numbers, not (0.2, 0.2)"),
+        ({"std": (0.2, 0.0)}, "std must be 2 positive numbers, not (0.2, 0.0)"),
+        ({"mean": (), "std": ()}, "std must be 0 positive numbers"),
+        ({"crop": 0.0}, "crop must be in (0, 1], not 0.0"),
+        ({"interpolation": "nearest"}, "'bicubic' or 'bilinear', not 'nearest'"),
+    ],
+)
+def test_what_no_model_expects_is_refused(options, named):
+    with pytest.raises(UserError) as refusal:
+        Preprocessing(**{"size": (4, 4), "mean": (0.5,) * 2, "std": (0.2,) * 2} | options)
+    assert named in str(refusal.value)
+
+
+def test_the_center_that_is_kept_has_the_stated_share_of_each_side(tmp_path):
+    """A red square of 32 pixels in the middle of a blue one of 40, which is 80% of it."""
+    image = Image.new("RGB", (40, 40), "blue")
+    image.paste("red", (4, 4, 36, 36))
+    image.save(tmp_path / "image.png")
+    for interpolation in ("bicubic", "bilinear"):
+        options = {"interpolation": interpolation}
+        kept = expecting((32, 32), crop=0.8, **options).read(tmp_path / "image.png")
+        assert torch.equal(kept, pil_to_tensor(image)[:, 4:36, 4:36])
+        whole = expecting((40, 40), **options).read(tmp_path / "image.png")
+        assert torch.equal(whole, pil_to_tensor(image))
 
 
 # ---------------------------------------------------------------------------- image files
@@ -268,9 +343,9 @@ def save_as(kind: str, path: Path) -> Path:
     "kind", ["RGB", "P", "CMYK", "jpeg, CMYK", "animated", "turned", "wide", "alpha"]
 )
 def test_any_kind_of_image_is_read_as_rgb_at_the_models_size(kind, tmp_path):
-    image = data.read_image(save_as(kind, tmp_path / "image.png"), (16, 16))
+    image = expecting((16, 16)).read(save_as(kind, tmp_path / "image.png"))
     assert image.dtype == torch.uint8 and image.shape == (3, 16, 16)
-    red, blue = (torch.tensor(colour).view(3, 1, 1) for colour in ([255, 0, 0], [0, 0, 255]))
+    red, blue = (torch.tensor(color).view(3, 1, 1) for color in ([255, 0, 0], [0, 0, 255]))
     visible = image[:, 9:] if kind == "alpha" else image  # its upper half is transparent
     assert (visible[:, :, 1:7].int() - red).abs().max() <= 3
     assert (visible[:, :, 9:15].int() - blue).abs().max() <= 3
@@ -282,19 +357,20 @@ def test_any_kind_of_image_is_read_as_rgb_at_the_models_size(kind, tmp_path):
 def test_sixteen_bits_are_scaled_and_not_cut_off(mode, tmp_path):
     values = np.repeat(np.linspace(0, 2**16 - 1, 16).astype(np.uint16)[None], 16, axis=0)
     picture = Image.fromarray(values)
-    path = tmp_path / ("grey.png" if mode == "I;16" else "grey.tif")
+    path = tmp_path / ("gray.png" if mode == "I;16" else "gray.tif")
     (picture if mode == "I;16" else picture.convert(mode)).save(path)
-    image = data.read_image(path, (16, 16))
+    image = expecting((16, 16)).read(path)
     expected = torch.linspace(0, 255, 16).round().int().expand(3, 16, 16)
     assert (image.int() - expected).abs().max() <= 1
 
 
-def test_one_pixel_fills_the_picture_and_a_grey_model_gets_grey(tmp_path):
+def test_one_pixel_fills_the_picture_and_a_gray_model_gets_gray(tmp_path):
     Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "dot.png")
-    image = data.read_image(tmp_path / "dot.png", (16, 24))
+    image = expecting((16, 24)).read(tmp_path / "dot.png")
     assert image.shape == (3, 16, 24)
     assert image.amax(dim=(1, 2)).tolist() == image.amin(dim=(1, 2)).tolist() == [10, 20, 30]
-    assert data.read_image(tmp_path / "dot.png", (16, 24), channels=1).unique().tolist() == [18]
+    gray = expecting((16, 24), channels=1).read(tmp_path / "dot.png")
+    assert gray.shape == (1, 16, 24) and gray.unique().tolist() == [18]
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "cut off", "bomb", "folder", "gone"])
@@ -318,15 +394,15 @@ def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path):
         if kind == "folder":
             path.mkdir()
     with pytest.raises(DataError) as caught:
-        data.read_image(path, (16, 16))
+        expecting((16, 16)).read(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     if kind == "bomb":
         assert "too large" in str(caught.value)
 
 
 def test_a_model_of_other_channels_takes_no_image_files(tmp_path):
-    with pytest.raises(DataError, match="5 channels, only to 1 or 3"):
-        data.read_image(tmp_path / "image.png", (16, 16), channels=5)
+    with pytest.raises(DataError, match="1 or 3 channels, not 5"):
+        expecting((16, 16), channels=5).read(tmp_path / "image.png")
 
 
 def test_the_image_files_of_a_folder_are_those_named_so(tmp_path):
@@ -336,55 +412,3 @@ def test_the_image_files_of_a_folder_are_those_named_so(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no image files"):
         data.image_files(tmp_path / "empty")
-
-
-# ---------------------------------------------------------------------------- Shapes
-
-
-def test_shapes_are_the_same_for_the_same_seed_and_balanced():
-    first, again, other = draw_shapes(200, seed=1), draw_shapes(200, seed=1), draw_shapes(200, 2)
-    assert torch.equal(first.images, again.images) and torch.equal(first.masks, again.masks)
-    assert not torch.equal(first.images, other.images)
-    assert first.labels.bincount().tolist() == [20] * 10
-    assert first.images.shape == (200, 3, 32, 32) and first.images.dtype == torch.uint8
-
-
-def test_the_mask_is_where_the_shape_is():
-    split = draw_shapes(500, seed=0)
-    brightest = split.images.amax(dim=1).float()  # shapes are bright, textures dark
-    inside = split.masks
-    share = inside.float().mean(dim=(1, 2))
-    assert 0.01 < share.min() and share.max() < 0.6
-    assert (brightest[inside] > 110).float().mean() > 0.97
-    contrast = [
-        image[mask].mean() - image[~mask].mean()
-        for image, mask in zip(brightest, inside, strict=True)
-    ]
-    assert min(contrast) > 25
-
-
-def test_shapes_have_the_areas_of_their_definitions():
-    """Upright and alone, each shape covers the area that geometry gives, in units of radius^2."""
-    side = torch.linspace(-1.2, 1.2, 601)
-    v, u = torch.meshgrid(side, side, indexing="ij")
-    pixel = (side[1] - side[0]).item() ** 2
-    known = {
-        "disc": torch.pi * 0.9**2,
-        "ring": torch.pi * (0.95**2 - 0.55**2),
-        "square": 1.5**2,
-        "triangle": 3 * 3**0.5 / 4,
-        "star": 5 * 0.4 * np.sin(np.pi / 5),
-        "cross": 2 * 2 * 0.5 - 0.5**2,
-        "bar": 2 * 0.5,
-    }
-    for name, area in known.items():
-        covered = (data.SHAPES[name](u, v) > 0).sum().item() * pixel
-        assert covered == pytest.approx(area, rel=0.02), name
-
-
-def test_the_stated_mean_and_deviation_of_shapes_are_the_data_sets():
-    dataset = load_dataset("shapes", validation_images=1000)
-    pixels = dataset.train.images.double() / 255
-    assert pixels.mean((0, 2, 3)).tolist() == pytest.approx(dataset.mean, abs=0.005)
-    assert pixels.std((0, 2, 3)).tolist() == pytest.approx(dataset.std, abs=0.005)
-    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (9000, 1000, 2000)

@@ -1,7 +1,8 @@
-"""The maths of the pictures against matrices worked out by hand, and against known truths."""
+"""The maths of the figures against matrices worked out by hand, and against known truths."""
 
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import data
 import explain
+import shapes
+from data import Preprocessing
 from optimizers import learning_rate_factor, make_optimizers, set_learning_rates
 from recipes import TrainConfig
-from ViT import ViT, ViTConfig, patchify
+from ViT import Trace, ViT, ViTConfig, patchify
 
 A1, A2 = torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
 
@@ -66,11 +68,11 @@ def test_relevance_clamps_each_head_and_then_takes_the_mean():
 
 
 def test_gradient_rollout_by_hand():
-    # max(A1 * G, 0) is .5 at [0, 1] and nothing in row 1: rows (0, 1) and, kept to itself, (0, 1).
+    # max(A1 * G, 0) is .5 at [0, 1] and 0 in row 1: rows (0, 1) and, of the identity, (0, 1).
     G = torch.tensor([[-1.0, 1.0], [0.0, -1.0]])
     joint = explain.gradient_rollout(one_head(A1), one_head(G))
     torch.testing.assert_close(joint, torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
-    # The size of the gradients has no part in it.
+    # The scale of the gradients does not matter.
     torch.testing.assert_close(explain.gradient_rollout(one_head(A1), one_head(1e-6 * G)), joint)
 
 
@@ -84,15 +86,17 @@ def test_attention_gradients_are_those_of_each_target_alone(pooling):
     T = model.config.tokens
     assert gradients[0].shape == attention[0].shape == (2, 2, T, T)
 
-    block, trace = model.blocks[-1], model.trace(image[None])
+    block, trace = model.blocks[-1], Trace()
+    output = model(image[None], trace=trace)[0]
 
     def logits(A: Tensor) -> Tensor:
-        *_, v = block.attention.split(block.norm1(trace.tokens[-2]))
-        z = trace.tokens[-2] + block.attention.merge(A @ v)
+        qkv = block.attn.qkv(block.norm1(trace.tokens[-2]))
+        v = qkv[..., -16:].unflatten(-1, (2, 8)).transpose(1, 2)  # (1, h, T, D_h)
+        z = trace.tokens[-2] + block.attn.proj((A @ v).transpose(1, 2).flatten(2))
         z = z + block.mlp(block.norm2(z))
         return model.head(model.norm(model.pool(z)))[0]
 
-    torch.testing.assert_close(logits(trace.attention[-1]), trace.logits[0])
+    torch.testing.assert_close(logits(trace.attention[-1]), output)
     step = torch.zeros_like(trace.attention[-1])
     step[0, 1, 0, 2] = 1e-6
     slope = (logits(trace.attention[-1] + step) - logits(trace.attention[-1] - step)) / 2e-6
@@ -109,7 +113,7 @@ def test_the_classifiers_row_is_the_class_tokens_or_the_mean():
 
 
 @pytest.mark.parametrize("pooling", ["class", "mean"])
-def test_explanations_are_maps_of_mean_one_and_only_two_of_them_know_the_class(pooling):
+def test_explanations_are_maps_of_mean_one_and_two_of_them_depend_on_the_class(pooling):
     model = small_vit(pooling)
     maps = explain.explanations(model, torch.randn(3, 16, 24), [0, 3])
     for values in maps.values():
@@ -132,30 +136,40 @@ def test_weights_that_are_all_zero_stay_zero():
 CELL, CELLS = 16, (2, 3)  # a patch is a cell; pixels, and cells down and across
 
 
-def draw_cells(classes: list[str], count: int, seed: int) -> tuple[data.Split, Tensor]:
-    """Shapes of the given classes (labels from 0 in their order) and as many bare textures."""
-    numbers = torch.tensor([list(data.SHAPES).index(name) for name in classes])
-    drawn = data.draw_shapes(count * len(data.SHAPES) // len(classes), seed, CELL)
-    drawn = drawn.take(torch.isin(drawn.labels, numbers).nonzero()[:, 0])
-    labels = (drawn.labels[:, None] == numbers).int().argmax(dim=1)
-    textures = data._textures(count, CELL, torch.Generator().manual_seed(seed + 1))
-    return data.Split(drawn.images, labels, drawn.masks), (textures * 255).byte()
+class Cells(NamedTuple):
+    """Cells with shapes, and as many cells of texture alone."""
+
+    images: Tensor  # (n, 3, S, S) uint8
+    labels: Tensor  # (n,)
+    masks: Tensor  # (n, S, S)
+    textures: Tensor  # (n, 3, S, S) uint8
 
 
-def compose(shapes: data.Split, textures: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def draw_cells(classes: list[str], count: int, seed: int) -> Cells:
+    """Shapes of the given classes, with labels from 0 in their order."""
+    numbers = torch.tensor([list(shapes.SHAPES).index(name) for name in classes])
+    drawn = shapes.draw_shapes(count * len(shapes.SHAPES) // len(classes), seed, CELL)
+    images, labels, masks = (part[torch.isin(drawn[1], numbers)] for part in drawn)
+    labels = (labels[:, None] == numbers).int().argmax(dim=1)
+    textures = shapes._textures(count, CELL, torch.Generator().manual_seed(seed + 1))
+    return Cells(images, labels, masks, (textures * 255).byte())
+
+
+def compose(cells: Cells, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures (B, 3, 32, 48) of shapes in the cells where `present` (B, 6), textures elsewhere.
 
     Returns:
-        The pictures, the label of each cell (-1 where bare) and its mask, (B, 6) and (B, 6, S, S).
+        The pictures, the label of each cell (-1 without a shape) and its mask, (B, 6) and
+        (B, 6, S, S).
     """
-    rows = torch.randint(len(shapes), present.shape)
-    bare = textures[torch.randint(len(textures), present.shape)]
-    cells = torch.where(present[..., None, None, None], shapes.images[rows], bare)
-    cells = cells.flatten(2).mT.contiguous()  # (B, C S S, 6), as F.fold takes them
+    rows = torch.randint(len(cells.labels), present.shape)
+    bare = cells.textures[torch.randint(len(cells.textures), present.shape)]
+    content = torch.where(present[..., None, None, None], cells.images[rows], bare)
+    content = content.flatten(2).mT.contiguous()  # (B, C S S, 6), as F.fold takes them
     size = (CELL * CELLS[0], CELL * CELLS[1])
-    pictures = F.fold(cells.float(), size, kernel_size=CELL, stride=CELL)
-    labels = shapes.labels[rows].masked_fill(~present, -1)
-    return pictures.byte(), labels, shapes.masks[rows] & present[..., None, None]
+    pictures = F.fold(content.float(), size, kernel_size=CELL, stride=CELL)
+    labels = cells.labels[rows].masked_fill(~present, -1)
+    return pictures.byte(), labels, cells.masks[rows] & present[..., None, None]
 
 
 def presence(labels: Tensor, classes: int) -> Tensor:
@@ -164,43 +178,42 @@ def presence(labels: Tensor, classes: int) -> Tensor:
 
 
 def test_relevance_points_at_the_object_of_its_class_and_rollout_cannot():
-    """A model taught which shapes are in a picture is asked where, for two shapes in one picture.
+    """A model trained to say which shapes a picture has must show where two of them are.
 
     The pointing game (Zhang et al., arXiv 1608.00507): a map scores if the patch of its maximum
     meets the object's mask.
     """
     torch.manual_seed(0)
     classes = ["ring", "square", "bar"]
-    mean, std = (0.31,) * 3, (0.247,) * 3
+    normalize = Preprocessing(size=(32, 48), mean=(0.31,) * 3, std=(0.247,) * 3).normalize
     size = {"image_size": (32, 48), "patch_size": CELL, "width": 64, "depth": 2, "heads": 4}
     model = ViT(ViTConfig(**size, classes=3, positions="sincos"))
     optimizers = make_optimizers(model, TrainConfig(optimizer="muon", learning_rate=3e-3), "fp32")
-    shapes, textures = draw_cells(classes, 4000, seed=0)
+    cells = draw_cells(classes, 4000, seed=0)
     steps = 500
     for step in range(steps):
-        pictures, labels, _ = compose(shapes, textures, present=torch.rand(50, 6) < 0.3)
+        pictures, labels, _ = compose(cells, present=torch.rand(50, 6) < 0.3)
         set_learning_rates(optimizers, learning_rate_factor(step, steps, 50, "linear"))
-        logits = model(data.normalise(pictures, mean, std))
+        logits = model(normalize(pictures))
         F.binary_cross_entropy_with_logits(logits, presence(labels, 3)).mul(3).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
     model.eval()
-    shapes, textures = draw_cells(classes, 1000, seed=2)
     two = torch.rand(400, 6).argsort(dim=1) < 2
-    pictures, labels, masks = compose(shapes, textures, two)
+    pictures, labels, masks = compose(draw_cells(classes, 1000, seed=2), two)
     differ = presence(labels, 3).sum(dim=1) == 2
     hits = {"relevance": 0, "rollout": 0}
-    asked = list(zip(pictures[differ], labels[differ], masks[differ], strict=True))[:100]
-    for picture, cell_labels, cell_masks in asked:
-        cells = (cell_labels >= 0).nonzero()[:, 0].tolist()
-        image = data.normalise(picture[None], mean, std)[0]
-        maps = explain.explanations(model, image, cell_labels[cells].tolist())
+    tasks = list(zip(pictures[differ], labels[differ], masks[differ], strict=True))[:100]
+    for picture, cell_labels, cell_masks in tasks:
+        places = (cell_labels >= 0).nonzero()[:, 0].tolist()
+        image = normalize(picture[None])[0]
+        maps = explain.explanations(model, image, cell_labels[places].tolist())
         for method in hits:
             pointed = maps[method].flatten(1).argmax(dim=1).tolist()  # a cell for each class
-            hits[method] += pointed == cells and bool(cell_masks[pointed].any(dim=(1, 2)).all())
-    assert len(asked) == 100
+            hits[method] += pointed == places and bool(cell_masks[pointed].any(dim=(1, 2)).all())
+    assert len(tasks) == 100
     assert hits["relevance"] >= 90, hits
     assert hits["rollout"] == 0, hits  # one map cannot have its maximum in two places
 
@@ -208,9 +221,11 @@ def test_relevance_points_at_the_object_of_its_class_and_rollout_cannot():
 @pytest.mark.parametrize("pooling", ["class", "mean"])
 def test_the_last_logit_lens_is_the_model(pooling):
     model, images = small_vit(pooling), torch.randn(4, 3, 16, 24)
-    lens = explain.logit_lens(model, model.trace(images).tokens)
+    trace = Trace()
+    logits = model(images, trace=trace)
+    lens = explain.logit_lens(model, trace.tokens)
     assert lens.shape == (4, 4, 5)
-    torch.testing.assert_close(lens[-1], model(images).softmax(dim=1))
+    torch.testing.assert_close(lens[-1], logits.softmax(dim=1))
     assert not torch.allclose(lens[0], lens[-1], atol=1e-3)
 
 
@@ -269,14 +284,14 @@ def test_position_similarity_is_the_cosine_without_the_class_token():
     assert similarity[0, 2, 0, 2].item() == pytest.approx(1)
 
 
-def test_tokens_that_differ_along_one_axis_get_colours_along_it():
+def test_tokens_that_differ_along_one_axis_get_colors_along_it():
     steps = torch.linspace(0, 1, 50)
     patches = torch.zeros(2, 25, 5)
     patches[..., 3] = steps.reshape(2, 25)
-    colours = explain.tokens_as_colours(patches)
-    assert colours.shape == (2, 25, 3) and colours.min() >= 0 and colours.max() <= 1
+    colors = explain.tokens_as_colors(patches)
+    assert colors.shape == (2, 25, 3) and colors.min() >= 0 and colors.max() <= 1
     expected = ((steps.double() - 0.02) / 0.96).clamp(0, 1)
-    torch.testing.assert_close(colours[..., 0].flatten(), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(colors[..., 0].flatten(), expected, atol=1e-3, rtol=0)
 
 
 def test_masks_run_from_0_to_1_at_the_pictures_size():
@@ -317,18 +332,16 @@ def test_entropy_of_uniform_is_1_and_of_one_hot_0():
     assert explain.attention_entropy(half).item() == pytest.approx(0.5)
 
 
-def test_cka_of_itself_is_1_whatever_the_rotation_and_of_strangers_near_0():
+def test_cka_is_1_under_rotation_and_near_0_for_independent_representations():
     generator = torch.Generator().manual_seed(0)
     X, Y = (torch.randn(128, 192, generator=generator) for _ in range(2))
     rotation, _ = torch.linalg.qr(torch.randn(192, 192, generator=generator))
-    assert explain.linear_cka(X, X) == pytest.approx(1)
-    assert explain.linear_cka(X, 3 * X @ rotation) == pytest.approx(1, abs=1e-4)
-    assert abs(explain.linear_cka(X, Y)) < 0.05
-    both = explain.linear_cka(X, torch.cat([X, Y], dim=1))
-    assert both == pytest.approx(0.5**0.5, abs=0.05)  # a half is shared
-    matrix = explain.layer_similarity([X, Y, X])
-    torch.testing.assert_close(matrix, matrix.T)
-    assert matrix[0, 1].item() == pytest.approx(explain.linear_cka(X, Y))
+    cka = explain.linear_cka([X, 3 * X @ rotation, Y, torch.cat([X, Y], dim=1)])
+    torch.testing.assert_close(cka, cka.T)
+    torch.testing.assert_close(cka.diag(), torch.ones(4).double())
+    assert cka[0, 1].item() == pytest.approx(1, abs=1e-4)
+    assert abs(cka[0, 2].item()) < 0.05
+    assert cka[0, 3].item() == pytest.approx(0.5**0.5, abs=0.05)  # a half is shared
 
 
 def test_hsic_is_the_mean_over_all_draws_of_four_images():

@@ -1,4 +1,4 @@
-"""Every kind of figure: drawn without a display, labelled, of the asked size, and not blank."""
+"""Every kind of figure: drawn without a display, labeled, of the requested size, not blank."""
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -8,6 +8,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 import figures
+from utils import EpochRecord
 
 matplotlib.use("Agg")
 DRAW = np.random.default_rng(0)
@@ -38,18 +39,19 @@ def attention_maps(layers=3, heads=2, grid=(2, 3), **options):
 
 
 HISTORY = [
-    {
-        "epoch": epoch,
-        "train_loss": 1 / epoch,
-        "train_accuracy": 0.5,
-        "learning_rate": 0.1,
-        "validation_loss": None,
-        "validation_accuracy": None,
-    }
+    EpochRecord(
+        epoch=epoch,
+        step=10 * epoch,
+        learning_rate=0.1,
+        train_loss=1 / epoch,
+        train_accuracy=0.5,
+        seconds=1.0,
+        images_per_second=100.0,
+    )
     for epoch in (1, 2)
 ]
 
-# For each figure how to draw one, and the labels that its axes and colour bars must bear.
+# For each figure how to draw one, and the labels that its axes and color bars must bear.
 FIGURES = {
     "patches": (
         lambda: figures.patches(
@@ -66,7 +68,7 @@ FIGURES = {
             title="title",
             caption="caption",
         ),
-        ["weight, 1 where all patches are alike"],
+        ["weight relative to uniform"],
     ),
     "logit_lens": (
         lambda: figures.logit_lens(picture(), DRAW.random((4, 10)), CLASSES, title="title"),
@@ -76,7 +78,7 @@ FIGURES = {
         lambda: figures.filters(
             DRAW.normal(size=(9, 3, 4, 4)), np.arange(20.0)[::-1], title="title"
         ),
-        ["component", "variance of the first so many (%)"],
+        ["component", "cumulative variance (%)"],
     ),
     "position_similarity": (
         lambda: figures.position_similarity(
@@ -92,17 +94,16 @@ FIGURES = {
     ),
     "token_norms": (
         lambda: figures.token_norms(DRAW.random((4, 50)), DRAW.random((4, 5)), title="title"),
-        ["layer", "length of a token |z|"],
+        ["layer", "token norm |z|"],
     ),
-    "sheet_of_maps": (
-        lambda: figures.sheet_of_maps(
-            [picture()] * 3,
-            {"rollout": [DRAW.random((2, 3, 3))] * 3},
+    "sheet": (
+        lambda: figures.sheet(
+            {"input": [picture()] * 3, "rollout": [DRAW.random((2, 3, 3))] * 3},
             names=CLASSES[:3],
             title="title",
             caption="caption",
         ),
-        ["rollout"],
+        ["input", "rollout"],
     ),
     "layer_similarity": (
         lambda: figures.layer_similarity(DRAW.random((4, 4)), title="title", caption="caption"),
@@ -147,7 +148,7 @@ def texts(figure) -> list[Text]:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_is_labelled_and_nothing_in_it_is_blank(name):
+def test_a_figure_is_labeled_and_nothing_in_it_is_blank(name):
     draw, labels = FIGURES[name]
     figure = draw()
     words = [text.get_text() for text in texts(figure)]
@@ -175,7 +176,7 @@ def test_nothing_leaves_the_figure_and_no_axes_are_blank(name, tmp_path):
         assert part.std() > 1 or not axes.has_data()
 
 
-def test_a_file_has_the_asked_size_and_the_same_figure_gives_the_same_file(tmp_path):
+def test_a_file_has_the_requested_size_and_the_same_figure_gives_the_same_file(tmp_path):
     for dpi in (50, 120):
         figure = attention_maps()
         figures.save(figure, tmp_path / "a.png", dpi)

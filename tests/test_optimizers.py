@@ -1,10 +1,10 @@
-"""The schedule against torch's schedulers, Muon against torch's Muon, who moves which weight."""
+"""The schedule against torch's schedulers, Muon against torch's Muon, which moves which weight."""
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
-from optimizers import Muon, learning_rate_factor, make_optimizers, orthogonalise
+from optimizers import Muon, learning_rate_factor, make_optimizers, orthogonalize
 from recipes import TrainConfig
 from ViT import MODELS, ViT, ViTConfig
 
@@ -43,7 +43,7 @@ def test_the_schedule_has_the_stated_end_points():
 
 def test_muon_takes_the_steps_of_torchs_with_q_k_and_v_apart():
     """The steps are 0.02 times matrices with entries of about 1/4, in bfloat16."""
-    shapes = [(48, 16), (16, 16), (64, 16), (16, 64)] * 2  # qkv, output, expand, contract
+    shapes = [(48, 16), (16, 16), (64, 16), (16, 64)] * 2  # qkv, proj, fc1, fc2
     generator = torch.Generator().manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     fused = [weight for weight in ours if weight.shape == (48, 16)]
@@ -69,11 +69,11 @@ def test_muon_takes_the_steps_of_torchs_with_q_k_and_v_apart():
 
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_orthogonalising_keeps_singular_vectors_and_brings_their_values_near_1(shape, dtype):
+def test_orthogonalizing_keeps_singular_vectors_and_brings_their_values_near_1(shape, dtype):
     random = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)).double()
     U, _, Vh = torch.linalg.svd(random, full_matrices=False)
     matrices = (U @ torch.diag(torch.linspace(0.1, 2, 16).double()) @ Vh).to(dtype)
-    left = U.mT @ orthogonalise(matrices).double() @ Vh.mT  # diagonal: the new values
+    left = U.mT @ orthogonalize(matrices).double() @ Vh.mT  # diagonal: the new values
     values = left.diagonal(dim1=1, dim2=2)
     assert 0.6 < values.min() and values.max() < 1.3
     off_diagonal = left - torch.diag_embed(values)
@@ -101,7 +101,7 @@ def test_every_parameter_is_in_exactly_one_group_with_the_decay_of_its_kind(opti
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     for name, weight in model.named_parameters():
         free = (
-            name.endswith("bias") or "norm" in name or name.startswith(("embed.class", "embed.pos"))
+            name.endswith("bias") or "norm" in name or name.startswith(("embed.cls", "embed.pos"))
         )
         assert decay_of[id(weight)] == (0 if free else 0.3), name
 
@@ -111,7 +111,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_those_of_q_k_and_v_apart():
     _, muon = make_optimizers(model, TrainConfig(optimizer="muon"), "bf16")
     parts = {id(w): group["parts"] for group in muon.param_groups for w in group["params"]}
     taken = {name: parts[id(w)] for name, w in model.named_parameters() if id(w) in parts}
-    kinds = {"attention.qkv": 3, "attention.output": 1, "mlp.expand": 1, "mlp.contract": 1}
+    kinds = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}
     assert taken == {f"blocks.{i}.{kind}.weight": n for i in range(4) for kind, n in kinds.items()}
 
 

@@ -1,9 +1,11 @@
-"""Checkpoints that describe themselves and run nothing, whole files, seeds, and the parser."""
+"""Checkpoints that describe themselves and run nothing, of each format; whole files and seeds."""
 
 import math
 import os
 import pickle
 import random
+import re
+import subprocess
 import zipfile
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 
 import small
 import utils
-from utils import CheckpointError, generator_for, load_model, write_whole
+from small import ROOT
+from utils import CheckpointError, generator_for, load_checkpoint, load_model, write_whole
 
 
 @pytest.fixture
@@ -23,8 +26,10 @@ def checkpoint(train, tmp_path):
 def test_a_checkpoint_alone_gives_back_the_model(checkpoint, small_shapes):
     model, content = load_model(checkpoint)
     plain = torch.load(checkpoint, weights_only=True)
-    assert plain["classes"] == list(small_shapes.classes) and content["mean"] == [0.31] * 3
-    assert plain["model_config"]["width"] == 16 and plain["train_config"]["batch_size"] == 40
+    assert plain["classes"] == list(small_shapes.classes) == content.classes
+    assert plain["preprocessing"]["mean"] == (0.31,) * 3
+    assert content.preprocessing == small_shapes.preprocessing
+    assert plain["model"]["width"] == 16 and plain["training"]["batch_size"] == 40
     twin, _ = load_model(checkpoint)
     images = torch.randn(3, 3, 32, 32)
     assert not model.training
@@ -39,13 +44,13 @@ def test_a_model_alone_is_a_small_checkpoint_of_half_precision(train, tmp_path, 
     assert train(f"--export {tmp_path / 'a'}") == 0
     last, alone = tmp_path / "a/last.pt", tmp_path / "a/model.pt"
     assert f"wrote {alone}" in capsys.readouterr().out
-    averaged = utils.load_checkpoint(last)["averaged"]
+    averaged = load_checkpoint(last).averaged
     plain = torch.load(alone, weights_only=True)
     model, content = load_model(alone)
     for name, weight in model.state_dict().items():
         assert plain["weights"][name].dtype == torch.float16 and weight.dtype == torch.float32
         assert torch.equal(weight, averaged[name].half().float())
-    assert content["history"][1]["epoch"] == 2 and content["classes"] == plain["classes"]
+    assert content.history[1].epoch == 2 and content.classes == plain["classes"]
     assert alone.stat().st_size < last.stat().st_size / 3
 
     before = alone.read_bytes()
@@ -64,8 +69,8 @@ def test_a_model_alone_is_a_small_checkpoint_of_half_precision(train, tmp_path, 
 
 
 def test_weights_too_large_for_half_precision_are_not_exported(checkpoint, tmp_path):
-    content = utils.load_checkpoint(checkpoint)
-    content["weights"]["head.bias"][3] = 1e5
+    content = load_checkpoint(checkpoint)
+    content.weights["head.bias"][3] = 1e5
     with pytest.raises(CheckpointError, match="65,504"):
         utils.save_model(tmp_path / "model.pt", content)
     assert not (tmp_path / "model.pt").exists()
@@ -99,17 +104,8 @@ def damage(name, path, tmp_path):
         torch.save(whole | {"weights": trap}, path, _use_new_zipfile_serialization=False)
     elif name == "trap for a key":
         torch.save(whole | {trap: 1}, path)
-    elif name == "slow key":
-        # A dict, a pair, 60 times the pair of the last one with itself, and that a key of the dict.
-        pairs = b"".join(b"h%c\x86q%c" % (n, n + 1) for n in range(60))
-        repack(path, pickled=b"\x80\x02}))\x86q\x00" + pairs + b"K\x01s.")
     elif name == "program":
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-    elif name == "compressed":
-        repack(path, zipfile.ZIP_DEFLATED)
-    elif name == "bomb":
-        with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("archive/bomb", bytes(2**24))
     elif name == "bare weights":
         torch.save(whole["weights"], path)
     elif name == "a list":
@@ -124,21 +120,20 @@ def damage(name, path, tmp_path):
         path.unlink()
 
 
-def repack(path, compression=zipfile.ZIP_STORED, pickled=None):
-    """Writes an archive again, with another pickle where one is given."""
+def repack(path, pickled):
+    """Writes an archive again, with another pickle."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", compression) as archive:
+    with zipfile.ZipFile(path, "w") as archive:
         for name, content in records.items():
-            replaced = pickled is not None and name.endswith("data.pkl")
-            archive.writestr(name, pickled if replaced else content)
+            archive.writestr(name, pickled if name.endswith("data.pkl") else content)
 
 
-DAMAGES = "text,empty,cut off,pickle,torch pickle,old torch pickle,trap for a key,slow key,program"
-DAMAGES += ",compressed,bomb,bare weights,a list,folder,pipe,gone"
+DAMAGES = "text,empty,cut off,pickle,torch pickle,old torch pickle,trap for a key,program"
+DAMAGES += ",bare weights,a list,folder,pipe,gone"
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch.jit, and of names twice in an archive
+@pytest.mark.filterwarnings("ignore")  # of torch.jit
 @pytest.mark.parametrize("name", DAMAGES.split(","))
 def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(name, checkpoint, tmp_path):
     damage(name, checkpoint, tmp_path)
@@ -148,75 +143,67 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(name, che
     assert not (tmp_path / "sprung").exists()
 
 
-def deep(levels):
-    """A list that takes 2^levels steps to print."""
-    value = []
-    for _ in range(levels):
-        value = [value, value]
-    return value
-
-
 # Places in a checkpoint, as the keys that lead there, what to put there, and what the line names.
 GONE = object()
 LIES = [
-    ("format", 99, "format 99"),
+    ("format", 99, "format 99, this code reads 3 and 4"),
     ("format", 2, "format 2"),
-    ("format", True, "nothing that src/trainer.py wrote"),
-    ("format", deep(60), "nothing that src/trainer.py wrote"),
-    ("weights", GONE, "lacks 'weights'"),
-    ("surprise", 1, "unknown 'surprise'"),
-    ("recipe", deep(60), "'recipe'"),
-    ("model_config.width", 32, "but the model's is"),
-    ("model_config.width", "16", "'width'"),
-    ("model_config.width", 10**30, "no checkpoint to use"),
-    ("model_config.depth", 10**9, "depth 1000000000"),
-    ("model_config.depth", GONE, "'depth'"),
-    ("model_config.colour", "red", "'colour'"),
-    ("model_config.pooling", "max", "'pooling'"),
-    ("model_config.dropout", math.nan, "'dropout'"),
-    ("model_config.image_size", (32, 32, 32), "'image_size'"),
-    ("model_config.image_size", (2**20, 2**20), "too many patches"),
-    ("weights.head.bias", GONE, "lacks 'head.bias'"),
-    ("weights.head.extra", torch.zeros(1), "unknown 'head.extra'"),
-    ("weights.head.bias", torch.zeros(11), "head.bias"),
-    ("weights.head.bias", torch.zeros(10).double(), "head.bias"),
-    ("weights.head.bias", torch.full((10,), math.inf), "head.bias"),
-    ("weights.head.bias", torch.zeros(1).expand(10), "head.bias"),
-    ("weights.head.bias", torch.zeros(10).to_sparse(), "head.bias"),
-    ("weights.head.bias", torch.zeros(10, device="meta"), "head.bias"),
-    ("weights.head.bias", [0.0] * 10, "'weights'"),
-    ("averaged", GONE, "lacks 'averaged'"),
-    ("averaged", {}, "averaged weights"),
-    ("averaged.head", torch.zeros(10), "unknown 'head'"),
-    ("epoch", 2, "'epoch'"),
-    ("epoch", "1", "'epoch'"),
-    ("history", [], "'epoch'"),
-    ("history.0.train_loss", math.nan, "'train_loss'"),
-    ("history.0.train_loss", GONE, "'train_loss'"),
-    ("history.0.epoch", 7, "calls itself 7"),
-    ("history.0.validation_loss", None, "validation figures"),
-    ("history.0.seconds", 0.0, "no time"),
-    ("partial.losses", torch.zeros(4), "one loss for each step"),
-    ("partial.losses", torch.zeros(1).expand(10**13), "'losses'"),
-    ("partial.correct", None, "'correct'"),
-    ("seconds.total", GONE, "'total'"),
-    ("classes", ["cat"], "'classes'"),
-    ("classes", list(range(10)), "entry 0 of 'classes'"),
-    ("mean", [0.3, 0.3], "'mean'"),
-    ("mean", [0.3, 0.3, math.inf], "'mean'"),
-    ("std", [0.3, 0.3, 0.0], "'std'"),
-    ("std", [10**400] * 3, "no checkpoint to use"),
-    ("versions.torch", 2, "'versions'"),
-    ("train_config.epochs", GONE, "'epochs'"),
-    ("train_config.epochs", 0, "epochs must be"),
-    ("train_config.dataset", "imagenet", "'dataset'"),
-    ("train_config.speed", 1, "'speed'"),
-    ("partial.steps", -1, "one loss for each step"),
-    ("optimizers", [], "optimizers"),
-    ("optimizers.0", {}, "AdamW lacks 0"),
-    ("optimizers.0.1.exp_avg", torch.zeros(3), "'exp_avg' of AdamW"),
-    ("optimizers.0.1.exp_avg", GONE, "'exp_avg'"),
-    ("optimizers.1.0.momentum_buffer", torch.tensor(math.nan), "optimizers"),
+    ("format", True, "src/trainer.py did not write it"),
+    ("format", GONE, "src/trainer.py did not write it"),
+    ("weights", GONE, "Checkpoint lacks the field 'weights'"),
+    ("surprise", 1, "Checkpoint has no field 'surprise'"),
+    ("recipe", ["demo"], "recipe must be str, not a list"),
+    ("model", [], "ViTConfig must be a dict"),
+    ("model.width", 32, "size mismatch"),
+    ("model.width", "16", "width must be int, not '16'"),
+    ("model.width", 10**30, "damaged"),
+    ("model.depth", 10**9, "depth is 1000000000"),
+    ("model.color", "red", "ViTConfig has no field 'color'"),
+    ("model.pooling", "max", "pooling must be 'class' or 'mean'"),
+    ("model.dropout", math.nan, "dropout must be a finite number"),
+    ("model.image_size", (32, 32, 32), "image_size must be"),
+    ("model.image_size", (2**20, 2**20), "1048576 x 1048576"),
+    ("weights.head.bias", GONE, 'Missing key(s) in state_dict: "head.bias"'),
+    ("weights.head.extra", torch.zeros(1), 'Unexpected key(s) in state_dict: "head.extra"'),
+    ("weights.head.bias", torch.zeros(11), "size mismatch for head.bias"),
+    ("weights.head.bias", torch.zeros(10).double(), "head.bias is of torch.float64"),
+    ("weights.head.bias", torch.full((10,), math.inf), "weights must be"),
+    ("weights.head.bias", torch.zeros(1).expand(10), "weights must be"),
+    ("weights.head.bias", torch.zeros(10).to_sparse(), "weights must be"),
+    ("weights.head.bias", torch.zeros(10, device="meta"), "weights must be"),
+    ("weights.head.bias", [0.0] * 10, "weights must be"),
+    ("averaged", GONE, "averaging is 0.9, but its averaged weights disagree"),
+    ("averaged", {}, "averaging is 0.9, but its averaged weights disagree"),
+    ("averaged.head", torch.zeros(10), 'Unexpected key(s) in state_dict: "head"'),
+    ("history", {}, "history must be"),
+    ("history.0.epoch", 7, "history must have a row for each epoch"),
+    ("history.0.train_loss", math.nan, "train_loss must be a finite number"),
+    ("history.0.train_loss", GONE, "EpochRecord lacks the field 'train_loss'"),
+    ("history.0.seconds", 0.0, "seconds must be in (0, inf)"),
+    ("partial.losses", torch.zeros(4), "partial must have one loss for each step"),
+    ("partial.losses", torch.zeros(1).expand(10**13), "losses must be"),
+    ("partial.steps", -1, "steps must be in [1, inf), not -1"),
+    ("partial", {"steps": 6, "losses": torch.ones(6), "correct": 9, "seconds": 1.0}, "step 6 of 5"),
+    ("partial.correct", None, "correct must be int, not None"),
+    ("total_seconds", "long", "total_seconds must be a finite number"),
+    ("classes", ["cat"], "1 names, but the model has 10 classes"),
+    ("classes", list(range(10)), "classes must be"),
+    ("classes", [f"class {n}" for n in range(10)], "'disc' instead of 'class 0'"),
+    ("preprocessing.mean", (0.3, 0.3), "std must be 2 positive numbers"),
+    ("preprocessing.mean", (0.3, 0.3, math.inf), "mean must be"),
+    ("preprocessing.std", (0.3, 0.3, 0.0), "std must be 3 positive numbers"),
+    ("preprocessing.std", (10**400,) * 3, "std must be"),
+    ("preprocessing.size", (16, 16), "preprocessing is not that of 3 x 32 x 32 pixels"),
+    ("versions.torch", 2, "versions must be"),
+    ("training.epochs", 0, "epochs must be in [1, inf), not 0"),
+    ("training.speed", 1, "TrainConfig has no field 'speed'"),
+    ("optimizers", [], "without its optimizers"),
+    ("optimizers", [{}], "optimizers has 1 entries, not 2"),
+    ("optimizers.0", {}, "the state of AdamW is not that of"),
+    ("optimizers.0.1.exp_avg", torch.zeros(3), "'exp_avg' of AdamW is not that of weight 1"),
+    ("optimizers.0.1.exp_avg", GONE, "'exp_avg' of AdamW is not that of weight 1"),
+    ("optimizers.0.1.speed", torch.zeros(3), "'speed' of AdamW is not that of weight 1"),
+    ("optimizers.1.0.momentum_buffer", torch.tensor(math.nan), "optimizers must be"),
 ]
 
 
@@ -228,13 +215,13 @@ def half_way(tmp_path_factory):
     start = small.start(flags, folder)
     assert small.finished(start) == 0
     whole = torch.load(folder / "a/last.pt", weights_only=True)
-    whole |= {"epoch": 1, "history": whole["history"][:1]}
+    whole["history"] = whole["history"][:1]
     whole["partial"] = {"steps": 3, "losses": torch.ones(3), "correct": 9, "seconds": 1.0}
     torch.save(whole, folder / "a/last.pt")
     return folder / "a/last.pt"
 
 
-@pytest.mark.parametrize(("place", "value", "named"), LIES)
+@pytest.mark.parametrize(("place", "value", "named"), LIES, ids=lambda value: f"{value!s:.40}")
 def test_a_checkpoint_that_lies_is_refused_in_one_line(
     train, half_way, tmp_path, capsys, place, value, named
 ):
@@ -252,11 +239,121 @@ def test_a_checkpoint_that_lies_is_refused_in_one_line(
     torch.save(content, path)
     assert train(f"--resume {path}") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert str(path) in line and named in line and len(line) < 500
+    data_only = "instead of" in named  # the line is about the data set
+    assert named in line and (data_only or str(path) in line) and len(line) < 500
 
 
-def test_the_checkpoint_the_lies_are_put_into_is_a_good_one(train, half_way):
-    assert train(f"--resume {half_way}") == 0
+def resumed(train, content, folder):
+    """The folder of a run that resumes from the content of a checkpoint."""
+    folder.mkdir()
+    torch.save(content, folder / "last.pt")
+    assert train(f"--resume {folder}") == 0
+    return folder
+
+
+def test_fields_that_a_file_lacks_have_their_defaults(train, half_way, tmp_path):
+    """It is also shown that the checkpoint the lies are put into is a good one."""
+    content = torch.load(half_way, weights_only=True)
+    whole = resumed(train, content, tmp_path / "whole")
+    for fields, name in ((content, "total_seconds"), (content["training"], "erase")):
+        del fields[name]
+    del content["model"]["drop_path"]
+    loaded = load_checkpoint(save(content, tmp_path / "lacking.pt"))
+    assert (loaded.total_seconds, loaded.training.erase, loaded.model.drop_path) == (0.0, 0.0, 0.0)
+    assert small.differing(whole, resumed(train, content, tmp_path / "lacking")) == 0
+
+
+def save(content, path):
+    torch.save(content, path)
+    return path
+
+
+# ---------------------------------------------------------------------------- older formats
+
+OLD_NAMES = {
+    r"^embed\.proj\.": "embed.projection.",
+    r"^embed\.cls_token$": "embed.class_token",
+    r"^embed\.pos_embed$": "embed.positions",
+    r"\.attn\.qkv\.": ".attention.qkv.",
+    r"\.attn\.proj\.": ".attention.output.",
+    r"\.mlp\.fc1\.": ".mlp.expand.",
+    r"\.mlp\.fc2\.": ".mlp.contract.",
+}
+
+
+def in_format_3(new):
+    """The content of a checkpoint as code from before format 4 wrote it."""
+
+    def renamed(weights):
+        old = {}
+        for name, weight in (weights or {}).items():
+            for pattern, replacement in OLD_NAMES.items():
+                name = re.sub(pattern, replacement, name)
+            old[name] = weight
+        return old
+
+    training = dict(new["training"])
+    training["initialisation"] = training.pop("initialization")
+    training["colour"] = training.pop("color")
+    return {
+        "format": 3,
+        "model_config": new["model"],
+        "train_config": training,
+        "recipe": new["recipe"],
+        "weights": renamed(new["weights"]),
+        "averaged": renamed(new["averaged"]),
+        "optimizers": new["optimizers"] or [],
+        "epoch": len(new["history"]),
+        "partial": new["partial"] or {},
+        "history": new["history"],
+        "seconds": {"compile": new["compile_seconds"], "total": new["total_seconds"]},
+        "classes": new["classes"],
+        "mean": list(new["preprocessing"]["mean"]),
+        "std": list(new["preprocessing"]["std"]),
+        "versions": new["versions"],
+    }
+
+
+@pytest.mark.parametrize("flags", [None, "--optimizer adamw --patch-dropout 0.5"])
+def test_a_run_of_format_3_resumes_to_the_same_end(train, half_way, tmp_path, flags):
+    """From within an epoch, with averages and both optimizers, or between epochs without."""
+    path = half_way
+    if flags:
+        options = "--pooling class --positions learned --color 0.1 --initialization mimetic"
+        assert train(f"--name start --epochs 1 {flags} {options}") == 0
+        path = tmp_path / "start/last.pt"
+    new = torch.load(path, weights_only=True)
+    new["training"]["epochs"] = 2
+    old = in_format_3(new)
+    assert not old["weights"].keys() & {name for name in new["weights"] if "attn" in name}
+    ends = [resumed(train, each, tmp_path / name) for name, each in (("new", new), ("old", old))]
+    assert small.differing(*ends) == 0
+    assert load_checkpoint(tmp_path / "old/last.pt").training.color == (0.1 if flags else 0.0)
+
+
+@pytest.mark.parametrize("name", ["mean", "seconds", "weights", "model_config"])
+def test_a_damaged_file_of_format_3_is_refused_in_one_line(half_way, tmp_path, name):
+    old = in_format_3(torch.load(half_way, weights_only=True))
+    for content in ({k: v for k, v in old.items() if k != name}, old | {name: 7}):
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(save(content, tmp_path / "old.pt"))
+        assert str(tmp_path / "old.pt") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_committed_model_is_of_format_3_and_loads_with_todays_names():
+    path = ROOT / "checkpoints/vit_cifar10.pt"
+    assert torch.load(path, weights_only=True)["format"] == 3
+    model, checkpoint = load_model(path)
+    names = set(model.state_dict())
+    assert names == set(checkpoint.weights)
+    assert {"embed.proj.weight", "blocks.5.attn.proj.bias", "blocks.0.mlp.fc2.weight"} <= names
+    assert checkpoint.training.initialization == "mimetic" and checkpoint.training.color == 0.0
+    assert checkpoint.classes[3] == "cat" and checkpoint.preprocessing.size == (32, 32)
+    assert checkpoint.history[-1].epoch == 46 and checkpoint.optimizers is None
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+# ---------------------------------------------------------------------------- damage
 
 
 def flipped(content, chance, places):
@@ -283,7 +380,7 @@ def parts_of_archive(path):
 
 
 def tensors_of(checkpoint):
-    return [checkpoint["weights"], checkpoint["averaged"], *small.flat(checkpoint["optimizers"])]
+    return [checkpoint.weights, checkpoint.averaged, *small.flat(checkpoint.optimizers)]
 
 
 def fuzz(half_way, tmp_path, each, seed):
@@ -299,14 +396,14 @@ def fuzz(half_way, tmp_path, each, seed):
     for places in parts.values():
         damaged += [flipped(content, chance, places) for _ in range(each)]
     pickled = content[parts["pickle"].start : parts["pickle"].stop]
-    good = dict(utils.load_checkpoint(half_way))
+    good = load_checkpoint(half_way)
     refused = unharmed = 0
     for number in range(len(damaged) + each):
         if number < len(damaged):
             path.write_bytes(damaged[number])
         else:  # a pickle with bits changed and its checksum right: only the content tells
             path.write_bytes(content)
-            repack(path, pickled=flipped(pickled, chance, range(len(pickled))))
+            repack(path, flipped(pickled, chance, range(len(pickled))))
         try:
             _, loaded = load_model(path)
         except CheckpointError as error:
@@ -347,10 +444,23 @@ def test_a_failed_save_keeps_the_last_good_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_checkpoint_of_another_make_is_not_written(tmp_path):
-    with pytest.raises(AssertionError):
-        utils.save_checkpoint(tmp_path / "x.pt", weights={})
-    assert not list(tmp_path.iterdir())
+def test_the_commit_of_the_code_has_a_mark_where_files_have_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(utils, "ROOT", tmp_path)
+    assert utils.code_commit() is None
+
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/ViT.py").write_text("committed")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    commit = utils.code_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "src/ViT.py").write_text("changed")
+    assert utils.code_commit() == commit + "+"
 
 
 def test_generators_depend_on_their_key_and_on_nothing_else():
@@ -360,8 +470,3 @@ def test_generators_depend_on_their_key_and_on_nothing_else():
     for key in keys:
         assert draws[key] == torch.rand(4, generator=generator_for(*key)).tolist()
     assert len({tuple(draw) for draw in draws.values()}) == len(keys)
-
-
-@pytest.mark.parametrize(("text", "size"), [("32", (32, 32)), ("32x48", (32, 48))])
-def test_an_image_size_is_one_number_or_two(text, size):
-    assert utils._height_and_width(text) == size

@@ -1,6 +1,5 @@
-"""visualization/vis.py: what it draws and says, and how it refuses what cannot be drawn."""
+"""visualization/vis.py: what it draws and prints, and the errors for what cannot be drawn."""
 
-import argparse
 import base64
 import dataclasses
 import hashlib
@@ -17,7 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+import augment
 import catalogue
+import cli
 import data
 import explain
 import small
@@ -26,7 +27,7 @@ import utils
 import vis
 from recipes import TrainConfig
 from small import ROOT
-from ViT import ViT, ViTConfig
+from ViT import Trace, ViT, ViTConfig
 
 STEPS = {
     "overview",
@@ -45,6 +46,7 @@ KINDS = {
     "image": {"patches", "attention", "attention-of-patch", "explanations", "logit-lens"},
     "model": {"filters", "positions"},
     "data": {
+        "augmentation",
         "attention-examples",
         "attention-distance",
         "attention-entropy",
@@ -64,39 +66,67 @@ def draw(monkeypatch, tmp_path, small_shapes):
     Where no test has trained one, it is of an untrained model, in its shape like `train`'s.
     """
     monkeypatch.setattr(catalogue, "load_dataset", small.load_small)
+    monkeypatch.setattr(sys, "argv", ["visualization/vis.py"])
     checkpoint = tmp_path / "run/last.pt"
 
     def run(flags):
         if not checkpoint.exists():
             write_checkpoint(checkpoint, small_shapes)
         paths = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
-        return vis.main([*paths, "--dpi", "40", *flags.split()])
+        return cli.status_of(vis.main, [*paths, "--dpi", "40", *flags.split()])
 
     yield run
     plt.close("all")
 
 
-def write_checkpoint(path, dataset, validation_images=50, **options):
+def write_checkpoint(path, dataset, training=None, **options):
+    """A checkpoint of an untrained model for a data set, of 50 held-out images by default."""
     torch.manual_seed(0)
-    model = ViT(ViTConfig(**{"patch_size": 8, "width": 16, "depth": 2, "heads": 2} | options))
+    size, channels = dataset.preprocessing.size, dataset.preprocessing.channels
+    small_size = {"patch_size": 8, "width": 16, "depth": 2, "heads": 2}
+    config = ViTConfig(image_size=size, channels=channels, **small_size | options)
+    model = ViT(config)
     torch.nn.init.normal_(model.head.weight)
-    config = TrainConfig(dataset="shapes", validation_images=validation_images)
-    utils.save_checkpoint(
-        path,
-        model_config=dataclasses.asdict(model.config),
-        train_config=dataclasses.asdict(config),
+    training = {"dataset": "shapes", "validation_images": 50} | (training or {})
+    checkpoint = utils.Checkpoint(
         recipe="demo",
-        weights=dict(model.state_dict()),
-        averaged={},
-        optimizers=[],
-        epoch=0,
-        partial={},
-        history=[],
-        seconds={"compile": 0.0, "total": 0.0},
+        model=config,
+        training=TrainConfig(**training),
+        preprocessing=dataset.preprocessing,
         classes=list(dataset.classes),
-        mean=list(dataset.mean),
-        std=list(dataset.std),
+        weights=dict(model.state_dict()),
+        history=[],
+        versions=utils.versions(),
     )
+    utils.save_checkpoint(path, checkpoint)
+
+
+def cropped(dataset, rows, columns, channels=3):
+    """The same data set with a part of each image."""
+
+    def part(split):
+        images, labels = whole(split)
+        return data.Split(images[:, :channels, rows, columns], labels)
+
+    size = (rows.stop - rows.start, columns.stop - columns.start)
+    return dataclasses.replace(
+        dataset,
+        preprocessing=data.Preprocessing(size=size, mean=(0.3,) * channels, std=(0.2,) * channels),
+        train=part(dataset.train),
+        validation=part(dataset.validation),
+    )
+
+
+def whole(split):
+    """All images (n, C, H, W) and labels (n,) of a split."""
+    return split.take(torch.arange(len(split)))
+
+
+def traced(model, checkpoint, images):
+    """Logits of uint8 images, and the trace."""
+    trace = Trace()
+    with torch.no_grad():
+        return model(checkpoint.preprocessing.normalize(images), trace=trace), trace
 
 
 def manifest(tmp_path) -> dict:
@@ -104,7 +134,7 @@ def manifest(tmp_path) -> dict:
 
 
 @pytest.mark.parametrize("training", ["--pooling class --positions learned", "--pooling mean"])
-def test_all_draws_every_figure_and_the_manifest_tells_them(
+def test_all_draws_every_figure_and_the_manifest_lists_them(
     train, draw, tmp_path, training, capsys
 ):
     assert train(f"--name run --epochs 1 {training}") == 0
@@ -112,16 +142,16 @@ def test_all_draws_every_figure_and_the_manifest_tells_them(
     names = {f"image/validation-3/{name}" for name in KINDS["image"]}
     names |= {f"steps/validation-3/{name}" for name in STEPS}
     names |= {f"{group}/{name}" for group in ("model", "data", "run") for name in KINDS[group]}
-    told = manifest(tmp_path)
-    assert told["figures"].keys() == names | {"explorer"} and told["not_applicable"] == {}
+    written = manifest(tmp_path)
+    assert written["figures"].keys() == names | {"explorer"} and written["not_applicable"] == {}
     for name in names:
         with Image.open(tmp_path / f"out/{name}.png") as image:
             assert len(image.convert("L").getcolors()) > 5, name
         assert (tmp_path / f"out/{name}.npz").exists()
     checkpoint = tmp_path / "run/last.pt"
-    assert told["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    assert told["arguments"]["index"] == [3] and told["arguments"]["save_data"] is True
-    assert told["arguments"]["data_dir"] == "data" and told["checkpoint"] == str(checkpoint)
+    assert written["checkpoint_sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    assert written["arguments"]["index"] == [3] and written["arguments"]["save_data"] is True
+    assert written["arguments"]["data_dir"] == "data" and written["checkpoint"] == str(checkpoint)
     assert f"{len(names) + 1} figures in {tmp_path / 'out'}" in capsys.readouterr().out
 
 
@@ -134,44 +164,42 @@ def test_saved_arrays_are_what_the_functions_give(train, draw, tmp_path, small_s
     assert train("--name run --epochs 1 --pooling class --positions learned") == 0
     assert draw("--index 3 --save-data") == 0
     model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
-    split = small_shapes.validation
-    image = data.normalise(split.images[3:4], checkpoint["mean"], checkpoint["std"])
-    with torch.no_grad():
-        trace = model.trace(image)
-        logits = model(data.normalise(split.images, checkpoint["mean"], checkpoint["std"]))
+    images, labels = whole(small_shapes.validation)
+    logits, trace = traced(model, checkpoint, images)
 
     saved = load(tmp_path, "image/validation-3/attention")["attention"]
-    expected = torch.stack([A[0, :, 0, 1:] for A in trace.attention]).unflatten(-1, (4, 4))
+    expected = torch.stack([A[3, :, 0, 1:] for A in trace.attention]).unflatten(-1, (4, 4))
     np.testing.assert_allclose(saved, expected, atol=1e-6)
     saved = load(tmp_path, "image/validation-3/attention-of-patch")["attention"]
     middle = 1 + 2 * 4 + 2  # row 3, column 3 of 4
-    expected = torch.stack([A[0, :, middle, 1:] for A in trace.attention]).unflatten(-1, (4, 4))
+    expected = torch.stack([A[3, :, middle, 1:] for A in trace.attention]).unflatten(-1, (4, 4))
     np.testing.assert_allclose(saved, expected, atol=1e-6)
 
-    order = trace.logits[0].argsort(descending=True)[:2].tolist()
-    expected = explain.explanations(model, image[0], order)
+    order = logits[3].argsort(descending=True)[:2].tolist()
+    image = checkpoint.preprocessing.normalize(images[3:4])[0]
+    expected = explain.explanations(model, image, order)
     saved = load(tmp_path, "image/validation-3/explanations")
     assert saved.keys() == {"attention", "rollout", "gradient_rollout", "relevance"}
     for method, values in expected.items():
         np.testing.assert_allclose(saved[method.replace(" ", "_")], values, atol=1e-5)
 
     counts = load(tmp_path, "run/confusion")["counts"]
-    accuracy = (logits.argmax(dim=1) == split.labels).double().mean().item()
-    told = manifest(tmp_path)["figures"]
+    accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
+    entries = manifest(tmp_path)["figures"]
     assert counts.trace() / counts.sum() == pytest.approx(accuracy)
-    assert told["run/confusion"]["accuracy"] == pytest.approx(accuracy)
-    assert accuracy == pytest.approx(checkpoint["history"][-1]["validation_accuracy"], abs=1e-9)
+    assert entries["run/confusion"]["accuracy"] == pytest.approx(accuracy)
+    assert accuracy == pytest.approx(checkpoint.history[-1].validation_accuracy, abs=1e-9)
     saved = load(tmp_path, "data/attention-distance")["distance"]
     assert saved.shape == (2, 2)
-    assert told["data/attention-distance"]["mean px"] == pytest.approx(saved.mean())
+    assert entries["data/attention-distance"]["mean px"] == pytest.approx(saved.mean())
 
 
 def test_the_probe_does_not_depend_on_its_batches_but_on_the_seed(draw, tmp_path, monkeypatch):
     assert draw("model") == 0  # writes the checkpoint
 
     def probe(seed):
-        arguments = argparse.Namespace(seed=seed, split="validation", data_dir=None)
-        return catalogue.Model(tmp_path / "run/last.pt", torch.device("cpu"), arguments).probe
+        options = catalogue.Options(seed=seed)
+        return catalogue.Model(tmp_path / "run/last.pt", torch.device("cpu"), options).probe
 
     monkeypatch.setattr(catalogue, "PROBE_IMAGES", 20)
     whole = probe(0)
@@ -207,28 +235,62 @@ def test_layers_and_heads_can_be_chosen(draw, tmp_path, monkeypatch, flags, shap
         np.testing.assert_array_equal(chosen[0, 0], everything[0].max(axis=0))
 
 
+def test_augmentation_has_a_row_for_each_operation_of_the_recipe(
+    draw, tmp_path, small_shapes, monkeypatch
+):
+    monkeypatch.setattr(
+        vis,
+        "OF_THE_MODEL",
+        {"data": {"augmentation": catalogue.OF_THE_MODEL["data"]["augmentation"]}},
+    )
+    used = {"crop_padding": 2, "erase": 1.0, "mixup": 0.8}
+    write_checkpoint(tmp_path / "run/last.pt", small_shapes, used)
+    assert draw("data --save-data --seed 3") == 0
+    saved = {k: torch.from_numpy(v) for k, v in load(tmp_path, "data/augmentation").items()}
+    operations = ["random_flip", "random_crop", "random_erasing", "Mixup"]
+    assert list(saved) == ["original", *operations, "whole_recipe"]
+
+    def generator():
+        return utils.generator_for(3)
+
+    images = saved["original"]
+    flipped = augment.random_flip(images, generator())
+    assert torch.equal(saved["random_flip"], flipped) and not torch.equal(flipped, images)
+    assert torch.equal(saved["random_crop"], augment.random_crop(images, 2, generator()))
+    assert torch.equal(saved["random_erasing"], augment.random_erase(images, 1.0, generator()))
+    recipe, coins = TrainConfig(**used), torch.zeros(8, dtype=torch.bool)
+    expected, _ = augment.augment(images, torch.eye(10)[:8], recipe, 3, coins, 0)
+    assert torch.equal(saved["whole_recipe"], expected)
+
+    write_checkpoint(tmp_path / "run/last.pt", small_shapes, {"flip": "off", "crop_padding": 0})
+    assert draw("data") == 0
+    assert manifest(tmp_path)["not_applicable"] == {
+        "data/augmentation": "the recipe uses no augmentation"
+    }
+
+
 @pytest.mark.parametrize("target", ["pred", "label", "star"])
-def test_the_target_comes_first_and_then_the_likeliest_other_class(
+def test_the_target_comes_first_and_then_the_most_probable_other_class(
     draw, tmp_path, target, small_shapes
 ):
     assert draw(f"image --index 0 --query cls --target {target}") == 0
     model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
-    split = small_shapes.validation
-    order = model(data.normalise(split.images[:1], checkpoint["mean"], checkpoint["std"]))[0]
-    order = [checkpoint["classes"][k] for k in order.argsort(descending=True)]
-    label = checkpoint["classes"][split.labels[0]]
+    images, labels = small_shapes.validation.take(torch.arange(1))
+    logits, _ = traced(model, checkpoint, images)
+    order = [checkpoint.classes[k] for k in logits[0].argsort(descending=True)]
+    label = checkpoint.classes[labels[0]]
     first = {"pred": order[0], "label": label, "star": "star"}[target]
     second = next(name for name in order if name != first)
-    told = manifest(tmp_path)["figures"]
-    assert told["image/validation-0/explanations"]["targets"] == [first, second]
-    # The classifier's attention was asked for, so no patch's is drawn.
-    assert told.keys() == {
+    entries = manifest(tmp_path)["figures"]
+    assert entries["image/validation-0/explanations"]["targets"] == [first, second]
+    # The query is the classifier, so no patch's attention is drawn.
+    assert entries.keys() == {
         f"image/validation-0/{name}" for name in KINDS["image"] - {"attention-of-patch"}
     }
 
 
 def test_without_held_out_images_the_test_images_are_shown(
-    draw, tmp_path, small_shapes, monkeypatch
+    draw, tmp_path, small_shapes, monkeypatch, capsys
 ):
     monkeypatch.setattr(
         vis, "OF_THE_MODEL", {"run": {"confusion": catalogue.OF_THE_MODEL["run"]["confusion"]}}
@@ -237,20 +299,25 @@ def test_without_held_out_images_the_test_images_are_shown(
     assert manifest(tmp_path)["split"] == "validation"
     assert draw("run --split test --save-data") == 0
     assert load(tmp_path, "run/confusion")["counts"].sum() == 60
-    write_checkpoint(tmp_path / "run/last.pt", small_shapes, validation_images=0)
+    write_checkpoint(tmp_path / "run/last.pt", small_shapes, {"validation_images": 0})
     assert draw("run") == 0
     assert manifest(tmp_path)["split"] == "test"
+    neither = dataclasses.replace(small_shapes, validation=None, test=None)
+    monkeypatch.setattr(catalogue, "load_dataset", lambda *_, **__: neither)
+    capsys.readouterr()
+    assert draw("run") == 2
+    assert capsys.readouterr().err == "vis.py: shapes has no validation images\n"
 
 
-def test_a_perfect_model_has_no_mistakes_to_show(draw, tmp_path, monkeypatch, capsys):
+def test_a_perfect_model_has_no_mistakes(draw, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         catalogue,
         "predict",
-        lambda model, split, dataset: 9.0 * torch.nn.functional.one_hot(split.labels, 10),
+        lambda model, split, preprocessing: 9.0 * torch.nn.functional.one_hot(split.labels, 10),
     )
     assert draw("run") == 0
     assert "run/mistakes" in manifest(tmp_path)["not_applicable"]
-    assert "not applicable: run/mistakes: the model makes no mistake" in capsys.readouterr().out
+    assert "not applicable: run/mistakes: the model makes no mistakes" in capsys.readouterr().out
     assert manifest(tmp_path)["figures"]["run/confusion"]["accuracy"] == 1
 
 
@@ -258,20 +325,20 @@ def no_data(*_, **__):
     raise data.DataError("no CIFAR-10 in data")
 
 
-def test_with_only_a_checkpoint_what_needs_no_data_is_drawn(draw, tmp_path, monkeypatch, capsys):
+def test_without_the_data_set_what_needs_none_is_drawn(draw, tmp_path, monkeypatch, capsys):
     assert draw("model") == 0
     monkeypatch.setattr(catalogue, "load_dataset", no_data)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     assert draw(f"--image {tmp_path / 'red.png'}") == 0
-    told = manifest(tmp_path)
-    assert told["figures"].keys() == {
+    written = manifest(tmp_path)
+    assert written["figures"].keys() == {
         *(f"image/red.png/{name}" for name in KINDS["image"]),
         *(f"steps/red.png/{name}" for name in STEPS),
         "explorer",
         *(f"model/{name}" for name in KINDS["model"]),
     }
-    assert told["not_applicable"].pop("run/curves").startswith("the checkpoint holds no history")
-    assert set(told["not_applicable"].values()) == {"no CIFAR-10 in data"}
+    assert written["not_applicable"].pop("run/curves") == "the checkpoint has no training history"
+    assert set(written["not_applicable"].values()) == {"no CIFAR-10 in data"}
     assert draw("") == 0
     assert {"image", "steps", "explorer"} <= manifest(tmp_path)["not_applicable"].keys()
     capsys.readouterr()
@@ -288,32 +355,39 @@ def test_image_files_need_no_data_set(draw, tmp_path, monkeypatch):
 
 
 def test_a_data_set_of_other_images_is_refused(draw, tmp_path, small_shapes, capsys):
-    write_checkpoint(tmp_path / "run/last.pt", small_shapes, image_size=16)
+    smaller = cropped(small_shapes, slice(0, 16), slice(0, 16))
+    write_checkpoint(tmp_path / "run/last.pt", smaller)
     assert draw("data") == 2
-    said = "10 classes of images of 3 x 16 x 16, but shapes has 10 of 3 x 32 x 32"
-    assert said in capsys.readouterr().err
+    expected = "vis.py: shapes has 3 x 32 x 32 pixels, but the model takes 3 x 16 x 16\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_images_are_normalized_as_the_checkpoint_states(draw, tmp_path, small_shapes):
+    other = data.Preprocessing(size=(32, 32), mean=(0.9,) * 3, std=(0.1,) * 3)
+    dataset = dataclasses.replace(small_shapes, preprocessing=other)
+    write_checkpoint(tmp_path / "run/last.pt", dataset)
+    assert draw("steps --index 0 --save-data") == 0
+    patches = load(tmp_path, "steps/validation-0/1-image")["patches"]
+    pixels = whole(small_shapes.validation).images[0] / 255
+    assert patches.mean() == pytest.approx((pixels.mean().item() - 0.9) / 0.1, rel=1e-4)
 
 
 def test_non_square_images_have_a_wide_grid(draw, monkeypatch, tmp_path, small_shapes):
-    split = small_shapes.validation
-    wide = data.Split(split.images[:, :, 8:24, 4:28], split.labels)
-    dataset = dataclasses.replace(small_shapes, validation=wide)
+    dataset = cropped(small_shapes, slice(8, 24), slice(4, 28))
     monkeypatch.setattr(catalogue, "load_dataset", lambda *_, **__: dataset)
-    write_checkpoint(tmp_path / "run/last.pt", dataset, image_size=(16, 24))
+    write_checkpoint(tmp_path / "run/last.pt", dataset)
     assert draw("--index 1 --query 2,3 --save-data") == 0
     assert load(tmp_path, "image/validation-1/attention-of-patch")["attention"].shape[2:] == (2, 3)
     assert load(tmp_path, "data/attention-examples")["rollout"].shape == (50, 2, 3)
-    assert len(manifest(tmp_path)["figures"]) == 4 + 11 + 1 + 2 + 7 + 3
+    assert len(manifest(tmp_path)["figures"]) == 4 + 11 + 1 + 2 + 8 + 3
 
 
 def test_a_single_patch_and_a_single_channel_can_be_drawn(
     draw, monkeypatch, tmp_path, small_shapes
 ):
-    split = small_shapes.validation
-    tiny = data.Split(split.images[:, :1, 8:16, 8:16], split.labels)
-    dataset = dataclasses.replace(small_shapes, mean=(0.3,), std=(0.2,), validation=tiny)
+    dataset = cropped(small_shapes, slice(8, 16), slice(8, 16), channels=1)
     monkeypatch.setattr(catalogue, "load_dataset", lambda *_, **__: dataset)
-    write_checkpoint(tmp_path / "run/last.pt", dataset, image_size=8, channels=1, pooling="mean")
+    write_checkpoint(tmp_path / "run/last.pt", dataset, pooling="mean")
     assert draw("") == 0
     assert set(manifest(tmp_path)["not_applicable"]) == {"data/attention-entropy", "run/curves"}
 
@@ -321,13 +395,13 @@ def test_a_single_patch_and_a_single_channel_can_be_drawn(
 # ---------------------------------------------------------------------------- the ten steps
 
 
-def test_steps_show_the_patch_layer_and_head_that_are_asked_for(draw, tmp_path, small_shapes):
-    """The pictures' arrays against the model's own parts."""
+def test_steps_show_the_chosen_patch_layer_and_head(draw, tmp_path, small_shapes):
+    """The figures' arrays against the model's own parts."""
     write_checkpoint(tmp_path / "run/last.pt", small_shapes)
     assert draw("steps --index 3 --query 2,4 --layer 2 --head 1 --save-data") == 0
     model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
-    pixels = small_shapes.validation.images[3:4]
-    trace = model.trace(data.normalise(pixels, checkpoint["mean"], checkpoint["std"]))
+    pixels, _ = small_shapes.validation.take(torch.tensor([3]))
+    logits, trace = traced(model, checkpoint, pixels)
 
     def saved(name):
         return {
@@ -335,31 +409,28 @@ def test_steps_show_the_patch_layer_and_head_that_are_asked_for(draw, tmp_path, 
             for key, value in load(tmp_path, f"steps/validation-3/{name}").items()
         }
 
-    attention = torch.stack([A[0] for A in trace.attention]).detach()
+    attention = torch.stack([A[0] for A in trace.attention])
     torch.testing.assert_close(saved("7-heads")["attention"], attention)
     torch.testing.assert_close(saved("6-attention")["scores"].softmax(dim=-1), attention[1])
     parts = saved("5-queries")
     block = model.blocks[1]
-    mixed = (attention[1] @ parts["v"]).transpose(0, 1).flatten(1) @ block.attention.output.weight.T
-    z = trace.tokens[1][0] + mixed + block.attention.output.bias
+    mixed = (attention[1] @ parts["v"]).transpose(0, 1).flatten(1) @ block.attn.proj.weight.T
+    z = trace.tokens[1][0] + mixed + block.attn.proj.bias
     hidden = torch.nn.functional.gelu(saved("8-mlp")["hidden"])
+    torch.testing.assert_close((z + block.mlp.fc2(hidden)).detach(), saved("9-blocks")["tokens"][2])
     torch.testing.assert_close(
-        (z + block.mlp.contract(hidden)).detach(), saved("9-blocks")["tokens"][2]
-    )
-    torch.testing.assert_close(
-        saved("3-embedding")["embedded"] + model.embed.positions[0, 1:].detach(),
+        saved("3-embedding")["embedded"] + model.embed.pos_embed[0, 1:].detach(),
         saved("4-positions")["tokens"][0, 1:],
     )
-    torch.testing.assert_close(
-        saved("10-classifier")["lens"][-1], trace.logits[0].softmax(0).detach()
-    )
+    torch.testing.assert_close(saved("10-classifier")["lens"][-1], logits[0].softmax(0))
 
 
 def test_a_scene_points_at_the_chosen_patch(small_shapes):
-    """In a model whose attention is an identity, a patch takes everything from itself."""
+    """Where attention is an identity, all weight of a patch is on itself."""
     model = ViT(ViTConfig(patch_size=8, width=16, depth=2, heads=2)).eval()
-    image = data.normalise(small_shapes.test.images[0], small_shapes.mean, small_shapes.std)
-    picture = small_shapes.test.images[0].permute(1, 2, 0).numpy()
+    pixels, _ = small_shapes.test.take(torch.arange(1))
+    image = small_shapes.preprocessing.normalize(pixels)[0]
+    picture = pixels[0].permute(1, 2, 0).numpy()
     scene = steps.scene_of(model, image, picture, list(small_shapes.classes), patch=(1, 2))
     assert (scene.number, scene.token, scene.block) == (6, 7, 1)
     row = scene.of_patch(torch.eye(17))
@@ -378,20 +449,21 @@ def test_the_explorer_is_one_page_that_holds_every_weight(draw, tmp_path, small_
     page = (tmp_path / "out/explorer.html").read_text()
     assert "@DATA@" not in page and not re.search(r"(src|href)=|https?:", page)
     (text,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page)
-    told = json.loads(text)
-    assert (told["grid"], told["tokens"], told["layers"], told["heads"]) == ([4, 4], 17, 2, 2)
+    content = json.loads(text)
+    sizes = [content[name] for name in ("grid", "tokens", "layers", "heads")]
+    assert sizes == [[4, 4], 17, 2, 2]
     model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
-    pixels = small_shapes.validation.images[4:5]
-    trace = model.trace(data.normalise(pixels, checkpoint["mean"], checkpoint["std"]))
-    image = told["images"][1]
+    pixels, _ = small_shapes.validation.take(torch.tensor([4]))
+    logits, trace = traced(model, checkpoint, pixels)
+    image = content["images"][1]
     weights = np.frombuffer(base64.b64decode(image["attention"]), "<u2") / 65535
-    expected = torch.cat(trace.attention).detach().numpy()
+    expected = torch.cat(trace.attention).numpy()
     np.testing.assert_allclose(weights.reshape(2, 2, 17, 17), expected, atol=1e-5)
     with Image.open(io.BytesIO(base64.b64decode(image["picture"].split(",")[1]))) as picture:
         assert np.array_equal(np.array(picture), pixels[0].permute(1, 2, 0).numpy())
-    likeliest = trace.logits[0].softmax(dim=0).max(dim=0)
-    assert image["classes"][0][0] == small_shapes.classes[likeliest.indices]
-    assert image["classes"][0][1] == pytest.approx(likeliest.values.item())
+    predicted = logits[0].softmax(dim=0).max(dim=0)
+    assert image["classes"][0][0] == small_shapes.classes[predicted.indices]
+    assert image["classes"][0][1] == pytest.approx(predicted.values.item())
 
 
 def test_a_name_cannot_end_the_explorers_script(draw, tmp_path, small_shapes):
@@ -406,52 +478,54 @@ def test_a_name_cannot_end_the_explorers_script(draw, tmp_path, small_shapes):
     assert len(names) == 3
 
 
-# ---------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (
             "image --index 50",
-            "--index 50 is not there; the validation images of Shapes are 0 to 49",
+            "--index 50 is out of range 0 to 49 of the validation images of shapes",
         ),
-        ("image --index -1", "--index -1 is not there"),
+        ("image --index -1", "--index -1 is out of range"),
         ("image --index zero", "'zero' is not numbers such as 0,7"),
-        ("image --layer 3", "--layer 3 is not there"),
-        ("image --layer 0", "has 1 to 2"),
+        ("image --layer 3", "--layer 3 is out of range 1 to 2"),
+        ("image --layer 0", "--layer 0 is out of range"),
         ("image --layer first", "'first' is neither a number nor all"),
-        ("image --head 3", "--head 3 is not there"),
+        ("image --head 3", "--head 3 is out of range 1 to 2"),
         ("image --head most", "'most' is neither a number nor all, mean, max, min"),
-        ("image --query 5,1", "has patch rows 1 to 4 and columns 1 to 4"),
-        ("image --query 0,1", "--query 0,1 is not there"),
+        ("image --query 5,1", "--query 5,1 is out of range 1,1 to 4,4"),
+        ("image --query 0,1", "--query 0,1 is out of range"),
         ("image --query 5", "'5' is neither cls nor a patch such as 3,4"),
-        ("image --target sta", "--target 'sta' is no class; did you mean 'star'? there are disc,"),
-        ("image --image x.png --target label", "true class of an image file is not known"),
-        ("image --image nowhere.png", "nowhere.png is not an image that can be read: No such file"),
+        ("image --target sta", "--target 'sta' is not a class; did you mean 'star'?"),
+        ("image --target zebra", "--target 'zebra' is not a class; choose from disc, ring,"),
+        ("image --image x.png --target label", "--target label needs images of a data set"),
+        ("image --image nowhere.png", "cannot read nowhere.png as an image: No such file"),
         ("image --dir nowhere", "cannot read the folder nowhere: No such file or directory"),
         ("image --index 0 --dir nowhere", "not allowed with"),
         ("faces", "invalid choice: 'faces'"),
-        ("model --dpi 5", "'5' is not a number from 20 to 1200"),
+        ("model --dpi 5", "dpi must be in [20, 1200], not 5"),
+        ("model --seed -1", "seed must be in [0, 1e15], not -1"),
         ("model --format bmp", "invalid choice: 'bmp'"),
-        ("model --device abacus", "--device abacus is not here"),
+        ("model --device abacus", "--device abacus is not available"),
         ("model --show", "--show needs a display"),
         ("model --chekpoint x", "did you mean --checkpoint?"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_one_line(draw, tmp_path, capsys, flags, said):
+def test_what_cannot_be_drawn_is_an_error_of_one_line(draw, tmp_path, capsys, flags, message):
     try:
         status = draw(flags)
     except SystemExit as stop:
         status = stop.code
     error = capsys.readouterr().err
-    assert status == 2 and said in error, error
+    assert status == 2 and message in error, error
     assert error.startswith("vis.py: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["text", "cut off", "other format", "gone"])
-def test_what_is_no_checkpoint_is_refused(draw, tmp_path, capsys, name):
+def test_a_file_that_is_not_a_checkpoint_is_an_error(draw, tmp_path, capsys, name):
     assert draw("model") == 0
     path = tmp_path / "run/last.pt"
     content = path.read_bytes()
@@ -464,7 +538,8 @@ def test_what_is_no_checkpoint_is_refused(draw, tmp_path, capsys, name):
     else:
         path.unlink()
     capsys.readouterr()
-    assert vis.main(["model", "--checkpoint", str(path), "--out", str(tmp_path / "new")]) == 2
+    flags = ["model", "--checkpoint", str(path), "--out", str(tmp_path / "new")]
+    assert cli.status_of(vis.main, flags) == 2
     error = capsys.readouterr().err
     assert str(path) in error and error.count("\n") == 1 and not (tmp_path / "new").exists()
 
@@ -476,9 +551,9 @@ def test_a_folder_that_cannot_be_written_to_is_named(draw, tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_without_a_checkpoint_it_says_how_to_get_one(monkeypatch, tmp_path, capsys):
+def test_the_newest_checkpoint_is_the_default(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(vis, "ROOT", tmp_path)
-    assert vis.main(["model"]) == 2
+    assert cli.status_of(vis.main, ["model"]) == 2
     assert "src/trainer.py --recipe demo" in capsys.readouterr().err
     for age, name in enumerate(("b/last.pt", "a.pt", "c/last.pt")):
         path = tmp_path / "checkpoints" / name

@@ -1,22 +1,22 @@
-"""The catalogue of figures: for each what is computed of the model, how it is drawn and captioned.
+"""The catalogue of figures: what each of them computes, how it is drawn, and its caption.
 
-A function here takes a `Model`, and for the figures of one image a `Subject`, and returns a
-`Picture`; the tables at the end name them all.
+A function takes a `Model`, and for the figures of one image a `Subject`, and returns a `Picture`;
+the tables at the end list them all.
 """
 
-import argparse
 import base64
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -25,25 +25,58 @@ import explain
 import figures
 import steps
 import utils
-from data import DataError, Dataset, Split, batches, load_dataset, normalise
+from augment import augment
+from config import Config, UserError
+from data import Batch, Dataset, Split, load_dataset
+from evaluation import predict
 from run import RUN_FILES, check_fit
-from trainer import predict
-from utils import UsageError
-from ViT import Trace, ViT, patchify
+from utils import EpochRecord
+from ViT import Trace, patchify
 
-PROBE_IMAGES = 128  # whose attention and tokens the data figures are about
+PROBE_IMAGES = 128  # of the figures of many images
 PROBE_BATCH = 32
 SHEET_IMAGES = 8
 MISTAKES = 24
 
 
 class NotApplicable(Exception):
-    """A figure that this model or its data cannot have; the message says why."""
+    """The model or its data cannot have this figure; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Config):
+    """What to draw, and how.
+
+    Layers, heads, patch rows and patch columns count from 1, images of a data set from 0.
+    """
+
+    what: str = "all"  # or a group of figures
+    index: list[int] | None = None  # images of the data set, or
+    image: list[Path] | None = None  # image files, or
+    dir: Path | None = None  # all image files in a folder
+    layer: int | str = "all"
+    head: int | str = "all"  # or "mean", "max" or "min" over the heads
+    query: str | tuple[int, int] | None = None  # "cls" for the classifier, or a patch
+    checkpoint: Annotated[Path | None, "a file, or a run's folder (the newest in checkpoints/)"] = (
+        None
+    )
+    target: Annotated[str, "class to explain: pred, label (the true one) or a name"] = "pred"
+    split: Annotated[
+        Literal["validation", "test"], "images to show; test, if none were held out for validation"
+    ] = "validation"
+    seed: Annotated[int, "of the random choice of images", "[0, 1e15]"] = 0
+    data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
+    device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
+    out: Annotated[Path | None, "where to write (visualization/out/<run>)"] = None
+    format: Annotated[Literal["png", "pdf", "svg"], "of the figures"] = "png"
+    dpi: Annotated[int, "dots per inch", "[20, 1200]"] = 200
+    save_data: Annotated[bool, "also write the arrays of each figure, as .npz"] = False
+    show: Annotated[bool, "also open the figures in windows"] = False
 
 
 @dataclass
 class Picture:
-    """A figure, the arrays it was drawn from, and the numbers worth a line in the manifest."""
+    """A figure, the arrays it shows, and numbers for the manifest."""
 
     figure: Figure
     arrays: dict[str, np.ndarray]
@@ -52,7 +85,7 @@ class Picture:
 
 @dataclass
 class Page:
-    """A page for a browser that needs nothing but itself, and its line in the manifest."""
+    """A self-contained HTML page, and numbers for the manifest."""
 
     html: str
     numbers: dict[str, Any]
@@ -62,14 +95,14 @@ class Page:
 class Subject:
     """One image to explain."""
 
-    name: str  # of its folder
+    name: str  # of its folder of figures
     title: str
-    pixels: Tensor  # (C, H, W) uint8, as the model sees it
-    label: int | None  # its true class, where that is known
+    pixels: Tensor  # (C, H, W) uint8
+    label: int | None  # the true class, where it is known
 
 
 class Probe(NamedTuple):
-    """What the model did with n images of its data set; all on the CPU."""
+    """What the model computes of n images of its data set; all on the CPU."""
 
     pixels: Tensor  # (n, C, H, W) uint8
     labels: Tensor  # (n,)
@@ -77,42 +110,39 @@ class Probe(NamedTuple):
     entropy: Tensor  # (n, L, h)
     rollout: Tensor  # (n, g_h, g_w)
     tokens: Tensor  # (n, L + 1, T, D)
-    read: Tensor  # (n, D), what the head reads
+    pooled: Tensor  # (n, D), the input of the head
     predictions: Tensor  # (n,)
 
 
 class Model:
-    """A checkpoint, and what the figures need of it, computed when it is first asked for."""
+    """A checkpoint, and what the figures need of it, computed on first use."""
 
-    def __init__(self, path: Path, device: torch.device, arguments: argparse.Namespace):
-        self.path, self.device, self.arguments = path, device, arguments
-        self.vit: ViT
+    def __init__(self, path: Path, device: torch.device, options: Options):
+        self.path, self.device, self.options = path, device, options
         self.vit, self.checkpoint = utils.load_model(path, device)
-        self.config = self.vit.config
-        self.classes: list[str] = self.checkpoint["classes"]
+        self.config, self.classes = self.checkpoint.model, self.checkpoint.classes
         self.run = path.resolve().parent.name if path.name in RUN_FILES else path.stem
 
     @cached_property
     def dataset(self) -> Dataset:
-        """Raises DataError where it cannot be had, or is none for this model."""
-        training = self.checkpoint["train_config"]
+        """Raises UserError where it is not available, or does not fit the model."""
+        training = self.checkpoint.training
         dataset = load_dataset(
-            training["dataset"],
-            validation_images=training["validation_images"],
+            training.dataset,
+            validation_images=training.validation_images,
             device=self.device,
-            data_dir=self.arguments.data_dir,
+            data_dir=self.options.data_dir,
         )
-        try:
-            check_fit(self.config, dataset, getattr(dataset, self.split_name))
-        except UsageError as error:
-            raise DataError(f"{self.path}: {error}") from error
+        check_fit(self.checkpoint, dataset)
         return dataset
 
-    @property
+    @cached_property
     def split_name(self) -> str:
-        """The split of the figures: the validation images, unless there are none."""
-        held_out = self.checkpoint["train_config"]["validation_images"]
-        return self.arguments.split if held_out else "test"
+        """The chosen split, or test where there are no validation images; UserError if neither."""
+        for name in (self.options.split, "test"):
+            if getattr(self.dataset, name):
+                return name
+        raise UserError(f"{self.dataset.name} has no {self.options.split} images")
 
     @property
     def split(self) -> Split:
@@ -120,29 +150,37 @@ class Model:
 
     @property
     def of_split(self) -> str:
-        name = {"cifar10": "CIFAR-10", "shapes": "Shapes"}[self.dataset.name]
-        return f"{self.split_name} images of {name}"
+        return f"{self.split_name} images of {self.dataset.name}"
 
-    def normalise(self, images: Tensor) -> Tensor:
-        return normalise(images, self.checkpoint["mean"], self.checkpoint["std"])
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) as the model takes them, on its device."""
+        return self.checkpoint.preprocessing.normalize(images.to(self.device))
+
+    def traced(self, images: Tensor) -> tuple[Tensor, Trace]:
+        """Logits (B, K) of uint8 images (B, C, H, W), and the attention and tokens."""
+        trace = Trace()
+        return self.vit(self.normalize(images), trace=trace), trace
 
     @cached_property
     def probabilities(self) -> Tensor:
         """(n, K), of the whole split."""
-        return predict(self.vit, self.split, self.dataset).softmax(dim=1)
+        return predict(self.vit, self.split, self.checkpoint.preprocessing).softmax(dim=1)
+
+    def sample(self, split: Split, count: int) -> Tensor:
+        """Random rows (count,) of a split, or all of a smaller one; they depend on --seed."""
+        generator = torch.Generator().manual_seed(self.options.seed)
+        return torch.randperm(len(split), generator=generator)[:count].to(self.device)
 
     @cached_property
     def probe(self) -> Probe:
-        generator = torch.Generator().manual_seed(self.arguments.seed)
-        rows = torch.randperm(len(self.split), generator=generator)[:PROBE_IMAGES]
-        images = self.split.take(rows.to(self.device))
-        parts = [self._look_at(batch) for batch in batches(images, PROBE_BATCH)]
+        rows = self.sample(self.split, PROBE_IMAGES).split(PROBE_BATCH)
+        parts = [self._probe_of(batch) for batch in self.split.batches(rows)]
         return Probe(*(torch.cat(fields).cpu() for fields in zip(*parts, strict=True)))
 
     @torch.inference_mode()
-    def _look_at(self, batch: Split) -> Probe:
+    def _probe_of(self, batch: Batch) -> Probe:
         config = self.config
-        trace = self.vit.trace(self.normalise(batch.images))
+        logits, trace = self.traced(batch.images)
         distances = [
             explain.attention_distance(A, config.grid, config.patch_size) for A in trace.attention
         ]
@@ -155,26 +193,26 @@ class Model:
             joint.unflatten(-1, config.grid),
             torch.stack(trace.tokens, dim=1),
             self.vit.norm(self.vit.pool(trace.tokens[-1])),
-            trace.logits.argmax(dim=1),
+            logits.argmax(dim=1),
         )
 
 
 # ---------------------------------------------------------------------------- figures of one image
 
 QUERY_OF_CLASSIFIER = {
-    "class": "the class token",
-    "mean": "the mean over all patches as queries (the model pools by the mean)",
+    "class": "of the class token",
+    "mean": "averaged over all query patches (mean pooling)",
 }
 ATTENTION_CAPTION = (
-    "Attention of {query} to the patches, in each layer and head, after the softmax. "
-    "Blue on the bar: 1/T, all tokens alike. Raw attention says where values were read from, not "
-    "what they were worth to the decision, and it is not specific to a class."
+    "Attention to each patch, {query}, by layer and head, after the softmax. Blue on the bar: "
+    "1/T, uniform attention. Attention shows where values are read from, not what they contribute "
+    "to the decision, and does not depend on a class."
 )
 EXPLANATIONS_CAPTION = (
-    "Attention: last layer, mean over heads, of {query}. Rollout joins the layers. Neither depends "
-    "on the class, so their rows are equal. Gradient rollout and relevance weight attention by the "
-    "gradient of the class' logit: what spoke for it, never against it. None of the four proves a "
-    "cause. Maps smoothed (bicubic)."
+    "Attention: last layer, mean over heads, {query}. Rollout combines all layers. Neither "
+    "depends on the class, so their rows are equal. Gradient rollout and relevance weight "
+    "attention by the gradient of the class logit: evidence for the class, not against it. None of "
+    "the four proves a cause. Maps are smoothed (bicubic)."
 )
 
 
@@ -194,20 +232,18 @@ def draw_patches(model: Model, subject: Subject) -> Picture:
 
 def draw_class_attention(model: Model, subject: Subject) -> Picture:
     query = QUERY_OF_CLASSIFIER[model.config.pooling]
-    rows = [
-        explain.classifier_row(A[0], model.config.pooling) for A in look(model, subject).attention
-    ]
+    _, trace = look(model, subject)
+    rows = [explain.classifier_row(A[0], model.config.pooling) for A in trace.attention]
     return _attention_picture(model, subject, torch.stack(rows), query, None)
 
 
 def draw_patch_attention(model: Model, subject: Subject) -> Picture:
     g_h, g_w = model.config.grid
-    row, column = model.arguments.query or (g_h // 2 + 1, g_w // 2 + 1)  # counted from 1
+    row, column = model.options.query or (g_h // 2 + 1, g_w // 2 + 1)  # counted from 1
     patch = (row - 1) * g_w + column - 1
-    rows = [
-        explain.patch_row(A[0], patch, model.config.pooling) for A in look(model, subject).attention
-    ]
-    query = f"the patch in row {row}, column {column} (outlined)"
+    _, trace = look(model, subject)
+    rows = [explain.patch_row(A[0], patch, model.config.pooling) for A in trace.attention]
+    query = f"of the patch in row {row}, column {column} (outlined)"
     return _attention_picture(model, subject, torch.stack(rows), query, (row - 1, column - 1))
 
 
@@ -218,8 +254,8 @@ def _attention_picture(
     query: str,
     outlined: tuple[int, int] | None,
 ) -> Picture:
-    """The layers and heads that were asked for, as a figure."""
-    layers, heads = model.arguments.layer, model.arguments.head
+    """Attention maps of the chosen layers and heads."""
+    layers, heads = model.options.layer, model.options.head
     names = [str(layer + 1) for layer in range(len(rows))]
     if layers != "all":
         rows, names = rows[layers - 1 : layers], [str(layers)]
@@ -245,9 +281,9 @@ def _attention_picture(
 
 
 def draw_explanations(model: Model, subject: Subject) -> Picture:
-    probabilities = probabilities_of(model, subject)
+    probabilities, _ = look(model, subject)
     targets = target_classes(model, subject, probabilities)
-    image = model.normalise(subject.pixels[None].to(model.device))[0]
+    image = model.normalize(subject.pixels[None])[0]
     maps = explain.explanations(model.vit, image, targets)
     maps = {method: values.cpu().numpy() for method, values in maps.items()}
     figure = figures.explanations(
@@ -262,32 +298,24 @@ def draw_explanations(model: Model, subject: Subject) -> Picture:
 
 
 def draw_logit_lens(model: Model, subject: Subject) -> Picture:
-    tokens = look(model, subject).tokens
-    probabilities = explain.logit_lens(model.vit, tokens)[:, 0].cpu().numpy()
-    figure = figures.logit_lens(
-        to_picture(subject.pixels),
-        probabilities,
-        model.classes,
-        title=describe(model, subject),
-    )
+    _, trace = look(model, subject)
+    probabilities = explain.logit_lens(model.vit, trace.tokens)[:, 0].cpu().numpy()
+    picture, title = to_picture(subject.pixels), describe(model, subject)
+    figure = figures.logit_lens(picture, probabilities, model.classes, title=title)
     return Picture(figure, {"probabilities": probabilities})
 
 
 @torch.no_grad()
-def look(model: Model, subject: Subject) -> Trace:
-    """Logits, attention and tokens of one image, a batch of one."""
-    return model.vit.trace(model.normalise(subject.pixels[None].to(model.device)))
-
-
-def probabilities_of(model: Model, subject: Subject) -> Tensor:
-    """(K,)"""
-    return look(model, subject).logits[0].softmax(dim=0)
+def look(model: Model, subject: Subject) -> tuple[Tensor, Trace]:
+    """Probabilities (K,) of one image; its attention and tokens, as a batch of one."""
+    logits, trace = model.traced(subject.pixels[None])
+    return logits[0].softmax(dim=0), trace
 
 
 def target_classes(model: Model, subject: Subject, probabilities: Tensor) -> list[int]:
-    """The class that --target asks for, and the likeliest other one."""
+    """The class that --target names, and the most probable other one."""
     order = probabilities.argsort(descending=True).tolist()
-    target = model.arguments.target
+    target = model.options.target
     if target == "pred":
         first = order[0]
     else:
@@ -296,31 +324,31 @@ def target_classes(model: Model, subject: Subject, probabilities: Tensor) -> lis
 
 
 def describe(model: Model, subject: Subject) -> str:
-    """The title of an image's figures: which image, prediction, confidence and true class."""
-    probabilities = probabilities_of(model, subject)
+    """The title of an image's figures: the image, its predicted class and its true class."""
+    probabilities, _ = look(model, subject)
     predicted = int(probabilities.argmax())
     text = f"{subject.title}: predicted {model.classes[predicted]} ({probabilities[predicted]:.1%})"
     return text if subject.label is None else f"{text}, true class {model.classes[subject.label]}"
 
 
 def to_picture(pixels: Tensor) -> np.ndarray:
-    """(C, H, W) uint8 to what figures.py takes; channels that are no colours are averaged."""
+    """(C, H, W) uint8 to (H, W, 3), or, unless there are 3 channels, to their mean (H, W)."""
     if len(pixels) == 3:
         return pixels.permute(1, 2, 0).cpu().numpy()
     return pixels.float().mean(dim=0).round().byte().cpu().numpy()
 
 
 def draw_step(model: Model, subject: Subject, name: str) -> Picture:
-    """One of the ten steps of `steps.STEPS`, at the patch, layer and head that were asked for."""
-    asked, step = model.arguments, steps.STEPS[name]
+    """One of `steps.STEPS`, for the chosen patch, layer and head."""
+    options, step = model.options, steps.STEPS[name]
     scene = steps.scene_of(
         model.vit,
-        model.normalise(subject.pixels[None].to(model.device))[0],
+        model.normalize(subject.pixels[None])[0],
         to_picture(subject.pixels),
         model.classes,
-        patch=tuple(n - 1 for n in asked.query) if isinstance(asked.query, tuple) else None,
-        block=asked.layer - 1 if isinstance(asked.layer, int) else None,
-        head=asked.head - 1 if isinstance(asked.head, int) else None,
+        patch=tuple(n - 1 for n in options.query) if isinstance(options.query, tuple) else None,
+        block=options.layer - 1 if isinstance(options.layer, int) else None,
+        head=options.head - 1 if isinstance(options.head, int) else None,
     )
     shown = {name: getattr(scene.walk, name) for name in step.shows}
     arrays = {
@@ -331,17 +359,17 @@ def draw_step(model: Model, subject: Subject, name: str) -> Picture:
 
 
 def draw_explorer(model: Model, subjects: list[Subject]) -> Page:
-    """Every attention weight of some images, to look through with the pointer."""
+    """The interactive attention viewer, with all attention weights of some images."""
     config = model.config
-    colours = matplotlib.colormaps[figures.ATTENTION](np.linspace(0, 1, 256))
+    colors = matplotlib.colormaps[figures.ATTENTION](np.linspace(0, 1, 256))
     content = {
         "about": f"{model.run}: {config.depth} layers, {config.heads} heads, patches of "
-        f"{config.patch_size} x {config.patch_size} pixels.",
+        f"{figures.by(config.patch_size, config.patch_size)} pixels.",
         "grid": config.grid,
         "tokens": config.tokens,
         "layers": config.depth,
         "heads": config.heads,
-        "colours": "".join(matplotlib.colors.to_hex(colour)[1:] for colour in colours),
+        "colors": "".join(matplotlib.colors.to_hex(color)[1:] for color in colors),
         "images": [explored(model, subject) for subject in subjects],
     }
     template = (Path(__file__).parent / "explorer.html").read_text()
@@ -351,18 +379,17 @@ def draw_explorer(model: Model, subjects: list[Subject]) -> Page:
 
 def explored(model: Model, subject: Subject) -> dict[str, Any]:
     """An image as explorer.html reads it; its attention (L, h, T, T) in units of 1/65535."""
-    trace = look(model, subject)
+    probabilities, trace = look(model, subject)
     attention = torch.cat(trace.attention).cpu().double()
     whole = (65535 * attention).round().numpy().astype("<u2")
     png = io.BytesIO()
     Image.fromarray(to_picture(subject.pixels)).save(png, "png")
-    likeliest = trace.logits[0].softmax(dim=0).topk(min(3, len(model.classes)))
-    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    likely = probabilities.argsort(descending=True)[:3]
     return {
         "title": describe(model, subject),
         "picture": "data:image/png;base64," + base64.b64encode(png.getbuffer()).decode(),
         "attention": base64.b64encode(whole.tobytes()).decode(),
-        "classes": [(model.classes[k], share) for k, share in pairs],
+        "classes": [(model.classes[k], float(probabilities[k])) for k in likely],
     }
 
 
@@ -370,23 +397,21 @@ def explored(model: Model, subject: Subject) -> dict[str, Any]:
 
 
 def draw_filters(model: Model) -> Picture:
-    weight = model.vit.embed.projection.weight.detach().cpu()
+    weight = model.vit.embed.proj.weight.detach().cpu()
     components, singular_values = (
         values.numpy() for values in explain.embedding_filters(weight, model.config.channels)
     )
-    figure = figures.filters(
-        components, singular_values, title=f"{model.run}: patch embedding filters"
-    )
+    figure = figures.filters(components, singular_values, title="Patch embedding filters")
     return Picture(figure, {"components": components, "singular_values": singular_values})
 
 
 def draw_positions(model: Model) -> Picture:
-    positions = model.vit.embed.positions[0].detach().cpu()
+    positions = model.vit.embed.pos_embed[0].detach().cpu()
     similarity = explain.position_similarity(positions, model.config.grid).numpy()
-    kind = {"learned": "learned", "sincos": "fixed sine-cosine, not learned"}
+    kind = {"learned": "learned", "sincos": "fixed (sine-cosine)"}
     figure = figures.position_similarity(
         similarity,
-        title=f"{model.run}: similarity of position embeddings",
+        title="Similarity of position embeddings",
         caption=(
             "Each tile: cosine similarity of the position embedding of the patch in that row and "
             f"column with those of all patches. The embeddings are {kind[model.config.positions]}."
@@ -398,32 +423,65 @@ def draw_positions(model: Model) -> Picture:
 # --------------------------------------------------------------------------- figures of many images
 
 
+def draw_augmentation(model: Model) -> Picture:
+    config, train = model.checkpoint.training, model.dataset.train
+    names = {  # of the operations, by the field that turns each on
+        "flip": f"{config.flip} flip",
+        "crop_padding": "random crop",
+        "policy": {"trivial": "TrivialAugment", "rand": "RandAugment"}.get(config.policy),
+        "color": "color",
+        "erase": "random erasing",
+        "mixup": "Mixup",
+        "cutmix": "CutMix",
+    }
+    values = {field: getattr(config, field) for field in names}
+    off = {field: "off" if isinstance(value, str) else 0 for field, value in values.items()}
+    used = [field for field in names if values[field] != off[field]]
+    if not used:
+        raise NotApplicable("the recipe uses no augmentation")
+    recipes = {names[field]: replace(config, **off | {field: values[field]}) for field in used}
+    images, labels = train.take(model.sample(train, SHEET_IMAGES))
+    targets = F.one_hot(labels, len(model.classes)).float()
+    mirrored = torch.arange(len(images), device=model.device) % 2 == 0
+    rows = {"original": images}
+    for name, recipe in (recipes | {"whole recipe": config}).items():
+        rows[name], _ = augment(images, targets, recipe, model.options.seed, mirrored, epoch=0)
+    figure = figures.sheet(
+        {name: list(map(to_picture, row)) for name, row in rows.items()},
+        names=[model.classes[label] for label in labels],
+        title=f"Augmentation of training images of {model.dataset.name}",
+        caption="Each operation alone, with the settings of the recipe, and last all of them.",
+    )
+    arrays = {name.replace(" ", "_"): row.cpu().numpy() for name, row in rows.items()}
+    return Picture(figure, arrays)
+
+
 def draw_distance(model: Model) -> Picture:
     distance = model.probe.distance.mean(dim=0)  # (L, h)
     reach = explain.patch_distances(model.config.grid, model.config.patch_size).mean().item()
     figure = figures.by_layer_and_head(
         distance.numpy(),
         label="mean attention distance (pixels)",
-        title=f"{model.run}: how far heads look",
+        title="Mean attention distance per head",
         caption=(
-            f"{probed(model)}; patches only, rows renormalised. Low: local, like a small "
-            "convolution; at the dashed line or beyond: global."
+            f"{probed(model)}; attention between patches only, renormalized. Low is local, like a "
+            "small convolution; near the dashed line or above it is global."
         ),
-        reference=(reach, "all patches alike"),
+        reference=(reach, "uniform"),
     )
     return Picture(figure, {"distance": distance.numpy()}, {"mean px": distance.mean().item()})
 
 
 def draw_entropy(model: Model) -> Picture:
     if model.config.tokens == 1:
-        raise NotApplicable("a model of one token has nothing to choose between")
+        raise NotApplicable("with a single token, attention has no entropy")
     entropy = model.probe.entropy.mean(dim=0)  # (L, h)
     figure = figures.by_layer_and_head(
         entropy.numpy(),
         label="attention entropy / ln T",
-        title=f"{model.run}: how spread attention is",
-        caption=f"{probed(model)}. 0: each token reads one token. 1: it reads all alike.",
-        reference=(1.0, "all tokens alike"),
+        title="Attention entropy per head",
+        caption=f"{probed(model)}. 0: all weight is on one token. 1: uniform.",
+        reference=(1.0, "uniform"),
     )
     return Picture(figure, {"entropy": entropy.numpy()}, {"mean": entropy.mean().item()})
 
@@ -435,32 +493,31 @@ def draw_norms(model: Model) -> Picture:
     figure = figures.token_norms(
         patches.flatten(1).numpy(),
         norms[:, :, 0].numpy() if has_class_token else None,
-        title=f"{model.run}: token norms, {probed(model)}",
+        title=f"Token norms, {probed(model)}",
     )
     return Picture(figure, {"norms": norms.numpy()})
 
 
 def draw_token_pca(model: Model) -> Picture:
     if model.config.width < 3:
-        raise NotApplicable("three principal components need tokens of at least three numbers")
-    depth, layers = model.config.depth, model.arguments.layer
+        raise NotApplicable("three principal components need a width of at least 3")
+    depth, layers = model.config.depth, model.options.layer
     chosen = {0, *(round(depth * k / 3) for k in (1, 2, 3))} if layers == "all" else {layers}
-    rows, arrays = {}, {}
+    rows, arrays = {"input": sheet_pictures(model)}, {}
     for layer in sorted(chosen):
         patches = model.probe.tokens[:, layer, -model.config.patches :]  # (n, N, D)
-        colours = explain.tokens_as_colours(patches).unflatten(1, model.config.grid).numpy()
-        arrays[f"layer_{layer}"] = colours
-        rows[f"layer {layer}" if layer else "embedding"] = list(colours[:SHEET_IMAGES])
-    figure = figures.sheet_of_maps(
-        sheet_pictures(model),
+        colors = explain.tokens_as_colors(patches).unflatten(1, model.config.grid).numpy()
+        arrays[f"layer_{layer}"] = colors
+        rows[f"layer {layer}" if layer else "embedding"] = list(colors[:SHEET_IMAGES])
+    figure = figures.sheet(
         rows,
         names=sheet_names(model),
-        title=f"{model.run}: patch tokens by their first three principal components",
+        title="Patch tokens as colors",
         caption=(
-            f"Red, green, blue: components 1 to 3 of the patch tokens of {probed(model)}, a "
-            "separate PCA for each layer, so colours compare along a row, not between rows. "
-            "Alike colours are alike tokens; which colour means nothing. Over each picture the "
-            "prediction."
+            "Red, green and blue are the first three principal components of the patch tokens of "
+            f"{probed(model)}, with a separate PCA for each layer: compare colors within a row, "
+            "not between rows. Similar colors mean similar tokens; the hue itself is arbitrary. "
+            "Above each image: the prediction."
         ),
     )
     return Picture(figure, arrays)
@@ -470,19 +527,18 @@ def draw_attention_examples(model: Model) -> Picture:
     masks = explain.picture_masks(model.probe.rollout, model.config.image_size).numpy()
     pictures = sheet_pictures(model)
     lit = [
-        figures.in_colour(picture) / 255 * mask[..., None]
+        figures.in_color(picture) / 255 * mask[..., None]
         for picture, mask in zip(pictures, masks, strict=False)
     ]
-    figure = figures.sheet_of_maps(
-        pictures,
-        {"rollout": lit},
+    figure = figures.sheet(
+        {"input": pictures, "rollout": lit},
         names=sheet_names(model),
-        title=f"{model.run}: attention from the classifier back to the picture",
+        title="Attention rollout",
         caption=(
-            f"Rollout over all layers, of {QUERY_OF_CLASSIFIER[model.config.pooling]}, as the "
-            "brightness of the picture (the paper's Fig. 6): from its lowest value in each image, "
-            "black, to its highest (bicubic). Over each picture the prediction, in which rollout "
-            "has no part."
+            f"Rollout over all layers, {QUERY_OF_CLASSIFIER[model.config.pooling]}, as the "
+            "brightness of the image (the paper's Fig. 6): from black for its minimum in each "
+            "image to full brightness for its maximum (bicubic). Above each image: the prediction, "
+            "on which rollout does not depend."
         ),
     )
     return Picture(figure, {"rollout": model.probe.rollout.numpy()})
@@ -492,10 +548,10 @@ def draw_cka(model: Model) -> Picture:
     if len(model.probe.labels) < 4:
         raise NotApplicable("the unbiased estimator needs at least four images")
     layers = list(model.probe.tokens.flatten(2).unbind(dim=1))  # L + 1 of (n, T D)
-    cka = explain.layer_similarity(layers).numpy()
+    cka = explain.linear_cka(layers).numpy()
     figure = figures.layer_similarity(
         cka,
-        title=f"{model.run}: similarity of layers",
+        title="Similarity of layers",
         caption=(
             f"Linear CKA (unbiased HSIC) of all tokens after each layer, {probed(model)}; 0 is the "
             "embedding. 1 means equal up to rotation and scale."
@@ -506,8 +562,8 @@ def draw_cka(model: Model) -> Picture:
 
 def draw_class_tokens(model: Model) -> Picture:
     if model.config.width < 2:
-        raise NotApplicable("two principal components need tokens of at least two numbers")
-    _, points, singular_values = explain.principal_components(model.probe.read, 2)
+        raise NotApplicable("two principal components need a width of at least 2")
+    _, points, singular_values = explain.principal_components(model.probe.pooled, 2)
     shares = (singular_values**2 / (singular_values**2).sum())[:2].numpy()
     labels = model.probe.labels.numpy()
     what = {"class": "class tokens", "mean": "mean patch tokens"}[model.config.pooling]
@@ -516,10 +572,10 @@ def draw_class_tokens(model: Model) -> Picture:
         labels,
         model.classes,
         shares,
-        title=f"{model.run}: what the head reads, by true class",
+        title="Input of the head, by true class",
         caption=(
-            f"The final {what} after the last norm, {probed(model)}, in the plane of most "
-            "variance. Classes that overlap here may be apart in the other dimensions."
+            f"The final {what}, normalized, of {probed(model)}, in the plane of most variance. "
+            "Classes that overlap here may be separate in other dimensions."
         ),
     )
     return Picture(figure, {"points": points.numpy(), "labels": labels, "shares": shares})
@@ -541,12 +597,14 @@ def sheet_names(model: Model) -> list[str]:
 
 
 def draw_curves(model: Model) -> Picture:
-    history = model.checkpoint["history"]
+    history = model.checkpoint.history
     if not history:
-        raise NotApplicable("the checkpoint holds no history of its training")
-    names = [name for name, value in history[0].items() if value is not None]
-    arrays = {name: np.array([row[name] for row in history]) for name in names}
-    figure = figures.training_curves(history, title=f"{model.run}: training")
+        raise NotApplicable("the checkpoint has no training history")
+    arrays = {  # nan where an epoch has no value
+        name: np.array([getattr(row, name) for row in history], dtype=float)
+        for name in EpochRecord.fields()
+    }
+    figure = figures.training_curves(history, title="Training")
     return Picture(figure, arrays, {"epochs": len(history)})
 
 
@@ -557,7 +615,7 @@ def draw_confusion(model: Model) -> Picture:
     figure = figures.confusion_matrix(
         counts,
         model.classes,
-        title=f"{model.run}: {accuracy:.2%} of {len(labels):,} {model.of_split}",
+        title=f"Accuracy {accuracy:.2%} on {len(labels):,} {model.of_split}",
     )
     return Picture(figure, {"counts": counts}, {"accuracy": float(accuracy)})
 
@@ -566,14 +624,14 @@ def draw_mistakes(model: Model) -> Picture:
     labels, probabilities = model.split.labels, model.probabilities
     rows = explain.confident_mistakes(probabilities, labels, MISTAKES)
     if not len(rows):
-        raise NotApplicable(f"the model makes no mistake on the {model.of_split}")
+        raise NotApplicable(f"the model makes no mistakes on the {model.of_split}")
     confidence, predictions = probabilities[rows].max(dim=1)
     triples = zip(labels[rows].tolist(), predictions.tolist(), confidence.tolist(), strict=True)
     figure = figures.contact_sheet(
-        [to_picture(image) for image in model.split.images[rows]],
-        [f"{model.classes[t]} taken for\n{model.classes[p]} {c:.1%}" for t, p, c in triples],
-        title=f"{model.run}: most confident mistakes, {len(labels):,} {model.of_split}",
-        caption="Over each picture its true class, then the prediction and its probability.",
+        [to_picture(image) for image in model.split.take(rows).images],
+        [f"{model.classes[t]} as\n{model.classes[p]} {c:.1%}" for t, p, c in triples],
+        title=f"Most confident mistakes on {len(labels):,} {model.of_split}",
+        caption="Above each image: the true class, then the prediction and its probability.",
     )
     arrays = {"rows": rows, "predictions": predictions, "confidence": confidence}
     return Picture(figure, {name: values.cpu().numpy() for name, values in arrays.items()})
@@ -583,13 +641,8 @@ def draw_reliability(model: Model) -> Picture:
     confidence, predictions = model.probabilities.max(dim=1)
     result = explain.calibration(confidence.cpu(), (predictions == model.split.labels).cpu())
     accuracy, mean, counts = (values.numpy() for values in result[:3])
-    figure = figures.reliability(
-        accuracy,
-        mean,
-        counts,
-        error=result.error,
-        title=f"{model.run}: calibration, {model.of_split}",
-    )
+    title = f"Calibration on {model.of_split}"
+    figure = figures.reliability(accuracy, mean, counts, error=result.error, title=title)
     arrays = {"accuracy": accuracy, "confidence": mean, "counts": counts}
     return Picture(figure, arrays, {"ECE": result.error})
 
@@ -609,6 +662,7 @@ STEPS: dict[str, Callable[[Model, Subject], Picture]] = {
 OF_THE_MODEL: dict[str, dict[str, Callable[[Model], Picture]]] = {
     "model": {"filters": draw_filters, "positions": draw_positions},
     "data": {
+        "augmentation": draw_augmentation,
         "attention-examples": draw_attention_examples,
         "attention-distance": draw_distance,
         "attention-entropy": draw_entropy,

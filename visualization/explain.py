@@ -1,14 +1,14 @@
-"""What a Vision Transformer's attention, gradients and tokens say: functions of tensors alone.
+"""The maths of the figures: functions from attention weights, gradients and tokens to tensors.
 
-    A    attention weights of one block, (..., h, T, T): row i is what token i takes from each token
+    A    attention weights of one block, (..., h, T, T): row i weights what token i reads
     z    tokens after one block, (n, T, D), of n images
     N    patches, g_h down times g_w across; T is N + 1 with a class token, which stands first
 
-What `ViT.trace` returns is what these take. Three ways to join the blocks' attention into one map:
+A `Trace` has both, of every block. Three ways to combine the blocks' attention into one map:
 
-    rollout             A of each block, mean over heads, multiplied: where information may flow
-    gradient rollout    the same of max(A * dy_c/dA, 0), what raises class c: class-specific
-    relevance           the same weights added, block by block, to what is there: class-specific
+    rollout             product over the blocks of A, mean over heads: where information can flow
+    gradient rollout    the same of max(A * dy_c/dA, 0), which raises class c: class-specific
+    relevance           the same weights, accumulated block by block: class-specific
 """
 
 import math
@@ -16,18 +16,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ViT import ViT, patchify
+from ViT import Trace, ViT, patchify
 
 # --------------------------------------------------------------------------- from tokens to patches
 
 
 def classifier_row(M: Tensor, pooling: str) -> Tensor:
-    """The row of a token-by-token matrix that the classifier reads, without the class token.
+    """The classifier's row of a token-by-token matrix, without the class token's column.
 
-    With a class token that is its row; with mean pooling, which has no such token, it is the mean
-    over all rows.
+    It is the class token's row, or with mean pooling, which has no such token, the mean of all.
 
     Args:
         M: (..., T, T).
@@ -40,7 +39,14 @@ def classifier_row(M: Tensor, pooling: str) -> Tensor:
 
 
 def patch_row(M: Tensor, patch: int, pooling: str) -> Tensor:
-    """The row of one patch, counted from 0, without the class token: (..., T, T) to (..., N)."""
+    """The row of one patch, counted from 0, without the class token's column.
+
+    Args:
+        M: (..., T, T).
+
+    Returns:
+        (..., N)
+    """
     first = 1 if pooling == "class" else 0
     return M[..., first + patch, first:]
 
@@ -49,7 +55,7 @@ def patch_row(M: Tensor, patch: int, pooling: str) -> Tensor:
 
 
 class Walk(NamedTuple):
-    """What an image is at each step through a model; one block is looked into."""
+    """What a model computes of one image, with the inside of one block."""
 
     patches: Tensor  # (N, C P P) x_p
     embedded: Tensor  # (N, D) x_p E, before the positions
@@ -60,28 +66,34 @@ class Walk(NamedTuple):
     scores: Tensor  # (h, T, T) q k^T / sqrt(D_h)
     attention: list[Tensor]  # L of (h, T, T)
     hidden: Tensor  # (T, mlp_ratio D) of the block's MLP, before its GELU
-    lens: Tensor  # (L + 1, K) `logit_lens`; the last row is the model's answer
+    lens: Tensor  # (L + 1, K) `logit_lens`; the last row is the model's output
 
 
 @torch.no_grad()
 def walk(model: ViT, image: Tensor, block: int) -> Walk:
-    """Follows one image (C, H, W), normalised, and looks into a block, counted from 0."""
-    trace, inside = model.trace(image[None]), model.blocks[block]
-    patches = patchify(image[None], model.config.patch_size)
-    z = trace.tokens[block]
-    normed = inside.norm1(z)
-    q, k, v = inside.attention.split(normed)
-    mixed = z + inside.attention(normed)  # Eq. 2
+    """Follows one normalized image (C, H, W); the block is counted from 0."""
+    outputs: dict[nn.Module, Tensor] = {}
+    layers = model.embed.proj, model.blocks[block].attn.qkv, model.blocks[block].mlp.fc1
+    hooks = [
+        layer.register_forward_hook(lambda layer, _, output: outputs.update({layer: output[0]}))
+        for layer in layers
+    ]
+    trace = Trace()
+    model(image[None], trace=trace)
+    for hook in hooks:
+        hook.remove()
+    embedded, qkv, hidden = (outputs[layer] for layer in layers)
+    q, k, v = qkv.unflatten(-1, (3, model.config.heads, -1)).permute(1, 2, 0, 3)  # (h, T, D_h)
     return Walk(
-        patches=patches[0],
-        embedded=model.embed.projection(patches)[0],
-        tokens=[each[0] for each in trace.tokens],
-        q=q[0],
-        k=k[0],
-        v=v[0],
-        scores=(q @ k.mT)[0] * q.shape[-1] ** -0.5,
+        patches=patchify(image[None], model.config.patch_size)[0],
+        embedded=embedded,
+        tokens=[z[0] for z in trace.tokens],
+        q=q,
+        k=k,
+        v=v,
+        scores=q @ k.mT * q.shape[-1] ** -0.5,
         attention=[A[0] for A in trace.attention],
-        hidden=inside.mlp.expand(inside.norm2(mixed))[0],
+        hidden=hidden,
         lens=logit_lens(model, trace.tokens)[:, 0],
     )
 
@@ -92,28 +104,26 @@ def walk(model: ViT, image: Tensor, block: int) -> Walk:
 def attention_gradients(
     model: ViT, image: Tensor, targets: list[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Attention of an image, and for each target class the gradient of its logit by it.
+    """Attention of an image, and the gradient of each target class's logit with respect to it.
 
     Args:
-        image: (C, H, W), normalised.
+        image: (C, H, W), normalized.
 
     Returns:
         Two lists of L tensors (len(targets), h, T, T): A, and dy_c/dA through all later blocks.
     """
-    images = image.expand(len(targets), *image.shape).clone().requires_grad_()
-    trace = model.trace(images)
-    rows = torch.arange(len(targets), device=image.device)
-    logits = trace.logits[rows, torch.tensor(targets, device=image.device)]
-    return [A.detach() for A in trace.attention], list(
-        torch.autograd.grad(logits.sum(), trace.attention)
-    )
+    trace = Trace()
+    logits = model(image.expand(len(targets), *image.shape), trace=trace)  # (len(targets), K)
+    total = sum(logits[row, target] for row, target in enumerate(targets))
+    gradients = torch.autograd.grad(total, trace.attention)
+    return [A.detach() for A in trace.attention], list(gradients)
 
 
 def rollout(attention: list[Tensor]) -> Tensor:
-    """Attention rollout (Abnar & Zuidema, arXiv 2005.00928), which does not know of classes.
+    """Attention rollout (Abnar & Zuidema, arXiv 2005.00928), which does not depend on a class.
 
-    The mean over heads is halved with the identity, for the residual path, and the blocks are
-    multiplied, the last one leftmost. Rows sum to 1.
+    The mean over heads is averaged with the identity, for the residual path, and the blocks'
+    matrices are multiplied, the last one leftmost. Rows sum to 1.
 
     Args:
         attention: L of (..., h, T, T).
@@ -125,11 +135,17 @@ def rollout(attention: list[Tensor]) -> Tensor:
 
 
 def gradient_rollout(attention: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    """Rollout of the attention that raises a class, chosen as in `relevance`.
+    """Rollout of the attention that raises a class, weighted as in `relevance`.
 
-    What each token takes is made to sum to 1 before the identity comes in, so that, as in
-    `rollout` and unlike in `relevance`, the size of the gradients has no part. A token that takes
-    nothing of use keeps to itself.
+    Rows are normalized to sum to 1 before the identity is added, so that, as in `rollout` and
+    unlike in `relevance`, the scale of the gradients does not matter. A row without any positive
+    weight becomes the identity's.
+
+    Args:
+        attention, gradients: L of (..., h, T, T).
+
+    Returns:
+        (..., T, T)
     """
     weights = _helpful(attention, gradients)
     sums = [W.sum(dim=-1, keepdim=True) for W in weights]
@@ -160,13 +176,13 @@ def relevance(attention: list[Tensor], gradients: list[Tensor]) -> Tensor:
 
 
 def _helpful(attention: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    """E_h[max(A * dy_c/dA, 0)]: what each block moves in favour of a class, (..., T, T)."""
+    """E_h[max(A * dy_c/dA, 0)] of each block: the attention in favor of a class, (..., T, T)."""
     pairs = zip(attention, gradients, strict=True)
     return [(A * gradient).clamp(min=0).mean(dim=-3) for A, gradient in pairs]
 
 
 def _product_with_residuals(matrices: list[Tensor]) -> Tensor:
-    """The product, last matrix leftmost, of (M + I) / 2, rows made to sum to 1."""
+    """The product, last matrix leftmost, of (M + I) / 2 with rows normalized to sum to 1."""
     joint = _identity_like(matrices[0])
     for M in matrices:
         M = (M + _identity_like(M)) / 2
@@ -179,14 +195,14 @@ def _identity_like(M: Tensor) -> Tensor:
 
 
 def explanations(model: ViT, image: Tensor, targets: list[int]) -> dict[str, Tensor]:
-    """Four maps over the patches for each target class, made comparable.
+    """Four maps over the patches for each target class, all relative to uniform.
 
     Args:
-        image: (C, H, W), normalised.
+        image: (C, H, W), normalized.
 
     Returns:
-        For each method (len(targets), g_h, g_w), times N and divided by its sum, so that 1 is what
-        every patch has where all are alike. "attention" is the last block's, mean over heads.
+        For each method (len(targets), g_h, g_w), scaled to a mean of 1, so that 1 is uniform.
+        "attention" is the last block's, mean over heads.
     """
     pooling = model.config.pooling
     A, gradients = attention_gradients(model, image, targets)
@@ -195,7 +211,7 @@ def explanations(model: ViT, image: Tensor, targets: list[int]) -> dict[str, Ten
         "attention": A[-1].mean(dim=-3),
         "rollout": rollout(A),
         "gradient rollout": gradient_rollout(A, gradients),
-        # R began as the identity, which says nothing; a class token's row does not see it anyway.
+        # R starts as the identity, which is no evidence; a class token's row does not contain it.
         "relevance": R - _identity_like(R),
     }
     return {
@@ -215,7 +231,7 @@ def logit_lens(model: ViT, tokens: list[Tensor]) -> Tensor:
     """The classifier applied to the tokens after each block, as if it were the last.
 
     Args:
-        tokens: L + 1 of (B, T, D), as `ViT.trace` returns them.
+        tokens: L + 1 of (B, T, D), as in a `Trace`.
 
     Returns:
         Probabilities (L + 1, B, K); the last are the model's own.
@@ -231,18 +247,18 @@ class Components(NamedTuple):
     """Principal components of n vectors of length p."""
 
     axes: Tensor  # (k, p), orthonormal; the largest entry of each is positive
-    projections: Tensor  # (n, k), of the centred vectors
+    projections: Tensor  # (n, k), of the centered vectors
     singular_values: Tensor  # (min(n, p),), all of them, largest first
 
 
 def principal_components(vectors: Tensor, count: int) -> Components:
-    """Principal components of vectors (n, p) by the SVD of the centred matrix, in float64."""
-    centred = vectors.double() - vectors.double().mean(dim=0)
-    _, singular_values, axes = torch.linalg.svd(centred, full_matrices=False)
+    """Principal components of vectors (n, p) by the SVD of the centered matrix, in float64."""
+    centered = vectors.double() - vectors.double().mean(dim=0)
+    _, singular_values, axes = torch.linalg.svd(centered, full_matrices=False)
     axes = axes[:count]
     largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
     axes = axes * largest.sign()
-    return Components(axes, centred @ axes.T, singular_values)
+    return Components(axes, centered @ axes.T, singular_values)
 
 
 def embedding_filters(weight: Tensor, channels: int, count: int = 28) -> tuple[Tensor, Tensor]:
@@ -260,7 +276,7 @@ def embedding_filters(weight: Tensor, channels: int, count: int = 28) -> tuple[T
 
 
 def position_similarity(positions: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Cosine similarity of the patches' position embeddings (the paper's Fig. 7, centre).
+    """Cosine similarity of the patches' position embeddings (the paper's Fig. 7, center).
 
     Args:
         positions: (T, D), the class token's, if there is one, first.
@@ -277,9 +293,9 @@ def position_similarity(positions: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def attention_distance(A: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
-    """How far a patch looks, in pixels: attention-weighted distance of patch centres.
+    """Mean attention distance in pixels: attention-weighted distance of patch centers.
 
-    The paper's Fig. 7, right. The class token is left out and rows are made to sum to 1 again.
+    The paper's Fig. 7, right. The class token is left out and rows are renormalized to sum to 1.
 
     Args:
         A: (..., h, T, T).
@@ -289,19 +305,19 @@ def attention_distance(A: Tensor, grid: tuple[int, int], patch_size: int) -> Ten
     """
     N = grid[0] * grid[1]
     A = A[..., -N:, -N:]
-    A = A / A.sum(dim=-1, keepdim=True).clamp(min=1e-12)  # a class token can take all there is
+    A = A / A.sum(dim=-1, keepdim=True).clamp(min=1e-12)  # all may go to the class token
     return (A * patch_distances(grid, patch_size).to(A)).sum(dim=-1).mean(dim=-1)
 
 
 def patch_distances(grid: tuple[int, int], patch_size: int) -> Tensor:
-    """Distances of patch centres in pixels, (N, N)."""
+    """Distances of patch centers in pixels, (N, N)."""
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    centres = patch_size * torch.stack([rows, columns], dim=-1).reshape(-1, 2).double()
-    return torch.cdist(centres, centres)
+    centers = patch_size * torch.stack([rows, columns], dim=-1).reshape(-1, 2).double()
+    return torch.cdist(centers, centers)
 
 
 def attention_entropy(A: Tensor) -> Tensor:
-    """Entropy of the rows of A over its largest value, ln T: 0 is one token, 1 is all alike.
+    """Entropy of the rows of A over its maximum, ln T: 0 is a single token, 1 is uniform.
 
     Args:
         A: (..., h, T, T), T at least 2.
@@ -312,39 +328,37 @@ def attention_entropy(A: Tensor) -> Tensor:
     return torch.special.entr(A).sum(dim=-1).mean(dim=-1) / math.log(A.shape[-1])
 
 
-def tokens_as_colours(patches: Tensor) -> Tensor:
-    """Patch tokens (n, N, D), D at least 3, as colours (n, N, 3) from 0 to 1.
+def tokens_as_colors(patches: Tensor) -> Tensor:
+    """Patch tokens (n, N, D), D at least 3, as colors (n, N, 3) from 0 to 1.
 
     Red, green and blue are the first three principal components of all n N tokens, each scaled so
-    that its middle 96% fill the range.
+    that its middle 96% fills the range.
     """
     projections = principal_components(patches.flatten(0, 1), 3).projections
     low, high = projections.quantile(torch.tensor([0.02, 0.98]).to(projections), dim=0)
-    colours = ((projections - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    return colours.unflatten(0, patches.shape[:2])
+    colors = ((projections - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return colors.unflatten(0, patches.shape[:2])
 
 
 def picture_masks(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (n, g_h, g_w) smoothed to the pictures' size (bicubic), each stretched to 0 to 1."""
+    """Maps (n, g_h, g_w) resized to (n, H, W), bicubic, each scaled to the range 0 to 1."""
     masks = F.interpolate(maps[:, None], size, mode="bicubic", align_corners=False)[:, 0]
     low, high = masks.amin(dim=(1, 2), keepdim=True), masks.amax(dim=(1, 2), keepdim=True)
     return (masks - low) / (high - low).clamp(min=1e-12)
 
 
-def linear_cka(X: Tensor, Y: Tensor) -> float:
-    """Centred kernel alignment of two representations of the same n images, by a linear kernel.
+def linear_cka(layers: list[Tensor]) -> Tensor:
+    """Linear centered kernel alignment of every two of m representations of the same images.
 
-    1 where one is a rotation of the other, 0 in expectation where they have nothing in common: with
-    the unbiased estimator of HSIC (Song et al., 2012, as in Nguyen et al., arXiv 2010.15327).
+    1 where one is a rotation of the other, 0 in expectation where they are independent: with the
+    unbiased estimator of HSIC (Song et al., 2012, as in Nguyen et al., arXiv 2010.15327).
 
     Args:
-        X, Y: (n, p) and (n, q), n at least 4.
+        layers: m of (n, p), n at least 4; p may differ.
+
+    Returns:
+        (m, m)
     """
-    return float(layer_similarity([X, Y])[0, 1])
-
-
-def layer_similarity(layers: list[Tensor]) -> Tensor:
-    """`linear_cka` between every two of m representations (n, p) of the same images: (m, m)."""
     kernels = [features.double() @ features.double().T for features in layers]
     shared = torch.stack([torch.stack([_hsic(K, L) for L in kernels]) for K in kernels])
     own = shared.diag().sqrt()
@@ -370,7 +384,7 @@ def confusion_matrix(labels: Tensor, predictions: Tensor, classes: int) -> Tenso
 
 
 class Calibration(NamedTuple):
-    """Confidence against accuracy, in equal bins of the confidence."""
+    """Accuracy against confidence, in bins of equal width."""
 
     accuracy: Tensor  # (bins,), nan where a bin is empty
     confidence: Tensor  # (bins,), the mean, nan where a bin is empty
@@ -381,8 +395,8 @@ class Calibration(NamedTuple):
 def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> Calibration:
     """Expected calibration error (Guo et al., arXiv 1706.04599).
 
-    ECE is the mean over images of the distance, within each image's bin, between accuracy and mean
-    confidence. Bin b holds confidences in (b / bins, (b + 1) / bins].
+    ECE is the mean over the bins, weighted by their images, of the absolute difference between
+    accuracy and mean confidence. Bin b holds confidences in (b / bins, (b + 1) / bins].
 
     Args:
         confidence: (n,) probability of the predicted class.
@@ -400,10 +414,11 @@ def calibration(confidence: Tensor, correct: Tensor, bins: int = 15) -> Calibrat
 
 
 def confident_mistakes(probabilities: Tensor, labels: Tensor, count: int) -> Tensor:
-    """Rows of the wrong predictions with the highest probability, most confident first.
+    """Rows (at most `count`,) of wrong predictions, the most confident first.
 
     Args:
         probabilities: (n, K).
+        labels: (n,)
     """
     confidence, predictions = probabilities.max(dim=1)
     wrong = (predictions != labels).nonzero()[:, 0]

@@ -1,8 +1,8 @@
-"""Every figure of visualization/vis.py: functions from arrays to a matplotlib Figure.
+"""The figures of visualization/vis.py: functions from arrays to a matplotlib Figure.
 
-Maps over patches come as (g_h, g_w) arrays, pictures as uint8 (H, W, 3) or (H, W), both as numpy.
-Patch maps and small pictures are drawn with nearest-neighbour interpolation; only overlays are
-smoothed, and their captions say so. The caller owns a figure: save it, then close it.
+Maps over patches are (g_h, g_w) arrays, pictures uint8 (H, W, 3) or (H, W), both numpy. Patch maps
+and small pictures are drawn with nearest-neighbor interpolation; only overlays are smoothed, and
+their captions say so. The caller owns a figure: save it, then close it.
 """
 
 import textwrap
@@ -19,11 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
-import utils
+import curves
+from utils import EpochRecord
 
-ATTENTION = "inferno"  # weights and shares: from nothing to most
-SIGNED = "RdBu_r"  # values on both sides of 0, which is white
-MARK = "#00c2ff"  # a chosen patch: seen on dark, on light and on inferno
+ATTENTION = "inferno"  # color map of weights, which start at 0
+SIGNED = "RdBu_r"  # color map of values of both signs; 0 is white
+MARK = "#00c2ff"  # the chosen patch: visible on dark, on light and on inferno
 SMALLEST = 7  # points
 
 STYLE = {
@@ -47,18 +48,18 @@ styled = matplotlib.rc_context(STYLE)
 
 @styled
 def save(figure: Figure, path: Path, dpi: int) -> None:
-    """Writes a figure in the format that the path's ending names, whole or not at all."""
+    """Writes a figure in the format of the path's extension; the same figure, the same file."""
     undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-    utils.write_figure(path, figure, dpi=dpi, metadata=undated.get(path.suffix))
+    curves.write_figure(path, figure, dpi=dpi, metadata=undated.get(path.suffix))
 
 
 # ---------------------------------------------------------------------------- parts of figures
 
 
 def new_figure(width: float, height: float, title: str, caption: str = "") -> Figure:
-    """A figure, in inches, with its title above and what it shows and cannot show below.
+    """A figure of a size in inches, with a title above and a caption below.
 
-    The caption's lines come on top of the height.
+    The caption's lines are added to the height.
     """
     lines = textwrap.wrap(caption, round(width * 18))  # characters of 7 pt to the inch
     figure = plt.figure(figsize=(width, height + 0.14 * len(lines)), layout="constrained")
@@ -70,13 +71,18 @@ def new_figure(width: float, height: float, title: str, caption: str = "") -> Fi
     return figure
 
 
-def in_colour(picture: np.ndarray) -> np.ndarray:
-    """(H, W, 3), whatever the picture is."""
+def by(*lengths: int) -> str:
+    """Lengths as a size, such as 4 x 4 with a multiplication sign."""
+    return " \N{MULTIPLICATION SIGN} ".join(map(str, lengths))
+
+
+def in_color(picture: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) or (H, W) as (H, W, 3)."""
     return picture if picture.ndim == 3 else np.repeat(picture[..., None], 3, axis=-1)
 
 
-def greyed(picture: np.ndarray) -> np.ndarray:
-    """(H, W), as bright as the picture's colours seem."""
+def grayed(picture: np.ndarray) -> np.ndarray:
+    """The luma of a picture (H, W, 3) or (H, W): (H, W)."""
     return picture if picture.ndim == 2 else picture @ np.array([0.299, 0.587, 0.114])
 
 
@@ -100,7 +106,7 @@ GAP = 0.12  # between the tiles of a sheet, in tiles
 def tiles(
     axes: Axes, maps: np.ndarray, rows: Sequence[str], columns: Sequence[str], **style
 ) -> matplotlib.image.AxesImage:
-    """Maps (R, C, h, w) as a sheet of R x C tiles, a label for each row and each column outside.
+    """Maps (R, C, h, w) as a sheet of R x C tiles with labels for rows and columns.
 
     A cell is 1 wide and high, so that `corner` gives the places of single cells.
     """
@@ -136,14 +142,14 @@ def patches(
     class_token: bool,
     title: str,
 ) -> Figure:
-    """The picture with its patch grid, and the N patches in the order in which they are tokens."""
+    """The picture with its patch grid, and the N patches in the order of their tokens."""
     (g_h, g_w), P, N = grid, len(patches[0]), len(patches)
     across = max(8, round((2.5 * N) ** 0.5))  # wider than high
     down = -(-(N + class_token) // across)
     caption = (
-        f"{g_h} x {g_w} patches of {P} x {P} pixels, row by row, each flattened and mapped to one "
-        "token. The numbers are the tokens' positions"
-        + ("; cls is the class token, which is learned and shows no pixels." * class_token or ".")
+        f"{by(g_h, g_w)} patches of {by(P, P)} pixels, row by row; each is flattened and mapped to "
+        "one token. The numbers are token positions"
+        + ("; cls is the learned class token, which shows no pixels." * class_token or ".")
     )
     cell, left_width = max(0.36, 4 / across), 2.2  # inches
     width = left_width + 0.3 + cell * across
@@ -189,8 +195,8 @@ def attention_maps(
 
     Args:
         maps: (layers, heads, g_h, g_w) attention weights.
-        tokens: T; 1 / T, where all tokens get the same, is marked on the colour bar.
-        query: row and column of the patch that asks, which is then outlined; counted from 0.
+        tokens: T; 1 / T, which is uniform attention, is marked on the color bar.
+        query: row and column of the query patch, counted from 0, to outline it.
     """
     g_h, g_w = maps.shape[2:]
     cell = float(np.clip(7 / len(heads), 0.45, 1.1))
@@ -199,7 +205,7 @@ def attention_maps(
     figure = new_figure(width, height + 0.3, title, caption)
     left, right = figure.subplots(1, 2, width_ratios=(1.9, width - 2.9))
     show_picture(left, picture)
-    # A few patches that take everything would leave all other maps black.
+    # With the maximum as the limit, a few very large weights would leave all other maps black.
     highest = max(float(np.quantile(maps, 0.995)), 1e-12)
     image = tiles(right, maps, layers, heads, cmap=ATTENTION, vmin=0, vmax=highest)
     right.set(xlabel="head", ylabel="layer")
@@ -230,7 +236,7 @@ def explanations(
     title: str,
     caption: str,
 ) -> Figure:
-    """Maps of several methods (columns) for several classes (rows) over the greyed picture.
+    """Maps of several methods (columns) for several classes (rows) over the grayed picture.
 
     Args:
         maps: for each method (classes, g_h, g_w), relative to uniform.
@@ -240,23 +246,22 @@ def explanations(
     height = 1.32 * rows * picture.shape[0] / picture.shape[1] + 0.6
     figure = new_figure(width, height, title, caption)
     grid = figure.subplots(rows, len(maps) + 1, squeeze=False)
-    grey = greyed(picture)
+    gray = grayed(picture)
     everything = np.concatenate([values.ravel() for values in maps.values()])
     highest = max(float(np.quantile(everything, 0.97)), 1.0)
-    H, W = grey.shape
+    H, W = gray.shape
     for row, name in enumerate(classes):
         show_picture(grid[row, 0], picture)
         grid[row, 0].text(
             -0.08, 0.5, name, rotation=90, ha="right", va="center", transform=grid[row, 0].transAxes
         )
         for axes, (method, values) in zip(grid[row, 1:], maps.items(), strict=True):
-            show_picture(axes, grey, method if row == 0 else "")
+            show_picture(axes, gray, method if row == 0 else "")
             axes.imshow(
                 values[row],
                 cmap=ATTENTION,
                 vmin=0,
                 vmax=highest,
-                # Little weight, clear view.
                 alpha=(0.2 + 0.8 * values[row] / highest).clip(0, 0.85),
                 interpolation="bicubic",
                 extent=(-0.5, W - 0.5, H - 0.5, -0.5),
@@ -264,7 +269,7 @@ def explanations(
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, highest), ATTENTION),
         ax=grid,
-        label="weight, 1 where all patches are alike",
+        label="weight relative to uniform",
         extend="max" if everything.max() > highest else "neither",
         pad=0.02,
     )
@@ -276,17 +281,17 @@ def explanations(
 def logit_lens(
     picture: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], *, title: str
 ) -> Figure:
-    """Probability of every class after every layer; the likeliest of each layer is outlined.
+    """Probability of each class after each layer; the most probable one is outlined.
 
     Args:
-        probabilities: (L + 1, K); of more than 12 classes the 12 likeliest in the end are drawn.
+        probabilities: (L + 1, K); at most 12 classes are drawn, the most probable of the output.
     """
     shown = np.sort(np.argsort(-probabilities[-1], kind="stable")[:12])
     values = probabilities[:, shown].T  # (classes, L + 1)
     caption = (
-        "Final norm and head applied to the tokens after each layer; 0 is the embedding. Blue: the "
-        "likeliest class. Early layers were never trained to be read like this: what they lack may "
-        "be there in another form."
+        "Final norm and head applied to the tokens after each layer; 0 is the embedding. Blue "
+        "outline: the most probable class. Early layers are not trained to be read this way and "
+        "may represent the class in another form."
     )
     width = 3.6 + 0.34 * values.shape[1]
     figure = new_figure(width, 1.2 + 0.2 * len(shown), title, caption)
@@ -306,39 +311,39 @@ def logit_lens(
 
 @styled
 def filters(components: np.ndarray, singular_values: np.ndarray, *, title: str) -> Figure:
-    """Principal components of the patch embedding (the paper's Fig. 7, left), and their strength.
+    """Principal components of the patch embedding (the paper's Fig. 7, left) and their variance.
 
     Args:
-        components: (k, C, P, P) with C 3 (drawn in colour) or any other (the mean over channels).
+        components: (k, C, P, P) with C 3 (drawn in color) or any other (the mean over channels).
         singular_values: all of them, largest first.
     """
     share = singular_values**2 / max((singular_values**2).sum(), 1e-300)
     k, columns = len(components), 7
     rows = -(-k // columns)
     caption = (
-        f"The first {k} principal components of the patch embedding's filters: what pixel patterns "
-        "the tokens tell apart. Grey is 0; one scale for all, as each has length 1. Signs are "
-        f"arbitrary. These {k} hold {share[:k].sum():.1%} of the filters' variance."
+        f"The first {k} principal components of the patch embedding's filters: the pixel patterns "
+        "that tokens distinguish. Gray is 0; all have length 1 and share one scale. Signs are "
+        f"arbitrary. Together they explain {share[:k].sum():.1%} of the variance."
     )
     figure = new_figure(7.2, 0.6 * rows + 1.0, title, caption)
     left, right = figure.subplots(1, 2, width_ratios=(4.2, 2.4))
     if components.shape[1] == 3:
-        coloured = np.moveaxis(components, 1, -1)  # (k, P, P, 3)
+        colored = np.moveaxis(components, 1, -1)  # (k, P, P, 3)
     else:
-        coloured = np.repeat(components.mean(axis=1)[..., None], 3, axis=-1)
-    sheet = np.ones((rows * columns, *coloured.shape[1:]))  # white where there is none
-    sheet[:k] = 0.5 + 0.5 * coloured / np.abs(coloured).max()
-    tiles(left, sheet.reshape(rows, columns, *coloured.shape[1:]), [], [])
+        colored = np.repeat(components.mean(axis=1)[..., None], 3, axis=-1)
+    sheet = np.ones((rows * columns, *colored.shape[1:]))  # the rest stays white
+    sheet[:k] = 0.5 + 0.5 * colored / np.abs(colored).max()
+    tiles(left, sheet.reshape(rows, columns, *colored.shape[1:]), [], [])
     right.plot(range(1, len(share) + 1), 100 * share.cumsum(), color="0.2")
-    right.axvline(k, color=MARK, linewidth=1, label="shown at the left")
+    right.axvline(k, color=MARK, linewidth=1, label="shown on the left")
     right.legend(loc="lower right")
-    right.set(xlabel="component", ylabel="variance of the first so many (%)", ylim=(0, 102))
+    right.set(xlabel="component", ylabel="cumulative variance (%)", ylim=(0, 102))
     return figure
 
 
 @styled
 def position_similarity(similarity: np.ndarray, *, title: str, caption: str) -> Figure:
-    """Cosine similarity of position embeddings, a tile a patch (the paper's Fig. 7, centre).
+    """Cosine similarity of position embeddings, one tile per patch (the paper's Fig. 7, center).
 
     Args:
         similarity: (g_h, g_w, g_h, g_w).
@@ -374,19 +379,19 @@ def by_layer_and_head(
     caption: str,
     reference: tuple[float, str] | None = None,
 ) -> Figure:
-    """A dot for each head at each layer and their mean as a line (the paper's Fig. 7, right).
+    """One dot per head and layer, and the mean over heads as a line (the paper's Fig. 7, right).
 
     Args:
         values: (L, h), already averaged over images.
-        reference: a value worth a line, and its name.
+        reference: a value to mark by a line, and its name.
     """
     figure = new_figure(4.6, 3.2, title, caption)
     axes = figure.subplots()
     layers = np.arange(1, len(values) + 1)
     for head in range(values.shape[1]):
-        name = "a head" if head == 0 else None
+        name = "one head" if head == 0 else None
         axes.plot(layers, values[:, head], "o", color="tab:blue", alpha=0.6, ms=4, label=name)
-    axes.plot(layers, values.mean(axis=1), color="0.2", linewidth=1, label="mean of the heads")
+    axes.plot(layers, values.mean(axis=1), color="0.2", linewidth=1, label="mean over heads")
     if reference:
         axes.axhline(reference[0], color="tab:orange", linestyle="--", lw=1, label=reference[1])
     axes.set(xlabel="layer", ylabel=label, xticks=layers, xlim=(0.5, len(values) + 0.5))
@@ -397,16 +402,16 @@ def by_layer_and_head(
 
 @styled
 def token_norms(patches: np.ndarray, class_token: np.ndarray | None, *, title: str) -> Figure:
-    """Lengths of the tokens after each layer.
+    """Norms of the tokens after each layer.
 
     Args:
-        patches: (L + 1, tokens), of all patch tokens of all images.
-        class_token: (L + 1, images), or None.
+        patches: (L + 1, n N), of all patch tokens of all n images.
+        class_token: (L + 1, n), or None.
     """
     caption = (
-        "Median over all patch tokens of all images, with the middle 90% shaded; 0 is the "
-        "embedding. A few tokens of far greater length than the rest would be the artefacts of "
-        "Darcet et al. (arXiv 2309.16588)."
+        "Median over all patch tokens of all images; the shaded band holds the middle 90%. Layer 0 "
+        "is the embedding. A few tokens of far larger norm would be the artifacts of Darcet et al. "
+        "(arXiv 2309.16588)."
     )
     figure = new_figure(4.6, 3.2, title, caption)
     axes = figure.subplots()
@@ -416,48 +421,41 @@ def token_norms(patches: np.ndarray, class_token: np.ndarray | None, *, title: s
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95), axis=1)
             axes.fill_between(layers, low, high, alpha=0.2, color=color, linewidth=0)
             axes.plot(layers, middle, marker=".", color=color, label=f"{name} tokens")
-    axes.set(xlabel="layer", ylabel="length of a token |z|", xticks=layers)
+    axes.set(xlabel="layer", ylabel="token norm |z|", xticks=layers)
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left")
     return figure
 
 
 @styled
-def sheet_of_maps(
-    pictures: Sequence[np.ndarray],
-    rows: dict[str, Sequence[np.ndarray]],
-    *,
-    names: Sequence[str],
-    title: str,
-    caption: str,
+def sheet(
+    rows: dict[str, Sequence[np.ndarray]], *, names: Sequence[str], title: str, caption: str
 ) -> Figure:
-    """Pictures side by side, and under each its maps, a row a kind.
+    """Rows of pictures, with the label of each row at its left.
 
     Args:
-        rows: for each kind of map an RGB array from 0 to 1 for each picture.
-        names: what to write over each picture.
+        rows: for each label n pictures, or RGB arrays (h, w, 3) from 0 to 1.
+        names: n, for the columns.
     """
-    count, kinds = len(pictures), len(rows) + 1
-    cell = 0.85
-    H, W = pictures[0].shape[:2]
-    width, height = cell * count + 0.5, 0.97 * cell * kinds * H / W + 0.6
-    figure = new_figure(width, height, title, caption)
-    grid = figure.subplots(kinds, count, squeeze=False)
-    for column, picture in enumerate(pictures):
-        show_picture(grid[0, column], picture, names[column])
-        for row, (kind, maps) in enumerate(rows.items(), start=1):
-            axes = grid[row, column]
-            axes.imshow(maps[column])
+    H, W = next(iter(rows.values()))[0].shape[:2]
+    cell, margin = 0.85, 1.1  # inches
+    size = cell * len(names) + margin, 0.97 * cell * len(rows) * H / W + 0.6
+    figure = new_figure(*size, title, caption)
+    grid = figure.subplots(len(rows), len(names), squeeze=False)
+    for line, (label, pictures) in zip(grid, rows.items(), strict=True):
+        for axes, picture in zip(line, pictures, strict=True):
+            axes.imshow(in_color(picture))
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-            if column == 0:
-                axes.set_ylabel(kind)
+        line[0].set_ylabel(label, rotation="horizontal", ha="right", va="center")
+    for axes, name in zip(grid[0], names, strict=True):
+        axes.set_title(name)
     return figure
 
 
 @styled
 def layer_similarity(cka: np.ndarray, *, title: str, caption: str) -> Figure:
-    """Linear CKA between the representations after every two layers, (L + 1, L + 1)."""
+    """Linear CKA (L + 1, L + 1) between the representations after every two layers."""
     figure = new_figure(4.2, 3.6, title, caption)
     axes = figure.subplots()
     image = axes.imshow(cka, cmap="magma", vmin=0, vmax=1, origin="lower")
@@ -477,12 +475,12 @@ def class_scatter(
     title: str,
     caption: str,
 ) -> Figure:
-    """Images as points in the plane of the first two principal components, coloured by class.
+    """Images as points in the plane of the first two principal components, colored by class.
 
     Args:
         points: (n, 2).
         labels: (n,) true classes.
-        shares: of the variance, of both axes.
+        shares: (2,), of the variance, of both axes.
     """
     figure = new_figure(5.2, 3.6, title, caption)
     axes = figure.subplots()
@@ -503,23 +501,23 @@ def class_scatter(
 
 
 @styled
-def training_curves(history: list[dict[str, float]], *, title: str) -> Figure:
+def training_curves(history: list[EpochRecord], *, title: str) -> Figure:
     """Loss, accuracy and learning rate against the epoch, as the trainer draws them."""
     figure = new_figure(10, 3.2, title)
-    utils.draw_curves(figure, history)
+    curves.draw_curves(figure, history)
     return figure
 
 
 @styled
 def confusion_matrix(counts: np.ndarray, classes: Sequence[str], *, title: str) -> Figure:
-    """Where each true class (rows) is put (columns), in per cent of the row.
+    """The predicted classes (columns) of each true class (rows), in percent of the row.
 
     Args:
         counts: (K, K).
     """
     K = len(counts)
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    caption = "Rows sum to 100. On the diagonal is the accuracy of each class."
+    caption = "Rows sum to 100%. The diagonal is the accuracy of each class."
     side = float(np.clip(0.42 * K, 3, 12))
     figure = new_figure(side + 1.6, side + 1, title, caption)
     axes = figure.subplots()
@@ -542,7 +540,7 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], *, title: str) 
 def contact_sheet(
     pictures: Sequence[np.ndarray], names: Sequence[str], *, title: str, caption: str
 ) -> Figure:
-    """Pictures in rows of six, each with two lines of text over it."""
+    """Pictures in rows of six, each with two lines of text above it."""
     columns = min(6, len(pictures))
     rows = -(-len(pictures) // columns)
     width = max(1.15 * columns, 4)
@@ -560,19 +558,23 @@ def contact_sheet(
 def reliability(
     accuracy: np.ndarray, confidence: np.ndarray, counts: np.ndarray, *, error: float, title: str
 ) -> Figure:
-    """Accuracy against confidence, in bins, with the number of images in each below."""
+    """Accuracy against confidence, and the number of images, of each bin (bins,).
+
+    Args:
+        error: the expected calibration error.
+    """
     bins = len(counts)
     edges = np.linspace(0, 1, bins + 1)
     caption = (
-        f"ECE {error:.2%}, {bins} bins: the mean distance of a dot from the diagonal, each bin "
-        "weighted by its images. Below the diagonal the model is surer than it is right. Few "
-        "images in a bin make its dot uncertain."
+        f"ECE {error:.2%}: the mean distance of the {bins} bins' dots from the diagonal, weighted "
+        "by the images in each bin. Below the diagonal the model is overconfident. Bins with few "
+        "images are uncertain."
     )
     figure = new_figure(3.8, 4.4, title, caption)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="calibrated")
     above.bar(edges[:-1], accuracy, 1 / bins, align="edge", color="tab:blue", alpha=0.35)
-    above.plot(confidence, accuracy, "o", ms=4, color="tab:blue", label="a bin")
+    above.plot(confidence, accuracy, "o", ms=4, color="tab:blue", label="one bin")
     above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     above.legend(loc="upper left")
     below.bar(edges[:-1], counts, 1 / bins, align="edge", color="0.6")

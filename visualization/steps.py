@@ -1,7 +1,6 @@
-"""How a ViT works in ten steps: what one image is at each of them, drawn from a model.
+"""How a ViT works in ten steps, each drawn with the real values of one image in one model.
 
-The README walks through these pictures. Each function takes a `Scene` and returns a Figure;
-`STEPS` names them in order.
+Each function takes a `Scene` and returns a Figure; `STEPS` lists them in order.
 """
 
 from collections.abc import Callable
@@ -17,17 +16,17 @@ import explain
 import figures
 from base import GELU
 from explain import Walk
-from figures import ATTENTION, SIGNED, SMALLEST, greyed, in_colour, outline, show_picture, styled
+from figures import ATTENTION, SIGNED, SMALLEST, by, grayed, in_color, outline, show_picture, styled
 from ViT import ViT, ViTConfig
 
 WIDTH = 7.4  # inches, of every step
 CHANNELS = (("red", "tab:red"), ("green", "tab:green"), ("blue", "tab:blue"))
-GREY = (("values", "0.2"),)
+GRAY = (("values", "0.2"),)
 MOST_TILES = 8  # heads or layers side by side
 
 
 class Scene(NamedTuple):
-    """An image on its way through a model, and the parts of it that the steps point at."""
+    """An image, what a model computes of it, and the patch, block and head that the steps show."""
 
     model: ViT
     picture: np.ndarray  # (H, W, 3) or (H, W) uint8
@@ -55,24 +54,24 @@ class Scene(NamedTuple):
     def where(self) -> str:
         return f"layer {self.block + 1}, head {self.head + 1}"
 
-    def piece(self) -> np.ndarray:
-        """The pixels of the chosen patch, (P, P, 3) or (P, P, 1)."""
-        (row, column), P = self.patch, self.config.patch_size
-        return np.atleast_3d(self.picture)[row * P :, column * P :][:P, :P]
+    @property
+    def channels(self) -> tuple[tuple[str, str], ...]:
+        """Name and color of each channel of the picture."""
+        return CHANNELS if self.picture.ndim == 3 else GRAY
 
     def pieces(self) -> np.ndarray:
-        """The picture cut up, in colour: (g_h, g_w, P, P, 3)."""
+        """The picture cut up, in color: (g_h, g_w, P, P, 3)."""
         (g_h, g_w), P = self.config.grid, self.config.patch_size
-        cut = in_colour(self.picture).reshape(g_h, P, g_w, P, 3)
+        cut = in_color(self.picture).reshape(g_h, P, g_w, P, 3)
         return cut.swapaxes(1, 2)
 
     def of_patch(self, M: Tensor) -> np.ndarray:
-        """What the chosen patch has for every patch in matrices (..., T, T): (..., g_h, g_w)."""
+        """The chosen patch's row of matrices (..., T, T), as maps (..., g_h, g_w)."""
         row = explain.patch_row(M, self.number, self.config.pooling)
         return row.unflatten(-1, self.config.grid).numpy()
 
     def of_classifier(self, M: Tensor) -> np.ndarray:
-        """The same of the classifier."""
+        """The classifier's row of matrices (..., T, T), as maps (..., g_h, g_w)."""
         row = explain.classifier_row(M, self.config.pooling)
         return row.unflatten(-1, self.config.grid).numpy()
 
@@ -87,12 +86,13 @@ def scene_of(
     block: int | None = None,
     head: int | None = None,
 ) -> Scene:
-    """Follows an image; by default the middle patch, the middle block, and the head in which this
-    patch takes the most from a single one.
+    """Follows an image through a model.
 
     Args:
-        image: (C, H, W), normalised, on the model's device.
-        patch, block, head: counted from 0.
+        image: (C, H, W), normalized, on the model's device.
+        picture: the same image, (H, W, 3) or (H, W) uint8.
+        patch, block, head: counted from 0; by default the middle patch, the middle block, and the
+            head with this patch's largest single weight.
     """
     config = model.config
     patch = patch or (config.grid[0] // 2, config.grid[1] // 2)
@@ -118,13 +118,13 @@ def _row(title: str, ratios: list[float], height: float, caption: str) -> tuple[
 
 
 def _sign(axes: Axes, text: str, size: float = 11) -> None:
-    """What happens between two axes: an arrow, a times, an equals; or words, in a place apart."""
+    """Text in place of axes: an arrow, a sign or words."""
     axes.set_axis_off()
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, fontsize=size)
 
 
 def _matrix(axes: Axes, values: np.ndarray, title: str, x: str, y: str = "") -> None:
-    """Values of both signs, white at 0, a row a token."""
+    """Values (rows, columns) of both signs, white at 0."""
     most = float(np.quantile(np.abs(values), 0.98)) or 1.0
     scale = {"cmap": SIGNED, "vmin": -most, "vmax": most}
     axes.imshow(values, aspect="auto", interpolation_stage="data", **scale)
@@ -145,20 +145,20 @@ def _mark_in_map(axes: Axes, scene: Scene) -> None:
 
 
 def _map(axes: Axes, values: np.ndarray, title: str, **style) -> None:
-    """A value for each patch."""
+    """Values (g_h, g_w), one per patch."""
     axes.imshow(values, **({"cmap": ATTENTION, "vmin": 0} | style))
     axes.set(title=title, xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
 def _over_picture(axes: Axes, scene: Scene, values: np.ndarray, title: str) -> None:
-    """A value for each patch, over the greyed picture, with the chosen patch outlined."""
+    """Values (g_h, g_w), one per patch, over the grayed picture, with the chosen one outlined."""
     H, W = scene.picture.shape[:2]
     share = values / max(float(values.max()), 1e-12)
-    show_picture(axes, greyed(scene.picture), title)
-    colour = colormaps[ATTENTION](share)
-    colour[..., 3] = 0.15 + 0.7 * share  # little weight, clear view
-    axes.imshow(colour, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
+    show_picture(axes, grayed(scene.picture), title)
+    color = colormaps[ATTENTION](share)
+    color[..., 3] = 0.15 + 0.7 * share  # a small weight is transparent
+    axes.imshow(color, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
     _mark_in_picture(axes, scene)
 
 
@@ -172,7 +172,7 @@ def _exploded(axes: Axes, scene: Scene) -> None:
 
 
 def _bars(axes: Axes, scene: Scene, title: str, most: int = 10) -> None:
-    """The likeliest classes, as bars."""
+    """The most probable classes, as bars."""
     probabilities = scene.walk.lens[-1].numpy()
     order = np.argsort(-probabilities, kind="stable")[:most]
     axes.barh(range(len(order)), 100 * probabilities[order], color="tab:blue")
@@ -181,18 +181,18 @@ def _bars(axes: Axes, scene: Scene, title: str, most: int = 10) -> None:
     axes.set(xlim=(0, 100), xlabel="probability (%)", title=title)
 
 
-# ---------------------------------------------------------------------------- the whole way
+# ---------------------------------------------------------------------------- overview
 
 
 @styled
 def overview(scene: Scene) -> Figure:
-    """From the image to its class in one row; the attention is the outlined patch's."""
+    """From the image to its class in one row, with the attention of the outlined patch."""
     attention, depth = scene.walk.attention, scene.config.depth
     layers = sorted({0, depth // 2, depth - 1})
     figure = figures.new_figure(WIDTH + 1.6, 1.75, "")
     ratios = [1, 0.16, 1.15, 0.16, *[1] * len(layers), 0.16, 0.85]
     axes = list(figure.subplots(1, len(ratios), width_ratios=ratios))
-    show_picture(axes[0], scene.picture, "an image")
+    show_picture(axes[0], scene.picture, "input")
     _sign(axes[1], "→")
     _exploded(axes[2], scene)
     axes[2].set_title(f"{scene.config.patches} patches")
@@ -202,7 +202,7 @@ def overview(scene: Scene) -> Figure:
         _over_picture(axis, scene, values, f"attention,\nlayer {layer + 1}")
     _mark_in_picture(axes[0], scene)
     _sign(axes[-2], "→")
-    _bars(axes[-1], scene, "a class", most=3)
+    _bars(axes[-1], scene, "prediction", most=3)
     axes[-1].set(xticks=[0, 100], xlabel="%")
     return figure
 
@@ -213,18 +213,17 @@ def overview(scene: Scene) -> Figure:
 @styled
 def image(scene: Scene) -> Figure:
     P = scene.config.patch_size
-    planes = np.atleast_3d(scene.picture)
-    names = CHANNELS if planes.shape[2] == 3 else GREY
-    caption = "Right: the numbers of the outlined square, in the first of the channels."
-    title = f"1. An image is {' x '.join(map(str, scene.picture.shape))} numbers"
+    names = [name for name, _ in scene.channels]
+    caption = f"Right: the outlined patch of {by(P, P)} pixels in the first channel."
+    title = f"1. An image is {by(*scene.picture.shape)} numbers"
     figure, axes = _row(title, [1] * (len(names) + 2), 1.5, caption)
-    show_picture(axes[0], scene.picture, "the image")
-    for channel, (name, _) in enumerate(names):
-        show_picture(axes[1 + channel], planes[..., channel], name)
+    show_picture(axes[0], scene.picture, "input")
+    for channel, name in enumerate(names):
+        show_picture(axes[1 + channel], in_color(scene.picture)[..., channel], name)
     for axis in axes[:-1]:
         _mark_in_picture(axis, scene)
-    numbers = scene.piece()[..., 0]
-    show_picture(axes[-1], numbers, f"{names[0][0]}, {P} x {P}")
+    numbers = scene.pieces()[scene.patch][..., 0]
+    show_picture(axes[-1], numbers, f"{names[0]}, {by(P, P)}")
     if P <= 8:
         for y, x in np.ndindex(P, P):
             color = "black" if numbers[y, x] > 120 else "white"
@@ -237,18 +236,18 @@ def image(scene: Scene) -> Figure:
 @styled
 def patches(scene: Scene) -> Figure:
     (g_h, g_w), P = scene.config.grid, scene.config.patch_size
-    piece = scene.piece()
-    values = np.moveaxis(piece, 2, 0).reshape(piece.shape[2], -1)  # (C, P P)
-    title = f"2. The image is cut into {g_h} x {g_w} patches, each a row of {values.size} numbers"
-    caption = "Right: the outlined patch, flattened, channel after channel."
+    piece, channels = scene.pieces()[scene.patch], scene.channels
+    values = np.moveaxis(piece, 2, 0).reshape(3, -1)[: len(channels)]  # (C, P P)
+    title = f"2. The image is cut into {by(g_h, g_w)} patches of {values.size} numbers each"
+    caption = "Right: the outlined patch, flattened channel by channel."
     figure, axes = _row(title, [1, 0.12, 1.15, 0.12, 0.6, 0.12, 2], 1.5, caption)
     show_picture(axes[0], scene.picture)
     _sign(axes[1], "→")
     _exploded(axes[2], scene)
     _sign(axes[3], "→")
-    show_picture(axes[4], piece if len(values) == 3 else piece[..., 0])
+    show_picture(axes[4], piece)
     _sign(axes[5], "→")
-    for channel, (_, color) in enumerate(CHANNELS if len(values) == 3 else GREY):
+    for channel, (_, color) in enumerate(channels):
         first = channel * P * P
         axes[6].bar(range(first, first + P * P), values[channel], 0.8, color=color)
     axes[6].set(ylim=(0, 255), xticks=[], yticks=[0, 255], xlabel=f"{values.size} numbers")
@@ -258,12 +257,12 @@ def patches(scene: Scene) -> Figure:
 @styled
 def embedding(scene: Scene) -> Figure:
     x, z = scene.walk.patches.numpy(), scene.walk.embedded.numpy()
-    E = scene.model.embed.projection.weight.detach().cpu().numpy().T  # (C P P, D)
+    E = scene.model.embed.proj.weight.detach().cpu().numpy().T  # (C P P, D)
     (N, inputs), D = x.shape, z.shape[1]
-    title = f"3. One matrix turns every patch into a token of {D} numbers"
+    title = f"3. One linear map turns every patch into a token of {D} numbers"
     caption = (
-        "A row is a patch, the outlined one the same throughout. Blue below 0, red above. The bias "
-        "that is added too is not drawn."
+        "Each row is a patch; the same one is outlined on both sides. Blue is negative, red "
+        "positive. The bias is not shown."
     )
     ratios = [inputs / D, 0.08, 0.9, 0.08, 1]
     figure, axes = _row(title, ratios, 1.7, caption)
@@ -271,7 +270,7 @@ def embedding(scene: Scene) -> Figure:
     _sign(axes[1], r"$\times$")
     _matrix(axes[2], E, "E", f"{D}", f"{inputs}")
     _sign(axes[3], "=")
-    _matrix(axes[4], z, "tokens, before positions", f"{D} numbers", f"{N} tokens")
+    _matrix(axes[4], z, "tokens before positions", f"{D} numbers", f"{N} tokens")
     _mark_row(axes[0], scene.number, inputs)
     _mark_row(axes[4], scene.number, D)
     return figure
@@ -279,22 +278,22 @@ def embedding(scene: Scene) -> Figure:
 
 @styled
 def positions(scene: Scene) -> Figure:
-    added = scene.model.embed.positions[0].detach().cpu()
+    added = scene.model.embed.pos_embed[0].detach().cpu()
     similarity = explain.position_similarity(added, scene.config.grid)
     T, D = added.shape
     z = scene.walk.tokens[0].numpy()
-    title = "4. Each token is told where it came from: a position is added"
+    title = "4. A position embedding is added to each token"
     caption = (
-        "Right: how alike the positions of the outlined patch and of every other are, from the "
-        "least, black, to 1: near ones are alike."
+        "Right: cosine similarity between the position embeddings of the outlined patch and of "
+        f"every patch, from {similarity[scene.patch].min():.2f}, black, to 1."
     )
     figure, axes = _row(title, [1, 0.08, 1, 0.25, 0.62], 1.7, caption)
     _matrix(axes[0], added.numpy(), "positions $E_{pos}$", f"{D} numbers", f"{T} tokens")
     _sign(axes[1], "→")
     _matrix(axes[2], z, "tokens with positions, $z_0$", f"{D} numbers")
     axes[3].set_axis_off()
-    alike = similarity[scene.patch].numpy()
-    _map(axes[4], alike, "cosine similarity", vmin=alike.min(), vmax=alike.max())
+    similar = similarity[scene.patch].numpy()
+    _map(axes[4], similar, "cosine similarity", vmin=similar.min(), vmax=similar.max())
     _mark_in_map(axes[4], scene)
     for axis in (axes[0], axes[2]):
         _mark_row(axis, scene.token, D)
@@ -308,12 +307,11 @@ def queries(scene: Scene) -> Figure:
     T, D_h = parts[0].shape
     title = f"5. Queries, keys and values: {scene.where}"
     caption = (
-        f"Three matrices turn each token into a query, a key and a value of {D_h} numbers. The "
-        "outlined query is about to meet every key."
+        f"Three linear maps turn each token into a query, a key and a value of {D_h} numbers. Step "
+        "6 compares the outlined query with all keys."
     )
     figure, axes = _row(title, [1, 1, 1], 1.7, caption)
-    names = ("queries q: what I look for", "keys k: what I am", "values v: what I tell")
-    for axis, values, name in zip(axes, parts, names, strict=True):
+    for axis, values, name in zip(axes, parts, ("queries q", "keys k", "values v"), strict=True):
         _matrix(axis, values, name, f"{D_h} numbers", f"{T} tokens" if axis is axes[0] else "")
     _mark_row(axes[0], scene.token, D_h)
     return figure
@@ -322,26 +320,26 @@ def queries(scene: Scene) -> Figure:
 @styled
 def attention(scene: Scene) -> Figure:
     scores = scene.of_patch(scene.walk.scores[scene.head])
-    scores = scores - scores.mean()  # of which a softmax knows nothing
+    scores = scores - scores.mean()  # softmax is invariant to a shift
     A = scene.walk.attention[scene.block][scene.head]
-    title = "6. Query times key, through a softmax, is attention"
+    title = f"6. A softmax turns query-key products into attention weights: {scene.where}"
     caption = (
-        f"{scene.where.capitalize()}. The outlined patch asks. Red keys fit its query better than "
-        "the average key, blue ones worse; a softmax turns that into weights that sum to 1. "
-        "Right: the rows of all tokens, this one outlined."
+        "Products of the outlined patch's query with every key, relative to their mean: red above, "
+        "blue below. The softmax turns them into weights that sum to 1. Right: the weights of all "
+        "query tokens, with this one's row outlined."
     )
     figure, axes = _row(title, [1, 0.12, 1, 0.25, 1, 0.12, 1], 1.5, caption)
-    show_picture(axes[0], scene.picture, "who asks")
+    show_picture(axes[0], scene.picture, "query patch")
     _mark_in_picture(axes[0], scene)
     _sign(axes[1], "→")
     most = float(np.abs(scores).max()) or 1.0
     _map(axes[2], scores, r"$q \cdot k / \sqrt{D_h}$", cmap=SIGNED, vmin=-most, vmax=most)
     _sign(axes[3], "softmax\n→", SMALLEST)
-    _map(axes[4], scene.of_patch(A), "its row of A")
+    _map(axes[4], scene.of_patch(A), "its attention")
     axes[5].set_axis_off()
     highest = float(A.quantile(0.995))
     axes[6].imshow(A.numpy(), cmap=ATTENTION, vmin=0, vmax=highest, interpolation_stage="data")
-    axes[6].set(title="A", xlabel="key of token", ylabel="query of token", xticks=[], yticks=[])
+    axes[6].set(title="A", xlabel="key token", ylabel="query token", xticks=[], yticks=[])
     _mark_row(axes[6], scene.token, len(A))
     for axis in (axes[2], axes[4]):
         _mark_in_map(axis, scene)
@@ -351,13 +349,13 @@ def attention(scene: Scene) -> Figure:
 @styled
 def heads(scene: Scene) -> Figure:
     maps = scene.of_patch(scene.walk.attention[scene.block])[:MOST_TILES]
-    title = f"7. Several heads look at once: layer {scene.block + 1}"
+    title = f"7. Several heads attend in parallel: layer {scene.block + 1}"
     caption = (
-        "Attention of the outlined patch in each head, each on a scale of its own. What the heads "
-        "bring back is put side by side and mixed by one more matrix."
+        "Attention of the outlined patch in each head, each map on its own scale. The outputs of "
+        "the heads are concatenated and mixed by a linear map."
     )
     figure, axes = _row(title, [1] * (len(maps) + 1), 1.25, caption)
-    show_picture(axes[0], scene.picture, "who asks")
+    show_picture(axes[0], scene.picture, "query patch")
     _mark_in_picture(axes[0], scene)
     for head, (axis, values) in enumerate(zip(axes[1:], maps, strict=True), start=1):
         _map(axis, values, f"head {head}")
@@ -370,10 +368,10 @@ def mlp(scene: Scene) -> Figure:
     hidden = scene.walk.hidden
     after = GELU()(hidden).numpy()
     T, width = after.shape
-    title = f"8. An MLP for each token: {scene.config.width} numbers, {width}, a GELU, and back"
+    title = f"8. An MLP acts on each token: {scene.config.width} numbers to {width}, GELU, and back"
     caption = (
-        "Left: GELU, and in grey how often each input occurs among the tokens of this image. "
-        "Right: what is left after it; most numbers are near 0, a few speak."
+        "Left: GELU, and in gray the histogram of its inputs for this image. Right: its outputs, "
+        "most of them near 0."
     )
     figure, axes = _row(title, [1, 2.6], 1.7, caption)
     x = np.linspace(-4, 4, 200)
@@ -386,7 +384,7 @@ def mlp(scene: Scene) -> Figure:
     axes[0].patch.set_visible(False)
     axes[0].plot(x, GELU()(hidden.new_tensor(x)).numpy(), color="tab:blue")
     axes[0].axhline(0, color="0.5", linewidth=0.5)
-    axes[0].set(xlabel="into GELU", ylabel="out of it", title="GELU")
+    axes[0].set(xlabel="input", ylabel="output", title="GELU")
     _matrix(axes[1], after, "after the GELU", f"{width} numbers", f"{T} tokens")
     _mark_row(axes[1], scene.token, width)
     return figure
@@ -396,22 +394,22 @@ def mlp(scene: Scene) -> Figure:
 def blocks(scene: Scene) -> Figure:
     depth, grid = scene.config.depth, scene.config.grid
     layers = sorted({round(each) for each in np.linspace(0, depth, min(depth + 1, MOST_TILES))})
-    title = f"9. Attention and MLP again, {depth} times, each adding to the tokens"
+    title = f"9. Attention and MLP repeat in {depth} blocks, each adding to the tokens"
     caption = (
-        "Above: the tokens after each layer, coloured by their first three principal components, "
-        "each layer by its own: alike colours are alike tokens. Below: attention of the classifier "
-        "in that layer, mean over heads, each map on its own scale."
+        "Above: the tokens after each layer, colored by their first three principal components in "
+        "that layer. Similar colors mean similar tokens; the hue itself is arbitrary. Below: "
+        "attention of the classifier, mean over heads, each map on its own scale."
     )
     figure = figures.new_figure(WIDTH, 2.35, title, caption)
     axes = figure.subplots(2, len(layers) + 1)
-    show_picture(axes[0, 0], scene.picture, "the image")
+    show_picture(axes[0, 0], scene.picture, "input")
     _sign(axes[1, 0], "attention of\nthe classifier", SMALLEST)
     for column, layer in enumerate(layers, start=1):
         above, below = axes[:, column]
         tokens = scene.walk.tokens[layer][-scene.config.patches :]
         if min(tokens.shape) >= 3:
-            colours = explain.tokens_as_colours(tokens[None])[0].unflatten(0, grid)
-            _map(above, colours.numpy(), f"layer {layer}" if layer else "$z_0$")
+            colors = explain.tokens_as_colors(tokens[None])[0].unflatten(0, grid)
+            _map(above, colors.numpy(), f"layer {layer}" if layer else "$z_0$")
         if layer:
             _map(below, scene.of_classifier(scene.walk.attention[layer - 1].mean(dim=0)), "")
         else:
@@ -422,20 +420,20 @@ def blocks(scene: Scene) -> Figure:
 @styled
 def classifier(scene: Scene) -> Figure:
     lens = scene.walk.lens.numpy()
-    what = {"class": "class token's", "mean": "mean of the patches'"}[scene.config.pooling]
-    title = "10. One matrix reads the class off"
+    what = {"class": "class token", "mean": "mean of the patch tokens"}[scene.config.pooling]
+    title = "10. A linear head classifies"
     caption = (
-        f"The head sees the {what} {scene.config.width} numbers after the last layer. Middle: the "
-        "same head on the tokens of earlier layers, for which it was not trained; 0 is the "
+        f"The input of the head is the {what} after the last layer, normalized. Middle: the same "
+        "head applied to the tokens of earlier layers, for which it is not trained; layer 0 is the "
         "embedding."
     )
     figure, axes = _row(title, [0.8, 1.7, 1.2], 1.9, caption)
-    show_picture(axes[0], scene.picture, "the image")
+    show_picture(axes[0], scene.picture, "input")
     for k in np.argsort(-lens[-1], kind="stable")[:3]:
         axes[1].plot(range(len(lens)), 100 * lens[:, k], marker=".", label=scene.classes[k])
     axes[1].set(xlabel="layer", ylabel="probability (%)", ylim=(0, 102), xticks=range(len(lens)))
     axes[1].legend(loc="upper left")
-    _bars(axes[2], scene, "the answer")
+    _bars(axes[2], scene, "prediction")
     return figure
 
 

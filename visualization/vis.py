@@ -1,16 +1,16 @@
-"""Draws what a trained Vision Transformer sees.
+"""Draws what a trained Vision Transformer computes.
 
-    python visualization/vis.py                        everything, of the newest checkpoint
-    python visualization/vis.py model --checkpoint F   the weights of one: needs no images
+    python visualization/vis.py                        every figure, of the newest checkpoint
     python visualization/vis.py image --index 0,7      attention and relevance in images of its data
-    python visualization/vis.py image --image cat.jpg  the same in a file
-    python visualization/vis.py steps --index 7        the way through the model, in ten steps
-    python visualization/vis.py explorer               a page: point at a patch, see what it takes
-    python visualization/vis.py data                   128 images: distance, entropy, similarity
+    python visualization/vis.py image --image cat.jpg  the same for an image file
+    python visualization/vis.py steps --index 7        from the image to its class in ten steps
+    python visualization/vis.py explorer               interactive attention viewer, one HTML page
+    python visualization/vis.py model --checkpoint F   the weights; needs no images
+    python visualization/vis.py data                   augmentation; attention of 128 images
     python visualization/vis.py run                    curves, confusion, mistakes, calibration
 
-The figures go to visualization/out/<run>/ with a manifest.json that says what made them. Layers,
-heads, patch rows and patch columns count from 1, images of a data set from 0.
+The figures are written to visualization/out/<run>/, with a manifest.json that states what made
+them. Layers, heads, patch rows and patch columns count from 1, images of a data set from 0.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import io
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))  # the model's modules, from whatever folder this is run
 
+import cli
 import figures
 import utils
 from catalogue import (
@@ -42,54 +42,39 @@ from catalogue import (
     STEPS,
     Model,
     NotApplicable,
+    Options,
     Page,
     Picture,
     Subject,
     draw_explorer,
 )
-from data import DataError, image_files, read_image
-from machine import choose_device
+from config import UserError
+from data import image_files
+from device import choose_device
 from run import checkpoint_file
-from utils import UsageError
 
 OF_IMAGES = ("image", "steps", "explorer")
 GROUPS = (*OF_IMAGES, *OF_THE_MODEL)
 DEFAULT_IMAGES, EXPLORED_IMAGES = (0, 7), range(8)
+Drawing = Callable[[], Picture | Page]
 
 
 # ---------------------------------------------------------------------------- the command line
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = utils.Parser(
-        prog="vis.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", nargs="?", choices=("all", *GROUPS), default="all")
-    parser.add_argument(
-        "--checkpoint",
-        metavar="FILE",
-        type=utils.existing_path,
-        help="whose model to draw, or its run's folder (the newest under checkpoints/)",
-    )
-    subject = parser.add_mutually_exclusive_group()
-    subject.add_argument(
+def parse_arguments(argv: list[str]) -> Options:
+    """Raises UserError where a value is out of range."""
+    parser = cli.Parser(prog="vis.py", description=__doc__, argument_default=argparse.SUPPRESS)
+    parser.add_argument("what", nargs="?", choices=("all", *GROUPS), default="all", help="(all)")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument(
         "--index", type=_numbers, metavar="I,J", help="images of the data set (0,7)"
     )
-    subject.add_argument("--image", nargs="+", metavar="FILE", type=Path, help="image files")
-    subject.add_argument("--dir", metavar="DIR", type=Path, help="all image files in a folder")
-    parser.add_argument(
-        "--target",
-        default="pred",
-        metavar="pred|label|NAME",
-        help="class to explain: the predicted, the true, or one by name (pred); and the likeliest "
-        "other one",
-    )
-    parser.add_argument("--layer", type=_layer, default="all", metavar="L|all", help="(all)")
-    parser.add_argument(
-        "--head", type=_head, default="all", metavar="H|mean|max|min|all", help="(all)"
-    )
+    images.add_argument("--image", nargs="+", metavar="FILE", type=Path, help="image files")
+    images.add_argument("--dir", metavar="DIR", type=Path, help="all image files in a folder")
+    layer, head = (partial(_number_or, words) for words in (["all"], ["all", "mean", "max", "min"]))
+    parser.add_argument("--layer", type=layer, metavar="L|all", help="(all)")
+    parser.add_argument("--head", type=head, metavar="H|mean|max|min|all", help="(all)")
     parser.add_argument(
         "--query",
         type=_query,
@@ -97,27 +82,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
         help="whose attention: the classifier's, or a patch's by row and column (both, with the "
         "middle patch)",
     )
-    parser.add_argument(
-        "--split",
-        choices=("validation", "test"),
-        default="validation",
-        help="images of the data set to look at (validation, or test where none were held out)",
-    )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="(visualization/out/<run>)")
-    parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="(png)")
-    parser.add_argument("--dpi", type=_dpi, default=200, metavar="N", help="(200)")
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (the best there is)")
-    parser.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="chooses the 128 images (0)"
-    )
-    parser.add_argument(
-        "--data-dir", metavar="DIR", type=Path, default=ROOT / "data", help="of CIFAR-10 (data/)"
-    )
-    parser.add_argument(
-        "--save-data", action="store_true", help="also write each figure's arrays, as .npz"
-    )
-    parser.add_argument("--show", action="store_true", help="also open the figures in windows")
-    return parser.parse_args(argv)
+    added = ("what", "index", "image", "dir", "layer", "head", "query")
+    cli.add_flags(parser, Options(), leave_out=added)
+    return Options(**cli.given(parser.parse_args(argv), Options))
 
 
 def _numbers(text: str) -> list[int]:
@@ -127,22 +94,12 @@ def _numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0,7") from None
 
 
-def _layer(text: str) -> int | str:
-    return _one_of(text, ("all",))
-
-
-def _head(text: str) -> int | str:
-    return _one_of(text, ("all", "mean", "max", "min"))
-
-
-def _one_of(text: str, words: tuple[str, ...]) -> int | str:
-    if text in words:
-        return text
+def _number_or(words: list[str], text: str) -> int | str:
     try:
-        return int(text)
+        return text if text in words else int(text)
     except ValueError:
-        known = ", ".join(words)
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {known}") from None
+        message = f"{text!r} is neither a number nor {', '.join(words)}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _query(text: str) -> str | tuple[int, int]:
@@ -150,93 +107,71 @@ def _query(text: str) -> str | tuple[int, int]:
     if text == "cls":
         return text
     try:
-        row, column = (int(part) for part in text.split(","))
+        row, column = map(int, text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is neither cls nor a patch such as 3,4"
-        ) from None
+        message = f"{text!r} is neither cls nor a patch such as 3,4"
+        raise argparse.ArgumentTypeError(message) from None
     return row, column
 
 
-def _dpi(text: str) -> int:
-    dpi = int(text) if text.isdecimal() else 0
-    if not 20 <= dpi <= 1200:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 20 to 1200")
-    return dpi
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 2^63 - 1")
-    return int(text)
-
-
 def newest_checkpoint() -> Path:
-    """Raises UsageError where there is none."""
+    """Raises UserError where there is none."""
     folder = ROOT / "checkpoints"
     found = sorted(folder.glob("**/*.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UsageError(
-            f"there is no checkpoint under {folder}; train one with "
+        raise UserError(
+            f"there is no checkpoint in {folder}; train one with "
             "'python src/trainer.py --recipe demo', or name one with --checkpoint"
         )
     return found[-1]
 
 
-def check_arguments(model: Model) -> None:
-    """Raises UsageError for a layer, head, query or target that this model does not have."""
-    arguments, config = model.arguments, model.config
-    for flag, value, most in (
-        ("layer", arguments.layer, config.depth),
-        ("head", arguments.head, config.heads),
-    ):
+def check_options(model: Model) -> None:
+    """Raises UserError for a layer, head, query or target that this model does not have."""
+    options, (g_h, g_w) = model.options, model.config.grid
+    for flag, most in (("layer", model.config.depth), ("head", model.config.heads)):
+        value = getattr(options, flag)
         if isinstance(value, int) and not 1 <= value <= most:
-            raise UsageError(f"--{flag} {value} is not there; {model.path} has 1 to {most}")
-    if isinstance(arguments.query, tuple):
-        (row, column), (g_h, g_w) = arguments.query, config.grid
+            raise UserError(f"--{flag} {value} is out of range 1 to {most}")
+    if isinstance(options.query, tuple):
+        row, column = options.query
         if not (1 <= row <= g_h and 1 <= column <= g_w):
-            raise UsageError(
-                f"--query {row},{column} is not there; {model.path} has patch rows 1 to "
-                f"{g_h} and columns 1 to {g_w}"
-            )
-    target = arguments.target
-    if target not in ("pred", "label", *model.classes):
-        near = difflib.get_close_matches(target, model.classes, 1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UsageError(
-            f"--target {target!r} is no class; {hint}there are {', '.join(model.classes)}"
-        )
-    if target == "label" and (arguments.image or arguments.dir):
-        raise UsageError("--target label: the true class of an image file is not known")
+            raise UserError(f"--query {row},{column} is out of range 1,1 to {g_h},{g_w}")
+    if options.target not in ("pred", "label", *model.classes):
+        near = difflib.get_close_matches(options.target, model.classes, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(model.classes)}"
+        raise UserError(f"--target {options.target!r} is not a class; {hint}")
+    if options.target == "label" and (options.image or options.dir):
+        raise UserError("--target label needs images of a data set: a file has no true class")
 
 
 # ---------------------------------------------------------------------------- what to draw
 
 
-def plan(model: Model) -> tuple[dict[str, Callable[[], Picture | Page]], dict[str, str]]:
-    """The figures to draw, and those that no data set can be had for with the reason, by name.
+def plan(model: Model) -> tuple[dict[str, Drawing], dict[str, str]]:
+    """The figures to draw, and for those that lack their data set the reason, by name.
 
     Raises:
-        UsageError, DataError: an image that the command line names is not to be had.
+        UserError: an image that the command line names is not available.
     """
-    arguments = model.arguments
-    groups = GROUPS if arguments.what == "all" else (arguments.what,)
-    from_files = bool(arguments.image or arguments.dir)
+    options = model.options
+    groups = GROUPS if options.what == "all" else (options.what,)
+    from_files = bool(options.image or options.dir)
     without_data = {"model", *OF_IMAGES} if from_files else {"model"}
     reason = None if without_data.issuperset(groups) else why_no_data(model)
-    drawings: dict[str, Callable[[], Picture | Page]] = {}
+    drawings: dict[str, Drawing] = {}
     missing: dict[str, str] = {}
     for group in groups:
         if group not in OF_IMAGES:
             for name, draw in OF_THE_MODEL[group].items():
                 drawings[f"{group}/{name}"] = partial(draw, model)
-        elif reason and not (from_files or arguments.index):
+        elif reason and not (from_files or options.index):
             missing[group] = reason
         elif group == "explorer":
             drawings[group] = partial(draw_explorer, model, subjects(model, EXPLORED_IMAGES))
         else:
             for subject in subjects(model, DEFAULT_IMAGES):
-                figures_of = STEPS if group == "steps" else of_an_image(arguments.query)
+                figures_of = STEPS if group == "steps" else of_an_image(options.query)
                 for name, draw in figures_of.items():
                     drawings[f"{group}/{subject.name}/{name}"] = partial(draw, model, subject)
     if reason:
@@ -246,16 +181,16 @@ def plan(model: Model) -> tuple[dict[str, Callable[[], Picture | Page]], dict[st
 
 
 def why_no_data(model: Model) -> str | None:
-    """Why the checkpoint's data set is not to be had; None where it is here."""
+    """Why the images of the checkpoint's data set are not available; None where they are."""
     try:
-        _ = model.dataset
-    except DataError as error:
+        _ = model.split
+    except UserError as error:
         return str(error)
     return None
 
 
 def of_an_image(query: str | tuple[int, int] | None) -> dict[str, Callable]:
-    """The figures of an image: attention of the classifier and of a patch, or of the one asked."""
+    """The figures of an image: with the attention of the chosen query, or of both."""
     if query is None:
         return OF_AN_IMAGE
     left_out = "attention-of-patch" if query == "cls" else "attention"
@@ -263,38 +198,36 @@ def of_an_image(query: str | tuple[int, int] | None) -> dict[str, Callable]:
 
 
 def subjects(model: Model, by_default: Iterable[int]) -> list[Subject]:
-    """The images that the command line names, or some of the split.
+    """The images that the command line names, or those of the split with the default indices.
 
     Raises:
-        UsageError, DataError: an index, a file or a folder is not there, or a file is no image.
+        UserError: an index is out of range, or a file cannot be read as an image.
     """
-    arguments, config = model.arguments, model.config
-    if arguments.image or arguments.dir:
-        files = arguments.image or image_files(arguments.dir)
-        H, W = config.image_size
-        pixels = [read_image(file, (H, W), config.channels) for file in files]
-        names = unique([file.name for file in files])
+    options, read = model.options, model.checkpoint.preprocessing.read
+    if options.image or options.dir:
+        files = options.image or image_files(options.dir)
+        size = figures.by(*model.config.image_size)
         return [
-            Subject(name, f"{file.name} at {H} x {W}", image, None)
-            for name, file, image in zip(names, files, pixels, strict=True)
+            Subject(name, f"{file.name} at {size}", read(file), None)
+            for name, file in zip(unique([file.name for file in files]), files, strict=True)
         ]
     count = len(model.split)
-    chosen = arguments.index or [index for index in by_default if index < count]
+    chosen = options.index or [index for index in by_default if index < count]
     for index in chosen:
         if not 0 <= index < count:
-            raise UsageError(
-                f"--index {index} is not there; the {model.of_split} are 0 to {count - 1}"
+            raise UserError(
+                f"--index {index} is out of range 0 to {count - 1} of the {model.of_split}"
             )
-    name = model.split_name
-    labels, images = model.split.labels, model.split.images
+    indices, name = list(dict.fromkeys(chosen)), model.split_name
+    images, labels = model.split.take(torch.tensor(indices, device=model.device))
     return [
-        Subject(f"{name}-{index}", f"{name} image {index}", images[index], int(labels[index]))
-        for index in dict.fromkeys(chosen)
+        Subject(f"{name}-{index}", f"{name} image {index}", image, int(label))
+        for index, image, label in zip(indices, images, labels, strict=True)
     ]
 
 
 def unique(names: list[str]) -> Iterator[str]:
-    """The names, a number behind those that came before: a.png, b.png, a.png-2."""
+    """The names, with a number appended to repeated ones: a.png, b.png, a.png-2."""
     seen: dict[str, int] = {}
     for name in names:
         seen[name] = seen.get(name, 0) + 1
@@ -305,16 +238,15 @@ def unique(names: list[str]) -> Iterator[str]:
 
 
 def draw_all(model: Model, command: str) -> None:
-    """Draws what was asked for, and writes a manifest of it.
+    """Draws the figures of the options, and writes their manifest.
 
     Raises:
-        UsageError: the folder cannot be written to, or nothing could be drawn.
+        UserError: the folder cannot be written to, or nothing can be drawn.
     """
-    arguments = model.arguments
     drawings, missing = plan(model)
     if not drawings:
-        raise UsageError(next(iter(missing.values())))
-    out = arguments.out or ROOT / "visualization" / "out" / model.run
+        raise UserError(next(iter(missing.values())))
+    out = model.options.out or ROOT / "visualization" / "out" / model.run
     drawn: dict[str, dict] = {}
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -322,32 +254,32 @@ def draw_all(model: Model, command: str) -> None:
             for name, draw in bar:
                 bar.set_description(name)
                 try:
-                    drawn[name] = keep(draw(), out / name, arguments)
+                    drawn[name] = write(draw(), out / name, model.options)
                 except NotApplicable as reason:
                     missing[name] = str(reason)
         utils.write_json(out / "manifest.json", manifest(model, command, drawn, missing))
     except OSError as error:
-        raise UsageError(f"cannot write to {out}: {error.strerror}") from error
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
     for reason in dict.fromkeys(missing.values()):
         names = ", ".join(name for name, why in missing.items() if why == reason)
         print(f"not applicable: {names}: {reason}")
     print(f"{model.path}: {len(drawn)} figures in {out}")
 
 
-def keep(picture: Picture | Page, stem: Path, arguments: argparse.Namespace) -> dict:
+def write(picture: Picture | Page, stem: Path, options: Options) -> dict[str, Any]:
     """Writes a picture's files, or a page's; returns its entry in the manifest."""
     if isinstance(picture, Page):
         path = stem.with_name(f"{stem.name}.html")
         utils.write_whole(path, picture.html.encode())
         return {"files": [path.name], **picture.numbers}
-    written = [stem.with_name(f"{stem.name}.{arguments.format}")]
-    figures.save(picture.figure, written[0], arguments.dpi)
-    if arguments.save_data:
+    written = [stem.with_name(f"{stem.name}.{options.format}")]
+    figures.save(picture.figure, written[0], options.dpi)
+    if options.save_data:
         written.append(stem.with_name(f"{stem.name}.npz"))
         content = io.BytesIO()
         np.savez_compressed(content, **picture.arrays)
         utils.write_whole(written[-1], content.getbuffer())
-    if not arguments.show:
+    if not options.show:
         plt.close(picture.figure)
     return {"files": [path.name for path in written], **picture.numbers}
 
@@ -355,55 +287,49 @@ def keep(picture: Picture | Page, stem: Path, arguments: argparse.Namespace) -> 
 def manifest(
     model: Model, command: str, drawn: dict[str, dict], missing: dict[str, str]
 ) -> dict[str, Any]:
-    """What made the figures and what they are: the content of manifest.json."""
+    """The content of manifest.json: the figures, and what made them."""
     with open(model.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+    options = {name: portable(value) for name, value in model.options.to_plain().items()}
     return {
         "command": command,
-        "arguments": {name: portable(value) for name, value in vars(model.arguments).items()},
-        "checkpoint": str(portable(model.path)),
+        "arguments": options,
+        "checkpoint": portable(model.path),
         "checkpoint_sha256": digest,
-        "model": asdict(model.config),
-        "split": model.split_name,
+        "model": model.config.to_plain(),
+        "split": vars(model).get("split_name"),  # None where no data set was used
         "figures": drawn,
         "not_applicable": missing,
-        "versions": {"torch": str(torch.__version__), "matplotlib": matplotlib.__version__},
+        "versions": utils.versions() | {"matplotlib": matplotlib.__version__},
     }
 
 
 def portable(value: Any) -> Any:
-    """A path inside the repository as it is on every machine; anything else as it is."""
+    """A path inside the repository relative to it; any other value unchanged."""
     inside = isinstance(value, Path) and value.is_absolute() and value.is_relative_to(ROOT)
     return value.relative_to(ROOT) if inside else value
 
 
 def choose_backend(show: bool) -> None:
-    """Draws into files alone, or into windows as well; UsageError where there are none."""
+    """Draws into files alone, or also into windows; raises UserError where there are none."""
     if not show:
         matplotlib.use("Agg")
     elif matplotlib.get_backend().lower() == "agg":
-        raise UsageError("--show needs a display and a matplotlib backend for it; leave it out")
+        raise UserError("--show needs a display and a matplotlib backend for it; leave it out")
 
 
 def main(argv: list[str]) -> int:
-    """Runs a command line; returns the exit status."""
-    arguments = parse_arguments(argv)
-    try:
-        choose_backend(arguments.show)
-        path = checkpoint_file(arguments.checkpoint or newest_checkpoint())
-        model = Model(path, choose_device(arguments.device), arguments)
-        check_arguments(model)
-        draw_all(model, shlex.join(["python", "visualization/vis.py", *argv]))
-        if arguments.show:
-            plt.show()
-        return 0
-    except (UsageError, DataError, utils.CheckpointError) as error:
-        print(f"vis.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nvis.py: stopped", file=sys.stderr)
-        return 130
+    options = parse_arguments(argv)
+    choose_backend(options.show)
+    named = options.checkpoint and cli.existing_path(str(options.checkpoint))
+    path = checkpoint_file(named or newest_checkpoint())
+    model = Model(path, choose_device(options.device), options)
+    check_options(model)
+    draw_all(model, shlex.join(["python", "visualization/vis.py", *argv]))
+    if options.show:
+        plt.show()
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    cli.run_program(main)

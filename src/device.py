@@ -1,20 +1,14 @@
-"""The machine: its devices, what they are called, how fast and how full they are."""
+"""Devices: choosing one and a precision for it, its name and its memory."""
 
 import ctypes
-import math
-import os
 import platform
 import sys
-import time
 from pathlib import Path
 
 import torch
 
+from config import UserError
 from processes import ALONE, World
-from utils import UsageError
-from ViT import ViTConfig, patches_kept
-
-_IMPORTED = time.perf_counter()
 
 
 def best_device() -> torch.device:
@@ -24,15 +18,29 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def unusable_gpu() -> str | None:
+    """Why torch cannot use the NVIDIA GPU of this machine, where that is so."""
+    if torch.cuda.is_available() or not any(Path("/dev").glob("nvidia[0-9]*")):
+        return None
+    if not torch.version.cuda:
+        return (
+            f"this machine has an NVIDIA GPU, but torch {torch.__version__} is built without CUDA"
+        )
+    return (
+        f"this machine has an NVIDIA GPU, but torch {torch.__version__} for CUDA "
+        f"{torch.version.cuda} cannot use it; nvidia-smi shows the driver"
+    )
+
+
 def choose_device(name: str | None, world: World = ALONE) -> torch.device:
     """The named device, or the best there is; of several ranks, each on a GPU of its own.
 
     Raises:
-        UsageError: this machine does not have it.
+        UserError: this machine does not have it.
     """
     if world.size > 1:
         if name not in (None, "cuda", "cpu"):
-            raise UsageError(f"--device {name} is one device for {world.size} processes; try cuda")
+            raise UserError(f"--device {name} is one device for {world.size} processes; use cuda")
         name = name or ("cuda" if torch.cuda.is_available() else "cpu")
         name = f"cuda:{world.local_rank}" if name == "cuda" else name
     if name is None:
@@ -43,7 +51,7 @@ def choose_device(name: str | None, world: World = ALONE) -> torch.device:
             raise NotImplementedError
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"--device {name} is not here; try cpu, or none for the best") from None
+        raise UserError(f"--device {name} is not available; use cpu, or omit --device") from None
     if world.size > 1 and device.type == "cuda":
         torch.cuda.set_device(device)  # for NCCL
     return device
@@ -74,17 +82,6 @@ def device_name(device: torch.device) -> str:
     return name if device.type == "mps" else f"{name}, {torch.get_num_threads()} threads"
 
 
-def process_seconds() -> float:
-    """Seconds since this process began, importing torch included."""
-    try:
-        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf(
-            "SC_CLK_TCK"
-        )
-    except (OSError, AttributeError):  # not Linux
-        return time.perf_counter() - _IMPORTED
-
-
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Most memory in use at any time: the GPU's for tensors, or the process' on a CPU."""
     if device.type == "cuda":
@@ -95,32 +92,6 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def training_flops(config: ViTConfig, patch_dropout: float = 0.0) -> int:
-    """Floating-point operations of a training step for each image, as the scaling papers count.
-
-    2 a weight and token forward, twice that backward, and the two products of attention; norms,
-    softmax and GELU are left out (Kaplan et al., arXiv 2001.08361; PaLM, arXiv 2204.02311, B).
-    """
-    D, N = config.width, config.patches
-    T = config.tokens - N + patches_kept(N, patch_dropout)
-    block = T * (4 * D * D + 2 * D * config.hidden) + 2 * T * T * D
-    patches = N * config.channels * config.patch_size**2 * D
-    return 6 * (config.depth * block + patches + D * config.classes)
-
-
-def matrix_rate(device: torch.device, precision: str) -> float:
-    """Floating-point operations a second that square matrix products reach here, at their best."""
-    size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(4):  # the first of them warms up
-        started = time.perf_counter()
-        (a @ a)[0, 0].item()  # which waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
 
 
 def keep_freed_memory() -> None:

@@ -1,31 +1,31 @@
 """How close a plain ViT gets to 94% on CIFAR-10 in a minute: the whole measurement, for one GPU.
 
-    python src/speedrun.py                 all of it, to results/speed94/
-    python src/speedrun.py throughput      one part of it
-    python src/speedrun.py --seconds 90 --out DIR      for another time, or for another GPU
-    python src/speedrun.py --dry-run       all of it in small, on the drawn data set, on any device
+    python experiments/speedrun.py                all of it, to results/speed94/
+    python experiments/speedrun.py throughput     one part of it
+    python experiments/speedrun.py --seconds 90 --out DIR     for another time, or another GPU
+    python experiments/speedrun.py --dry-run      a small version, on the synthetic data set, on
+                                                  any device
 
     throughput   images/s of training steps of widths, depths and batches, eager and compiled, and
-                 the share of the device's matrix rate that they come to
-    profile      which operations the time of the recipe's training steps goes to
-    epochs       as many epochs of the recipe as fit into the time, from a short run; what follows
-                 trains for so many, or for the recipe's own where this part was left out
-    curve        one run that holds validation images out: accuracy against seconds
-    seeds        the recipe on all training images, each seed tested once
-    plot         what there is of curve and seeds, beside published points
+                 the share of the device's matrix rate that this is
+    profile      which operations take the time of the recipe's training steps
+    epochs       how many epochs of the recipe fit into the time, by a short run; the later parts
+                 train for that many, or for the recipe's own where this part was left out
+    curve        one run with a validation split: accuracy against seconds
+    seeds        the recipe on all training images; each seed is tested once
+    plot         the results of curve and seeds, beside published ones
 
 Seconds are from the first training step to the end of the evaluation; importing, loading and
-compiling are told apart. What is there already is not measured again. The search for the recipe is
-`python src/ablation.py speed94`. Not yet run on a GPU.
+compiling are reported separately. Existing results are not measured again. The search for the
+recipe is `python experiments/ablation.py speed94`. Not yet run on a GPU.
 """
 
-import argparse
-import csv
 import dataclasses
 import itertools
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,13 +35,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
-import machine
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+import cli
+import device as devices
 import utils
-from ablation import STUDIES, kept_result, results_of, train_and_keep
-from benchmark import Setting, forward_of, run_of, seconds_of
+from ablation import STUDIES, results_of
+from common import (
+    Setting,
+    forward_of,
+    kept_result,
+    matrix_rate,
+    rows_of,
+    run_of,
+    seconds_of,
+    step_of,
+    train_and_keep,
+)
+from config import UserError
+from curves import write_figure
 from recipes import RECIPES, Recipe
-from trainer import add_gradients, targets_of, train_epoch
-from utils import UsageError
+from run import training_flops
+from trainer import train_epoch
 
 
 class Plan(NamedTuple):
@@ -58,8 +74,8 @@ class Plan(NamedTuple):
 
 
 HEAD = 64  # numbers a head, in the throughput's models
-MARGIN = 0.98  # of the seconds are planned, as no two runs take the same
-ROUNDS = 5  # of the throughput, of three steps each
+MARGIN = 0.98  # share of the seconds that is planned, as times vary from run to run
+ROUNDS = 5  # of three steps each, in the throughput
 THE_PLAN = Plan(
     recipe="speed94",
     flags=[],
@@ -68,7 +84,7 @@ THE_PLAN = Plan(
     depths=(6, 8, 12),
     batches=(512, 1024, 2048),
     seconds=60,
-    folder=utils.ROOT / "results/speed94",
+    folder=ROOT / "results/speed94",
 )
 DRY_PLAN = Plan(
     recipe="demo",
@@ -77,13 +93,13 @@ DRY_PLAN = Plan(
     widths=(64,),
     depths=(1, 2),
     batches=(50, 100),
-    seconds=5,
-    folder=utils.ROOT / "checkpoints/speedrun",
+    seconds=10,
+    folder=ROOT / "checkpoints/speedrun",
 )
 
 
 class Published(NamedTuple):
-    """What others state, as their README had it."""
+    """A result of others, as their README states it."""
 
     kind: str  # "CNN" or "ViT"
     what: str
@@ -113,55 +129,35 @@ PUBLISHED = (
 A_MINUTE = 60 * 989e12  # operations of an H100 or H200 at their specified rate, dense bfloat16
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 # ---------------------------------------------------------------------------- training steps
 
 
-def training_step(recipe: Recipe, mode: str, setting: Setting) -> Callable[[], None]:
-    """One training step of a recipe, its input aside, as `train_epoch` does it."""
-    with run_of(recipe, setting, steps=1) as run:
-        batch, forward = run.dataset.train, forward_of(run, mode)
-        targets = targets_of(batch, len(run.dataset.classes))
-
-    def step() -> None:
-        add_gradients(run, forward, batch.images, targets)
-        for optimizer in run.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step
-
-
 def throughput(plan: Plan, setting: Setting) -> None:
-    """throughput.csv, a row at a time, so that a run that is stopped goes on where it was."""
+    """Writes throughput.csv, a row at a time, so that an interrupted measurement can resume."""
     path = plan.folder / "throughput.csv"
     rows = rows_of(path) if path.exists() else []
-    there = {tuple(row[key] for key in ("width", "depth", "batch", "mode")) for row in rows}
-    rate = machine.matrix_rate(setting.device, setting.precision)
+    measured = {tuple(row[key] for key in ("width", "depth", "batch", "mode")) for row in rows}
+    rate = matrix_rate(setting.device, setting.precision)
     recipe = RECIPES[plan.recipe]
     for width, depth, batch, mode in itertools.product(
         plan.widths, plan.depths, plan.batches, ("eager", "compiled")
     ):
-        if (str(width), str(depth), str(batch), mode) in there:
+        if (str(width), str(depth), str(batch), mode) in measured:
             continue
-        size = {"width": width, "depth": depth, "heads": width // HEAD}
-        model = dataclasses.replace(recipe.model, **size)
+        model = dataclasses.replace(recipe.model, width=width, depth=depth, heads=width // HEAD)
         train = dataclasses.replace(recipe.train, batch_size=batch, whole_epochs=0)
         row: dict[str, Any] = {"width": width, "depth": depth, "batch": batch, "mode": mode}
         try:
-            torch.compiler.reset()  # which compiles but a few models of one class in a process
-            step = training_step(Recipe("", model, train), mode, setting)
+            torch.compiler.reset()  # it compiles only a few models of one class in a process
+            run = run_of(Recipe("", model, train), setting, steps=1)
+            step = step_of(run, forward_of(run, mode))
             step()
             taken = [seconds_of(step, 3, setting.device) for _ in range(setting.rounds)]
         except torch.OutOfMemoryError:
             print(f"width {width}, depth {depth}, batch {batch}, {mode}: out of memory")
             continue
         images = batch / statistics.median(taken)
-        flops = machine.training_flops(model, train.patch_dropout)
+        flops = training_flops(model, train.patch_dropout)
         row |= {"images_per_second": round(images), "share": round(images * flops / rate, 3)}
         rows.append(row)
         utils.write_table(path, row, rows)
@@ -173,21 +169,19 @@ def throughput(plan: Plan, setting: Setting) -> None:
 
 
 def profile_steps(plan: Plan, setting: Setting) -> None:
-    """profile.txt: the operations of ten training steps by the time they take themselves."""
+    """Writes profile.txt: the operations of ten training steps, sorted by their own time."""
     on_gpu = setting.device.type == "cuda"
     recipe = RECIPES[plan.recipe]
-    with run_of(recipe, setting, steps=10) as run:
-        forward = forward_of(run, "compiled" if on_gpu else "eager")
-        run.end_epoch(train_epoch(run, forward))  # warms up
-        activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
-        with profile(activities=activities) as profiler:
-            train_epoch(run, forward)
+    run, dropped = run_of(recipe, setting, steps=10), recipe.train.patch_dropout
+    forward = forward_of(run, "compiled" if on_gpu else "eager")
+    run.end_epoch(train_epoch(run, forward, dropped))  # a warm-up
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
+        train_epoch(run, forward, dropped)
     order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
     text = profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60)
-    head = f"{plan.recipe}, 10 steps, {machine.device_name(setting.device)}, {setting.precision}, "
-    utils.write_whole(
-        plan.folder / "profile.txt", f"{head}torch {torch.__version__}\n{text}".encode()
-    )
+    name, version = devices.device_name(setting.device), torch.__version__
+    head = f"{plan.recipe}, 10 steps, {name}, {setting.precision}, torch {version}\n"
+    utils.write_whole(plan.folder / "profile.txt", (head + text).encode())
     print("\n".join(text.splitlines()[:14]))
 
 
@@ -195,7 +189,7 @@ def profile_steps(plan: Plan, setting: Setting) -> None:
 
 
 def train(plan: Plan, name: str, flags: list[str], setting: Setting) -> dict[str, Any]:
-    """The result.json of a run, made now unless it is there."""
+    """The result.json of a run, which is trained now unless it exists."""
     # Saving after each epoch would take a part of the minute.
     flags = ["--recipe", plan.recipe, *plan.flags, *flags, "--save-epochs", "100000"]
     flags += ["--device", str(setting.device)]
@@ -204,13 +198,13 @@ def train(plan: Plan, name: str, flags: list[str], setting: Setting) -> dict[str
 
 
 def epochs(plan: Plan, setting: Setting) -> None:
-    """epochs.json: how many epochs fit into the plan's seconds, and from what that follows."""
+    """Writes epochs.json: how many epochs fit into the plan's seconds, and the times behind it."""
     path = plan.folder / "epochs.json"
     if path.exists() and (other := json.loads(path.read_text())["seconds"]) != plan.seconds:
-        raise UsageError(
-            f"{plan.folder} is of runs of {other:g} s, not {plan.seconds:g}; name another by --out"
+        raise UserError(
+            f"{plan.folder} has runs of {other:g} s, not {plan.seconds:g}; choose another --out"
         )
-    # Without warm-up, which is told in epochs and may be longer than this run.
+    # Without warm-up, whose epochs may be more than this run has.
     short = "--epochs 4 --warmup-epochs 0 --whole-epochs 1 --validation-images 0".split()
     result = train(plan, "short", short, setting)
     taken = [float(row["seconds"]) for row in rows_of(plan.folder / "short/metrics.csv")]
@@ -219,7 +213,7 @@ def epochs(plan: Plan, setting: Setting) -> None:
     at_the_end = RECIPES[plan.recipe].train.whole_epochs
     fit = int((MARGIN * plan.seconds - rest - at_the_end * whole) / epoch) + at_the_end
     if fit < 1:
-        raise UsageError(f"no epoch fits into {plan.seconds:g} s; one takes {epoch:.1f} s")
+        raise UserError(f"no epoch fits into {plan.seconds:g} s; one takes {epoch:.1f} s")
     found = {"seconds": plan.seconds, "epochs": fit, "epoch": epoch, "whole_epoch": whole}
     utils.write_json(path, found | {"rest": rest})
     print(
@@ -229,7 +223,7 @@ def epochs(plan: Plan, setting: Setting) -> None:
 
 
 def fitting(plan: Plan) -> list[str]:
-    """The trainer's flag for as many epochs as fit; none where that was not measured."""
+    """The trainer's flag for the epochs that fit; none where that was not measured."""
     path = plan.folder / "epochs.json"
     return ["--epochs", str(json.loads(path.read_text())["epochs"])] if path.exists() else []
 
@@ -237,7 +231,7 @@ def fitting(plan: Plan) -> list[str]:
 def curve(plan: Plan, setting: Setting) -> None:
     flags = [*fitting(plan), "--no-test", "--validate-every", "5"]
     result = train(plan, "curve", flags, setting)
-    print(f"validation accuracy {result['validation_accuracy']:.2%}, {told(result)}")
+    print(f"validation accuracy {result['validation_accuracy']:.2%}, {times_of(result)}")
 
 
 def seeds(plan: Plan, setting: Setting) -> None:
@@ -245,15 +239,12 @@ def seeds(plan: Plan, setting: Setting) -> None:
     results = []
     for seed in range(plan.seeds):
         flags = [*fitting(plan), "--seed", str(seed), "--validation-images", "0"]
-        results.append(train(plan, f"seed{seed}", flags, setting))
-        print(f"seed {seed}: test accuracy {results[-1]['test_accuracy']:.2%}, {told(results[-1])}")
+        results.append(result := train(plan, f"seed{seed}", flags, setting))
+        print(f"seed {seed}: test accuracy {result['test_accuracy']:.2%}, {times_of(result)}")
     accuracies = [result["test_accuracy"] for result in results]
     seconds = [result["seconds"]["first_step_to_end"] for result in results]
-    summary = {
-        "recipe": plan.recipe,
-        "epochs": results[0]["epochs"],
-        "device_name": results[0]["device_name"],
-        "torch": results[0]["torch"],
+    same = {key: results[0][key] for key in ("recipe", "epochs", "device_name", "torch")}
+    summary = same | {
         "seeds": len(results),
         "test_accuracy": accuracies,
         "mean": statistics.mean(accuracies),
@@ -267,13 +258,11 @@ def seeds(plan: Plan, setting: Setting) -> None:
     )
 
 
-def told(result: dict[str, Any]) -> str:
-    seconds = result["seconds"]
-    measured = seconds["first_step_to_end"]
-    loading = seconds["total"] - measured - seconds["compile"]
+def times_of(result: dict[str, Any]) -> str:
+    times = result["seconds"]
     return (
-        f"{measured:.1f} s from the first step to the end; besides, {seconds['compile']:.1f} s "
-        f"compiling, {loading:.1f} s importing and loading"
+        f"{times['first_step_to_end']:.1f} s from the first step to the end; "
+        f"{times['compile']:.1f} s of compiling, {times['total']:.1f} s in all"
     )
 
 
@@ -281,12 +270,12 @@ def told(result: dict[str, Any]) -> str:
 
 
 def plot(plan: Plan, setting: Setting) -> None:
-    utils.write_figure(plan.folder / "accuracy.png", draw(plan))
+    write_figure(plan.folder / "accuracy.png", draw(plan))
     print(f"wrote {plan.folder / 'accuracy.png'}")
 
 
 def draw(plan: Plan) -> Figure:
-    """Accuracy against seconds and operations: what was measured here, and what others state."""
+    """Accuracy against seconds and operations, of this code and as published for others."""
     figure = Figure(figsize=(12, 4.5), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2, sharey=True)
     draw_measured(left, right, plan)
@@ -308,32 +297,32 @@ def draw(plan: Plan) -> Figure:
 
 
 def draw_measured(left: Axes, right: Axes, plan: Plan) -> None:
-    """Draws this code's runs: against seconds on the left, against operations on the right."""
-    elsewhere = [utils.ROOT / "results" / name for name in ("cpu", "shipped")]
+    """Draws the runs of this code, against seconds on the left and operations on the right."""
+    elsewhere = [ROOT / "results" / name for name in ("cpu", "shipped")]
     for folder in (plan.folder / "curve", *elsewhere):
         if (folder / "metrics.csv").exists():
             result = json.loads((folder / "result.json").read_text())
             recipe, accuracy = result["recipe"], 100 * result["validation_accuracy"]
             label = f"{recipe}, {result['device_name']} (validation)"
             left.plot(*curve_of(folder / "metrics.csv"), ".-", label=label)
-            right.plot(operations_of(result), accuracy, "o", label=f"{recipe} (validation)")
+            right.plot(result["training_flops"], accuracy, "o", label=f"{recipe} (validation)")
     for folder in sorted(plan.folder.glob("seed*")):
         result = json.loads((folder / "result.json").read_text())
         seconds, accuracy = result["seconds"]["first_step_to_end"], 100 * result["test_accuracy"]
         label = f"{plan.recipe}, a seed (test)" if folder.name == "seed0" else None
         left.plot(seconds, accuracy, "k*", label=label)
-        right.plot(operations_of(result), accuracy, "k*", label=label)
-    for name, colour in (("shape", "k"), ("size", "tab:green")):
+        right.plot(result["training_flops"], accuracy, "k*", label=label)
+    for name, color in (("shape", "k"), ("size", "tab:green")):
         study = STUDIES[name]
         runs = [run for change in study.changes for run in results_of(study, change)]
-        points = [(operations_of(run), 100 * run["validation_accuracy"]) for run in runs]
+        points = [(run["training_flops"], 100 * run["validation_accuracy"]) for run in runs]
         if points:
-            style = {"color": colour, "ms": 3, "label": f"{name} study, a seed (validation)"}
+            style = {"color": color, "ms": 3, "label": f"{name} study, a seed (validation)"}
             right.plot(*zip(*points, strict=True), ".", **style)
 
 
 def draw_published(axes: Axes, points: list[tuple[float, str, Published]]) -> None:
-    """Draws published accuracies: where along the axis, under which name, and what is stated."""
+    """Draws published accuracies, each with its place along the axis and its name there."""
     for kind, marker in (("CNN", "o"), ("ViT", "s")):
         of_kind = [(x, point.accuracy) for x, _, point in points if point.kind == kind]
         if of_kind:
@@ -344,14 +333,8 @@ def draw_published(axes: Axes, points: list[tuple[float, str, Published]]) -> No
         axes.annotate(name, (x, point.accuracy), point.shift, **style)
 
 
-def operations_of(result: dict[str, Any]) -> float:
-    """Floating-point operations of a run's training, from the rate that its result.json states."""
-    rate = result["matrix_flops_per_second"] * result["matrix_rate_share"]
-    return rate * result["seconds"]["training"]
-
-
 def curve_of(path: Path) -> tuple[list[float], list[float]]:
-    """Seconds of training, and the validation accuracy in percent that they led to."""
+    """Seconds of training at each validation, and its accuracy in percent."""
     seconds, points = 0.0, []
     for row in rows_of(path):
         seconds += float(row["seconds"])
@@ -373,15 +356,11 @@ PARTS: dict[str, Callable[[Plan, Setting], None]] = {
 
 
 def main(argv: list[str]) -> int:
-    parser = utils.Parser(
-        prog="speedrun.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(prog="speedrun.py", description=__doc__)
     parser.add_argument("part", nargs="?", choices=("all", *PARTS), default="all", help="(all)")
-    parser.add_argument("--dry-run", action="store_true", help="in small, on the drawn data set")
+    parser.add_argument("--dry-run", action="store_true", help="a small version, on synthetic data")
     parser.add_argument("--seconds", type=float, help=f"of a run ({THE_PLAN.seconds})")
-    parser.add_argument("--device", help="cuda, mps or cpu (the best there is)")
+    parser.add_argument("--device", help="cuda, mps or cpu (the best available)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="(results/speed94/)")
     arguments = parser.parse_args(argv)
     plan = DRY_PLAN if arguments.dry_run else THE_PLAN
@@ -390,19 +369,16 @@ def main(argv: list[str]) -> int:
         if not 0 < arguments.seconds < math.inf:
             parser.error(f"--seconds must be above 0, not {arguments.seconds}")
         plan = plan._replace(seconds=arguments.seconds)
+    setting = Setting.of(arguments.device, "auto", ROUNDS)
+    if setting.device.type != "cuda" and not arguments.dry_run and arguments.part != "plot":
+        raise UserError("this measurement needs a GPU; --dry-run runs a small version anywhere")
     try:
-        device = machine.choose_device(arguments.device)
-        if device.type != "cuda" and not arguments.dry_run and arguments.part != "plot":
-            raise UsageError("the measurement is for a GPU; --dry-run does it in small anywhere")
-        setting = Setting(device, machine.resolve_precision("auto", device), ROUNDS)
         for name in PARTS if arguments.part == "all" else [arguments.part]:
             PARTS[name](plan, setting)
-    except UsageError as error:
-        parser.error(str(error))
     except OSError as error:
-        parser.error(f"cannot write to {plan.folder}: {error.strerror or error}")
+        raise UserError(f"cannot write to {plan.folder}: {error.strerror or error}") from error
     return 0
 
 
 if __name__ == "__main__":
-    utils.run_program(main)
+    cli.run_program(main)

@@ -1,0 +1,411 @@
+"""The speed of this code beside that of its peers: alternating in one process, median ratios.
+
+    python experiments/benchmark.py                  tables, and checkpoints/benchmark/benchmark.*
+    python experiments/benchmark.py --recipe demo    with the sizes of another recipe
+    python experiments/benchmark.py --json FILE      writes FILE and, beside it, the plot
+
+    train_step   images/s of a training step of this ViT and of those of torchvision, timm,
+                 vit-pytorch and transformers, where installed, eager and compiled, with each kind
+                 of attention they offer; and the share of the device's matrix rate that this is
+    input        an epoch of augmented batches, beside DataLoader with torchvision's transforms
+    outside      the share of a step of the recipe that is neither forward nor backward
+
+The compared models have a class token and learned positions, as all peers offer, and see all
+patches. Images are random: no data set is read.
+"""
+
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+import cli
+import device as devices
+import utils
+from augment import augment
+from common import (
+    Setting,
+    add_gradients,
+    forward_of,
+    matrix_rate,
+    random_dataset,
+    ratio,
+    run_of,
+    seconds_of,
+    step_of,
+    time_alternating,
+)
+from config import UserError
+from curves import write_figure
+from data import batch_rows
+from recipes import RECIPES, Recipe, TrainConfig
+from run import training_flops
+from trainer import train_epoch
+from ViT import ViT, ViTConfig, parameters_of
+
+INPUT_IMAGES = 10_000  # in the epoch of the input benchmark
+
+
+# ---------------------------------------------------------------------------- a training step
+
+
+class Candidate(NamedTuple):
+    """An implementation with one of the kinds of attention it offers."""
+
+    implementation: str
+    attention: str  # "fused" or "plain"; "own" where the code chooses by itself
+    model: nn.Module
+
+
+def of_this_code(config: ViTConfig) -> Iterator[Candidate]:
+    yield Candidate("this code", "own", ViT(config))
+
+
+def of_torchvision(config: ViTConfig) -> Iterator[Candidate]:
+    class Plain(torchvision.models.VisionTransformer):
+        def forward(self, images: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):
+                return super().forward(images)
+
+    for attention, kind in (("fused", torchvision.models.VisionTransformer), ("plain", Plain)):
+        model = kind(
+            image_size=config.image_size[0],
+            patch_size=config.patch_size,
+            num_layers=config.depth,
+            num_heads=config.heads,
+            hidden_dim=config.width,
+            mlp_dim=config.hidden,
+            num_classes=config.classes,
+        )
+        yield Candidate("torchvision", attention, model)
+
+
+def of_timm(config: ViTConfig) -> Iterator[Candidate]:
+    import timm
+
+    for attention in ("plain", "fused"):  # fused, the default, stays set
+        timm.layers.set_fused_attn(attention == "fused")
+        model = timm.models.VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            depth=config.depth,
+            num_heads=config.heads,
+            embed_dim=config.width,
+            num_classes=config.classes,
+        )
+        yield Candidate("timm", attention, model)
+
+
+def of_vit_pytorch(config: ViTConfig) -> Iterator[Candidate]:
+    import vit_pytorch
+
+    model = vit_pytorch.ViT(
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        num_classes=config.classes,
+        dim=config.width,
+        depth=config.depth,
+        heads=config.heads,
+        dim_head=config.width // config.heads,
+        mlp_dim=config.hidden,
+    )
+    yield Candidate("vit-pytorch", "plain", model)
+
+
+def of_transformers(config: ViTConfig) -> Iterator[Candidate]:
+    import transformers
+
+    class Logits(transformers.ViTForImageClassification):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).logits
+
+    for attention, name in (("fused", "sdpa"), ("plain", "eager")):
+        theirs = transformers.ViTConfig(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            hidden_size=config.width,
+            intermediate_size=config.hidden,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=config.classes,
+            attn_implementation=name,
+        )
+        yield Candidate("transformers", attention, Logits(theirs))
+
+
+IMPLEMENTATIONS = (of_this_code, of_torchvision, of_timm, of_vit_pytorch, of_transformers)
+
+
+def candidates(config: ViTConfig) -> list[Candidate]:
+    """A model of these sizes of every implementation that is installed."""
+    found: list[Candidate] = []
+    for implementation in IMPLEMENTATIONS:
+        try:
+            found += implementation(config)
+        except ImportError as error:
+            print(f"{error.name or error} is not installed; skipping it")
+    return found
+
+
+def peer_step(
+    model: nn.Module, mode: str, images: Tensor, labels: Tensor, precision: str
+) -> Callable[[], None]:
+    """A training step: forward, cross-entropy, backward and a step of AdamW."""
+    model = model.to(images.device).train()
+    forward = torch.compile(model, dynamic=False) if mode == "compiled" else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        add_gradients(forward, images, labels, precision)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def time_steps(
+    config: ViTConfig, batch_size: int, modes: list[str], setting: Setting
+) -> dict[str, Any]:
+    """Times a training step of every candidate in every mode; the rows begin with the fastest."""
+    rate = matrix_rate(setting.device, setting.precision)
+    images = torch.randn(batch_size, config.channels, *config.image_size, device=setting.device)
+    labels = torch.arange(batch_size, device=setting.device) % config.classes
+    works, parameters = {}, {}
+    for candidate in candidates(config):
+        parameters[candidate.implementation] = parameters_of(candidate.model)
+        for mode in modes:
+            key = (candidate.implementation, candidate.attention, mode)
+            step = peer_step(candidate.model, mode, images, labels, setting.precision)
+            try:
+                first = seconds_of(step, 1, setting.device)
+            except Exception as error:  # a compiler can raise anything; the others do not need it
+                reason = next(iter(str(error).splitlines()), error)
+                print(f"{' '.join(key)} does not run ({reason}); skipping it")
+                continue
+            works[key] = step
+            print(f"{' '.join(key)}: first step {first:.1f} s", flush=True)
+    taken = time_alternating(works, setting)
+    rows = [
+        {
+            "implementation": implementation,
+            "attention": attention,
+            "mode": mode,
+            "parameters": parameters[implementation],
+            "images_per_second": (speed := batch_size / statistics.median(seconds)),
+            "matrix_rate_share": speed * training_flops(config) / rate,
+        }
+        for (implementation, attention, mode), seconds in taken.items()
+    ]
+    rows.sort(key=lambda row: -row["images_per_second"])
+    return {
+        "matrix_flops_per_second": rate,
+        "train_step": rows,
+        "ratio_to_fastest_peer": {mode: ratio_to_fastest_peer(taken, mode) for mode in modes},
+    }
+
+
+def ratio_to_fastest_peer(taken: dict[tuple, list[float]], mode: str) -> float | None:
+    """The speed of this code over the fastest peer's; None where one of the two did not run."""
+    own = [times for key, times in taken.items() if key[2] == mode and key[0] == "this code"]
+    peers = [times for key, times in taken.items() if key[2] == mode and key[0] != "this code"]
+    return ratio(min(peers, key=statistics.median), own[0]) if peers and own else None
+
+
+# ---------------------------------------------------------------------------- input
+
+
+def as_batch(transform: Callable[[Image.Image], Tensor], pictures: list[Image.Image]) -> Tensor:
+    return torch.stack([transform(picture) for picture in pictures])
+
+
+def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
+    """Times an epoch of flipped, cropped and normalized batches, of this code and of DataLoader."""
+    device, dataset = setting.device, random_dataset(INPUT_IMAGES, setting.device)
+    config = TrainConfig(flip="random", crop_padding=4)
+    coins = torch.zeros(INPUT_IMAGES, dtype=torch.bool, device=device)
+
+    def own_epoch() -> None:
+        order = batch_rows(dataset.train, batch_size, utils.generator_for(0))
+        for seed, (rows, batch) in enumerate(zip(order, dataset.train.batches(order), strict=True)):
+            targets = F.one_hot(batch.labels, 10).float()
+            images, _ = augment(batch.images, targets, config, seed, coins[rows], 0)
+            dataset.preprocessing.normalize(images)
+
+    def their_epoch(loader: DataLoader) -> None:
+        for images in loader:
+            images.to(device, non_blocking=True)
+
+    rows = torch.arange(INPUT_IMAGES, device=device)
+    pictures = list(map(transforms.functional.to_pil_image, dataset.train.take(rows).images.cpu()))
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(32, padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(dataset.preprocessing.mean, dataset.preprocessing.std),
+        ]
+    )
+    works: dict[str, Callable[[], None]] = {}
+    for workers in (0, torch.get_num_threads()):
+        loader = DataLoader(
+            pictures,
+            batch_size,
+            shuffle=True,
+            collate_fn=partial(as_batch, transform),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+        works[f"DataLoader, {workers} workers"] = partial(their_epoch, loader)
+    works["this code"] = own_epoch  # last: the workers are forked before it starts threads
+    taken = time_alternating(works, setting)
+    speeds = {name: INPUT_IMAGES / statistics.median(taken[name]) for name in taken}
+    own = taken.pop("this code")
+    fastest = min(taken.values(), key=statistics.median)
+    return {"input_images_per_second": speeds, "input_ratio": ratio(fastest, own)}
+
+
+# ---------------------------------------------------------------------------- outside the model
+
+
+def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) -> dict[str, float]:
+    """Times epochs of `train_epoch`, alternating with bare steps and with their passes alone."""
+    run = run_of(recipe, setting, steps)
+    forward = forward_of(run, mode)
+
+    def epoch() -> None:
+        run.end_epoch(train_epoch(run, forward, run.config.patch_dropout))
+
+    step, passes = step_of(run, forward), step_of(run, forward, optimize=False)
+    taken = time_alternating({"epoch": epoch, "step": step, "passes": passes}, setting)
+    step_share, passes_share = (steps * ratio(taken[x], taken["epoch"]) for x in ("step", "passes"))
+    return {
+        "seconds_per_step": statistics.median(taken["epoch"]) / steps,
+        "outside_share": 1 - passes_share,
+        "optimizers_share": step_share - passes_share,
+    }
+
+
+# ---------------------------------------------------------------------------- output
+
+
+def draw(result: dict[str, Any]) -> Figure:
+    """The speed of each implementation, with a marker for each mode and kind of attention."""
+    rows = result["train_step"]
+    names = list(dict.fromkeys(row["implementation"] for row in rows))[::-1]
+    figure = Figure(figsize=(7.4, 1.2 + 0.25 * len(names)), layout="constrained", dpi=200)
+    axes = figure.subplots()
+    for row in rows:
+        marker = {"own": "D", "plain": "o", "fused": "s"}[row["attention"]]
+        face = "C0" if row["mode"] == "compiled" else "none"
+        style = {"color": "C0", "markerfacecolor": face, "linestyle": "none"}
+        style["label"] = f"{row['attention']} attention, {row['mode']}"
+        place = names.index(row["implementation"])
+        axes.plot(row["images_per_second"], place, marker=marker, **style)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("training step, images/s", fontsize=8)
+    axes.set_title(f"{result['device_name']}, {result['precision']}, {result['shape']}", fontsize=8)
+    lines = {line.get_label(): line for line in axes.lines}  # one of each kind
+    axes.legend(handles=lines.values(), fontsize=8, loc="upper left")
+    return figure
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints the tables."""
+    print(f"\n{result['device_name']}, {result['precision']}, torch {result['torch']}")
+    print(f"matrix products: {result['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s\n")
+    print(f"training step, {result['shape']}")
+    print(f"{'':26}{'attention':11}{'mode':10}{'images/s':>9}{'of matrix rate':>16}")
+    for row in result["train_step"]:
+        print(
+            f"{row['implementation']:26}{row['attention']:11}{row['mode']:10}"
+            f"{row['images_per_second']:9,.0f}{row['matrix_rate_share']:16.0%}"
+        )
+    for mode, value in result["ratio_to_fastest_peer"].items():
+        shown = "not measured" if value is None else f"{value:.2f}"
+        print(f"speed of this code / fastest peer, {mode}: {shown}")
+    print("\ninput, flip and crop")
+    for name, value in result["input_images_per_second"].items():
+        print(f"{name:26}{value:12,.0f} images/s")
+    print(f"speed of this code / fastest DataLoader: {result['input_ratio']:.1f}")
+    print(f"\na step of recipe {result['recipe']}: {1e3 * result['seconds_per_step']:.1f} ms")
+    outside, optimizers = result["outside_share"], result["optimizers_share"]
+    print(f"outside forward and backward {outside:.1%}, of which optimizers {optimizers:.1%}")
+
+
+def measure(name: str, modes: list[str], setting: Setting) -> dict[str, Any]:
+    """All three parts, with the sizes of the recipe of that name."""
+    recipe = RECIPES[name]
+    model, batch_size = recipe.model, recipe.train.batch_size
+    sizes = {key: getattr(model, key) for key in ("patch_size", "width", "depth", "heads")}
+    shape = sizes | {"batch_size": batch_size, "image_size": 32}
+    inputs = time_input(setting, batch_size)
+    steps = time_steps(ViTConfig(**sizes), batch_size, modes, setting)
+    outside = time_outside(recipe, modes[-1], setting)
+    about = {
+        "recipe": name,
+        "device_name": devices.device_name(setting.device),
+        "precision": setting.precision,
+        "torch": str(torch.__version__),
+        "rounds": setting.rounds,
+        "shape": ", ".join(f"{key.replace('_', ' ')} {size}" for key, size in shape.items()),
+    }
+    return about | steps | inputs | outside
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(prog="benchmark.py", description=__doc__)
+    parser.add_argument("--recipe", choices=RECIPES, help="whose sizes (that of the device)")
+    parser.add_argument("--device", help="cuda, mps or cpu (the best available)")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--mode", choices=("eager", "compiled"), help="one of them (both)")
+    parser.add_argument("--rounds", type=int, default=11, help="how often each is timed (11)")
+    out = ROOT / "checkpoints/benchmark/benchmark.json"
+    parser.add_argument("--json", type=Path, default=out, metavar="FILE", help="where to write")
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1, not {arguments.rounds}")
+    if arguments.json.suffix != ".json":
+        parser.error(f"--json {arguments.json} must end in .json; the plot goes beside it")
+    modes = [arguments.mode] if arguments.mode else ["eager", "compiled"]
+    setting = Setting.of(arguments.device, arguments.precision, arguments.rounds)
+    try:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.touch()  # fails now rather than after minutes of work
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.json}: {error.strerror or error}") from error
+    devices.keep_freed_memory()
+    warnings.filterwarnings("ignore", module="torch|timm|transformers")
+    result = measure(arguments.recipe or cli.default_recipe(arguments.device)[0], modes, setting)
+    show(result)
+    plot = arguments.json.with_suffix(".png")
+    utils.write_json(arguments.json, result)
+    write_figure(plot, draw(result))
+    print(f"\nwrote {arguments.json} and {plot.name}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_program(main)

@@ -1,0 +1,197 @@
+"""What the programs share: a clock, the training step of a recipe, and runs of the trainer."""
+
+import csv
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cli
+import device as devices
+import utils
+from config import UserError
+from data import CIFAR10_MEAN, CIFAR10_STD, Dataset, Preprocessing, Split
+from recipes import Recipe, TrainConfig
+from run import Run, RunOptions
+from trainer import Forward, autocast, compile_model
+from ViT import ViT
+
+LONG_ENOUGH = 0.05  # seconds of work between two clock readings
+
+
+class Setting(NamedTuple):
+    """Where and how everything is measured."""
+
+    device: torch.device
+    precision: str  # "bf16" or "fp32"
+    rounds: int
+
+    @classmethod
+    def of(cls, device: str | None, precision: str, rounds: int) -> "Setting":
+        """Raises UserError where the device is not available."""
+        chosen = devices.choose_device(device)
+        return cls(chosen, devices.resolve_precision(precision, chosen), rounds)
+
+
+# ---------------------------------------------------------------------------- the clock
+
+
+def seconds_of(work: Callable[[], Any], times: int, device: torch.device) -> float:
+    """Mean seconds of a call."""
+
+    def now() -> float:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter()
+
+    started = now()
+    for _ in range(times):
+        work()
+    return (now() - started) / times
+
+
+def time_alternating(
+    works: dict[Any, Callable[[], Any]], setting: Setting
+) -> dict[Any, list[float]]:
+    """Seconds of a call of each function, once per round.
+
+    Each round times all of them, starting with a different one, so that a machine whose speed
+    drifts slows all of them alike. Short calls are repeated and averaged.
+    """
+    device, names = setting.device, list(works)
+    once = {name: seconds_of(work, 2, device) for name, work in works.items()}
+    times = {name: max(1, round(LONG_ENOUGH / seconds)) for name, seconds in once.items()}
+    taken: dict[Any, list[float]] = {name: [] for name in works}
+    for number in range(setting.rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(seconds_of(works[name], times[name], device))
+    return taken
+
+
+def ratio(seconds: list[float], others: list[float]) -> float:
+    """The median over the rounds of the ratio of two functions' times."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
+
+
+def matrix_rate(device: torch.device, precision: str) -> float:
+    """The best rate of square matrix products here, in floating-point operations per second."""
+    size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    # Of the fastest of four; the first warms up.
+    return 2 * size**3 / min(seconds_of(lambda: a @ a, 1, device) for _ in range(4))
+
+
+# ---------------------------------------------------------------------------- training steps
+
+
+def random_dataset(count: int, device: torch.device) -> Dataset:
+    """Random pixels in place of CIFAR-10's training images."""
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+    train = Split(pixels, torch.arange(count) % 10).to(device)
+    preprocessing = Preprocessing(size=(32, 32), mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    return Dataset("random", tuple("abcdefghij"), preprocessing, train, None, None)
+
+
+def run_of(recipe: Recipe, setting: Setting, steps: int) -> Run:
+    """A run of a recipe on random images, with so many steps an epoch, that saves nothing."""
+    endless = {"epochs": 1_000_000, "warmup_epochs": 1, "precision": setting.precision}
+    config = replace(recipe.train, **endless)
+    dataset = random_dataset(steps * config.batch_size, setting.device)
+    options = RunOptions(save_minutes=1e9)
+    return Run(ViT(recipe.model), config, dataset, setting.device, options=options)
+
+
+def forward_of(run: Run, mode: str) -> Forward:
+    """The model of a run, for training: "eager" or "compiled"."""
+    run.model.train()
+    return run.parallel if mode == "eager" else compile_model(run, run.config.patch_dropout)
+
+
+def add_gradients(
+    forward: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, precision: str
+) -> None:
+    """The forward and backward pass of a batch."""
+    with autocast(precision, inputs.device):
+        logits = forward(inputs)
+    F.cross_entropy(logits.float(), targets).backward()
+
+
+def step_of(run: Run, forward: Forward, optimize: bool = True) -> Callable[[], None]:
+    """A step of `train_epoch` without its input, on a batch of random images.
+
+    Args:
+        optimize: False leaves out the optimizers: the forward and backward pass alone.
+    """
+    batch = run.dataset.train.take(torch.arange(run.config.batch_size, device=run.device))
+    targets = F.one_hot(batch.labels, len(run.dataset.classes)).float()
+    patch_dropout = run.config.patch_dropout
+
+    def step() -> None:
+        inputs = run.preprocessing.normalize(batch.images)
+        add_gradients(lambda x: forward(x, patch_dropout), inputs, targets, run.precision)
+        for optimizer in run.optimizers:
+            if optimize:
+                optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+# ---------------------------------------------------------------------------- runs of the trainer
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def kept_result(kept: Path, flags: list[str]) -> dict[str, Any] | None:
+    """The result.json in a folder, if it is of a run with these flags of the trainer."""
+    try:
+        result = json.loads((kept / "result.json").read_text())
+    except OSError:
+        return None
+    command = cli.parse(flags, description="")
+    # An option that was added after a run had its default.
+    result["training"] = TrainConfig().to_plain() | result["training"]
+    wanted = {"model": command.model.to_plain(), "training": command.training.to_plain()}
+    wanted = json.loads(json.dumps(wanted))  # tuples become lists
+    return result if result.items() >= wanted.items() else None
+
+
+def train_and_keep(flags: list[str], kept: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Trains in a separate process and keeps result.json and metrics.csv, without the weights.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        UserError: the trainer failed; with its own message.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(utils.ROOT / "src/trainer.py"), *flags]
+        command += ["--output-dir", folder, "--name", "run"]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(done.stderr.strip())
+        made = Path(folder) / "run"
+        result = json.loads((made / "result.json").read_text())
+        result["command"] = shlex.join(["python", "src/trainer.py", *flags])
+        utils.write_whole(kept / "metrics.csv", (made / "metrics.csv").read_bytes())
+    utils.write_json(kept / "result.json", result)
+    return result

@@ -1,0 +1,131 @@
+"""Configs: frozen dataclasses that check their values and read themselves from plain containers."""
+
+import dataclasses
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """What a user asks for cannot be done; the message is one line for the user."""
+
+
+class Config:
+    """Base of the dataclasses whose fields are declared `name: Annotated[type, help, range]`.
+
+    The command line shows the help text. The range is an interval such as "[0, 1)" and may be left
+    out, as may the whole annotation of a config that has no flags.
+
+    Raises:
+        UserError: a value is not of its type or not in its range; the message names it.
+    """
+
+    def __post_init__(self):
+        for name, (kind, _, interval) in self.fields().items():
+            value = getattr(self, name)
+            if not is_a(value, kind):
+                raise UserError(f"{name} must be {_spelled(kind)}, not {_shown(value)}")
+            if interval and not _contains(interval, value):
+                raise UserError(f"{name} must be in {interval}, not {value}")
+
+    @classmethod
+    def fields(cls) -> dict[str, tuple[Any, str, str]]:
+        """The type, the help text and the range of each field; "" for what is not declared."""
+        hints = typing.get_type_hints(cls, include_extras=True)
+        declared = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+        return {
+            name: (*typing.get_args(hint), "")[:3]
+            if typing.get_origin(hint) is typing.Annotated
+            else (hint, "", "")
+            for name, hint in declared.items()
+        }
+
+    @classmethod
+    def from_plain(cls, values: Any) -> Self:
+        """A config from what `to_plain` gave; a field that is missing gets its default.
+
+        Raises:
+            UserError: a field is unknown, or missing without a default, or its value is refused.
+        """
+        if not is_a(values, dict[str, Any]):
+            raise UserError(f"{cls.__name__} must be a dict, not {_shown(values)}")
+        fields = cls.fields()
+        if unknown := values.keys() - fields:
+            raise UserError(f"{cls.__name__} has no field {_shown(min(unknown))}")
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in values]:
+            raise UserError(f"{cls.__name__} lacks the field {missing[0]!r}")
+        return cls(**{name: _from_plain(fields[name][0], v) for name, v in values.items()})
+
+    def to_plain(self) -> dict[str, Any]:
+        """The config as plain containers, which `torch.load(..., weights_only=True)` reads."""
+        return {name: _to_plain(getattr(self, name)) for name in self.fields()}
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether a value, with all that it contains, is of a declared type.
+
+    An int is a float too. Floats and tensors must be finite, tensors dense and on the CPU.
+    """
+    container, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if kind is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if kind is Tensor:
+        plain = type(value) is Tensor and value.layout is torch.strided and not value.is_quantized
+        plain = plain and value.device.type == "cpu" and value.is_contiguous()
+        return plain and bool(value.isfinite().all())
+    if container in (types.UnionType, typing.Union):
+        return any(is_a(value, each) for each in inner)
+    if container is typing.Literal:
+        return type(value) is str and value in inner
+    if container is None:
+        return type(value) is kind or (kind is Path and isinstance(value, Path))
+    if type(value) is not container:
+        return False
+    if container is dict:
+        return all(is_a(k, inner[0]) and is_a(v, inner[1]) for k, v in value.items())
+    if container is list or inner[-1] is Ellipsis:
+        return all(is_a(each, inner[0]) for each in value)
+    return len(value) == len(inner) and all(map(is_a, value, inner))
+
+
+def _contains(interval: str, value: float) -> bool:
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def _from_plain(kind: Any, value: Any) -> Any:
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is list:
+        return [_from_plain(inner[0], x) for x in value] if type(value) is list else value
+    for each in inner or (kind,):  # inner of `Partial | None`
+        if isinstance(each, type) and issubclass(each, Config) and value is not None:
+            return each.from_plain(value)
+    return value
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_to_plain(each) for each in value]
+    return value.to_plain() if isinstance(value, Config) else value
+
+
+def _spelled(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    return "a finite number" if kind is float else getattr(kind, "__name__", str(kind))
+
+
+def _shown(value: Any) -> str:
+    """A value in a message; of an untrusted file it may be of any kind and length."""
+    if isinstance(value, int | float | str | None) or is_a(value, tuple[int, ...]):
+        return repr(value)[:80]
+    return f"a {type(value).__name__}"

@@ -1,0 +1,34 @@
+"""Initializations besides the paper's, which is in ViT.py."""
+
+import torch
+from torch import Tensor
+
+from ViT import ViT
+
+
+@torch.no_grad()
+def mimetic(model: ViT) -> None:
+    """Gives attention weights the products that trained ones have.
+
+    Mimetic initialization (Trockman & Kolter, arXiv 2305.09828): with Z of random numbers of
+    variance 1/D, W_q W_k^T of each head is the nearest matrix of rank D_h to 0.7 Z + 0.7 I, so that
+    similar tokens attend to each other, and W_v W_msa is 0.4 Z - 0.4 I. (These W stand right of z,
+    as U_qkv and U_msa do; nn.Linear holds them transposed.)
+    """
+    D, heads = model.config.width, model.config.heads
+    identity = torch.eye(D)
+    for block in model.blocks:
+        q, k, v = block.attn.qkv.weight.chunk(3)  # each (D, D), h times D_h rows
+        for q_h, k_h in zip(q.chunk(heads), k.chunk(heads), strict=True):  # (D_h, D)
+            left, right = _factors(0.7 * torch.randn(D, D) * D**-0.5 + 0.7 * identity)
+            q_h.copy_(left.T[: len(q_h)])
+            k_h.copy_(right[: len(k_h)])
+        left, right = _factors(0.4 * torch.randn(D, D) * D**-0.5 - 0.4 * identity)
+        v.copy_(left.T)
+        block.attn.proj.weight.copy_(right.T)
+
+
+def _factors(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices with equal singular values whose product is the given one."""
+    U, S, Vh = torch.linalg.svd(matrix)  # S descending
+    return U * S.sqrt(), S.sqrt()[:, None] * Vh

@@ -1,0 +1,168 @@
+"""The command line: bad input in one line, help, flags that override a recipe."""
+
+from pathlib import Path
+
+import pytest
+
+import cli
+import data
+import run
+import small
+from config import UserError
+from recipes import RECIPES
+from run import RunOptions
+from ViT import MODELS
+
+# ---------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--epochs 0", "epochs must be in [1, inf), not 0"),
+        ("--epochs many", "many"),
+        ("--width 30 --heads 4", "30"),
+        ("--patch-size 7", "7"),
+        ("--image-size 64", "64"),
+        ("--image-size 3by4", "3by4"),
+        ("--classes 100", "unrecognized arguments: --classes"),
+        ("--dropout 1", "dropout must be in [0, 1), not 1.0"),
+        ("--learning-rate nan", "nan"),
+        ("--label-smoothing 1", "1.0"),
+        ("--warmup-epochs 9", "9.0"),
+        ("--accumulate 41", "41"),
+        ("--flip sideways", "sideways"),
+        ("--erase 1.5", "1.5"),
+        ("--magnitude 31", "31"),
+        ("--cutmix -1", "-1.0"),
+        ("--averaging 1", "1.0"),
+        ("--patch-dropout 1", "1.0"),
+        ("--validate-every 0", "validate_every must be in [1, inf), not 0"),
+        ("--save-minutes -1", "-1"),
+        ("--save-minutes inf", "inf"),
+        ("--precision fp8", "fp8"),
+        ("--recipe nonsense", "nonsense"),
+        ("--name ../outside", "../outside"),
+        ("--device tpu", "tpu"),
+        ("--epohcs 3", "--epochs"),
+        ("--resume nowhere --epochs 3", "nowhere"),
+        ("--evaluate nowhere.pt", "nowhere.pt"),
+        ("--evaluate nowhere.pt --width 8", "--width"),
+        ("--export nowhere.pt --seed=8", "--seed"),
+        ("--resume nowhere --recipe cpu", "--recipe"),
+        ("--resume nowhere --name b", "--name"),
+        ("--resume nowhere --overwrite", "--overwrite has no effect with --resume"),
+        ("--evaluate nowhere --no-test", "--test has no effect with --evaluate"),
+        ("--export nowhere --data-dir x", "--data-dir has no effect with --export"),
+        ("--resume nowhere --evaluate nowhere", "not allowed with"),
+        ("--evaluate", "expected one argument"),
+        ("--policy-epochs 2", "2.0"),
+        ("--save-epochs 0", "save_epochs must be in [1, inf), not 0"),
+        ("--seed 9223372036854775808", "2^63"),
+        ("--device meta", "meta"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(train, tmp_path, capsys, flags, named):
+    try:
+        task = any(name in flags for name in ("--resume", "--evaluate", "--export"))
+        status = train(flags if task else f"--name a --epochs 1 {flags}")
+    except SystemExit as stop:
+        status = stop.code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert status == 2 and line.startswith("trainer.py: ") and named in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_data_set_is_refused_before_anything_is_written(
+    train, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(run, "load_dataset", data.load_dataset)
+    assert train("--name a --epochs 1 --dataset imagenet") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no data set 'imagenet'; choose from cifar10, shapes" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_a_user_is_one_line_with_the_program_and_the_rank(monkeypatch, capsys):
+    def refusing(argv):
+        raise UserError(f"{argv} cannot be done")
+
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    assert cli.status_of(refusing, ["a"]) == 2
+    assert capsys.readouterr().err == "trainer.py: ['a'] cannot be done\n"
+    monkeypatch.setenv("RANK", "3")
+    assert cli.status_of(interrupted, []) == 130
+    assert capsys.readouterr().err == "rank 3: trainer.py: stopped\n"
+
+
+# ---------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_parses_and_a_flag_overrides_it(name):
+    command = cli.parse(["--recipe", name, "--epochs", "7", "--flip", "off"], "")
+    assert command.changes == {"epochs": 7, "flip": "off"}
+    assert (command.training.epochs, command.training.flip) == (7, "off")
+    assert command.training.batch_size == RECIPES[name].train.batch_size
+    assert command.model == RECIPES[name].model
+    assert (command.task, command.path, command.recipe, command.note) == ("train", None, name, "")
+
+
+def test_a_model_size_is_three_flags_and_a_flag_overrides_it():
+    model = cli.parse("--recipe demo --model tiny --depth 5 --no-qkv-bias".split(), "").model
+    assert (model.width, model.heads) == (MODELS["tiny"]["width"], MODELS["tiny"]["heads"])
+    assert model.depth == 5 and not model.qkv_bias and model.positions == "sincos"
+
+
+@pytest.mark.parametrize(
+    ("best", "flags", "recipe", "why"),
+    [
+        ("cpu", "", "cpu", "made for a CPU"),
+        ("cuda", "", "default", "a GPU such as this cuda device"),
+        ("mps", "", "default", "a GPU such as this mps device"),
+        ("cuda", "--device cpu", "cpu", "made for a CPU"),
+        ("cpu", "--device cuda:1", "default", "a GPU such as this cuda device"),
+    ],
+)
+def test_without_a_recipe_the_device_chooses_one_and_the_note_says_why(
+    monkeypatch, best, flags, recipe, why
+):
+    monkeypatch.setattr(cli, "best_device", lambda: cli.argparse.Namespace(type=best))
+    command = cli.parse(flags.split(), "")
+    assert command.recipe == recipe and command.training == RECIPES[recipe].train
+    assert f"recipe {recipe}, " in command.note and why in command.note
+
+
+@pytest.mark.parametrize(("text", "size"), [("32", (32, 32)), ("32x48", (32, 48))])
+def test_an_image_size_is_one_number_or_two(text, size):
+    flags = f"--recipe baseline --image-size {text}"
+    assert cli.parse(flags.split(), "").model.image_size == size
+
+
+def test_options_of_a_run_have_their_types():
+    flags = "--recipe demo --name a --output-dir x --no-test --overwrite --save-minutes 2"
+    expected = RunOptions(
+        name="a", output_dir=Path("x"), test=False, overwrite=True, save_minutes=2.0
+    )
+    assert cli.parse(flags.split(), "").options == expected
+
+
+def test_a_path_is_looked_for_here_and_then_in_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = cli.parse(["--evaluate", "checkpoints/vit_cifar10.pt"], "")
+    assert command.task == "evaluate"
+    assert command.path == small.ROOT / "checkpoints/vit_cifar10.pt"
+    (tmp_path / "checkpoints").mkdir()
+    assert cli.parse(["--resume", "checkpoints"], "").path == Path("checkpoints")
+
+
+def test_help_shows_the_values_of_the_chosen_recipe(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(["--recipe", "demo", "--help"], "what it does")
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "what it does" in text
+    assert f"times each training image is seen ({RECIPES['demo'].train.epochs})" in text
+    assert all(name in text for name in RECIPES)
+    assert "are downloaded to (data/)" in text and "--classes" not in text

@@ -1,0 +1,123 @@
+"""Configs: what they refuse, by type and range, and how they read themselves from containers."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from config import Config, UserError, is_a
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner(Config):
+    count: Annotated[int, "how many", "[1, 3)"]
+    rate: Annotated[float, "how fast", "(0, 1]"] = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer(Config):
+    kind: Annotated[Literal["a", "b"], "which"] = "a"
+    size: int | tuple[int, int] = 4
+    note: str | None = None
+    folder: Path = Path()
+    one: Inner | None = None
+    all: list[Inner]
+    weights: dict[str, Tensor]
+
+
+EMPTY = {"all": [], "weights": {}}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, "count must be in [1, 3), not 0"),
+        ({"count": 3}, "count must be in [1, 3), not 3"),
+        ({"count": True}, "count must be int, not True"),
+        ({"count": 1.0}, "count must be int, not 1.0"),
+        ({"count": "x" * 1000}, f"count must be int, not '{'x' * 79}"),
+        ({"count": 1, "rate": 0}, "rate must be in (0, 1], not 0"),
+        ({"count": 1, "rate": 1.1}, "rate must be in (0, 1], not 1.1"),
+        ({"count": 1, "rate": math.nan}, "rate must be a finite number, not nan"),
+        ({"count": 1, "rate": -math.inf}, "rate must be a finite number, not -inf"),
+        ({"count": 1, "rate": [0.5]}, "rate must be a finite number, not a list"),
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_or_range_is_refused_by_name(values, message):
+    with pytest.raises(UserError) as refusal:
+        Inner(**values)
+    assert str(refusal.value) == message
+
+
+def test_the_closed_end_of_a_range_belongs_to_it_and_an_int_is_a_float():
+    assert Inner(count=1, rate=1).rate == 1 and Inner(count=2).rate == 0.5
+
+
+def test_fields_have_their_type_help_and_range():
+    assert Inner.fields()["rate"] == (float, "how fast", "(0, 1]")
+    assert Outer.fields()["kind"] == (Literal["a", "b"], "which", "")
+    assert Outer.fields()["note"] == (str | None, "", "")
+
+
+def test_a_config_comes_back_from_the_plain_containers_it_gives():
+    inner = [Inner(count=1), Inner(count=2, rate=1.0)]
+    config = Outer(kind="b", size=(1, 2), one=inner[0], all=inner, weights={"w": torch.ones(2)})
+    plain = config.to_plain()
+    assert plain["one"] == {"count": 1, "rate": 0.5} and type(plain["all"][1]) is dict
+    again = Outer.from_plain(plain)
+    assert again.weights["w"] is config.weights["w"]
+    assert again == config
+    assert Outer.from_plain(EMPTY) == Outer(**EMPTY)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "Outer must be a dict, not a list"),
+        ({1: 2}, "Outer must be a dict, not a dict"),
+        (EMPTY | {"speed": 1}, "Outer has no field 'speed'"),
+        ({"all": []}, "Outer lacks the field 'weights'"),
+        (EMPTY | {"one": {"count": 9}}, "count must be in [1, 3), not 9"),
+        (EMPTY | {"one": {"size": 9}}, "Inner has no field 'size'"),
+        (EMPTY | {"all": [{}]}, "Inner lacks the field 'count'"),
+        (EMPTY | {"all": {"count": 1}}, "all must be list, not a dict"),
+        (EMPTY | {"kind": "c"}, "kind must be 'a' or 'b', not 'c'"),
+        (EMPTY | {"size": (1, 2, 3)}, "size must be int | tuple[int, int], not (1, 2, 3)"),
+    ],
+    ids=str,
+)
+def test_containers_that_are_no_config_are_refused_by_name(values, message):
+    with pytest.raises(UserError) as refusal:
+        Outer.from_plain(values)
+    assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "answer"),
+    [
+        (10**400, float, False),
+        (True, float, False),
+        (-(10**400), int, True),
+        ((1, 2.5), tuple[float, ...], True),
+        ((1, "2"), tuple[float, ...], False),
+        ([1], tuple[int, ...], False),
+        ((1, 2, 3), tuple[int, int], False),
+        ({1: {"a": torch.ones(1)}}, dict[int, dict[str, Tensor]], True),
+        ({True: {}}, dict[int, dict[str, Tensor]], False),
+        (Path("x"), Path, True),
+        ("x", Path, False),
+        (torch.nn.Parameter(torch.ones(1)), Tensor, False),
+        (torch.ones(2, 3).T, Tensor, False),
+        (torch.tensor([1, math.inf]), Tensor, False),
+        (torch.tensor([1]), Tensor, True),
+        (torch.ones(1, device="meta"), Tensor, False),
+    ],
+    ids=str,
+)
+def test_a_value_is_of_a_type_with_all_that_it_contains(value, kind, answer):
+    assert is_a(value, kind) == answer

@@ -1,0 +1,70 @@
+"""Evaluation: figures that are worked out by hand, and batches that fit into memory."""
+
+import math
+
+import pytest
+import torch
+
+import evaluation
+from data import Preprocessing, Split
+from evaluation import batch_size_for, evaluate, predict
+from ViT import MODELS, ViTConfig
+
+
+class Table(torch.nn.Module):
+    """A model that answers image n with row n of a table of logits."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.config = logits, ViTConfig(classes=logits.shape[1])
+
+    def forward(self, images):
+        return self.logits[images[:, 0, 0, 0].long()]
+
+
+UNSCALED = Preprocessing(size=(2, 2), mean=(0.0,) * 3, std=(1 / 255,) * 3)
+
+
+def numbered(labels):
+    """A split whose image n has the value n."""
+    rows = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1)
+    return Split(rows.expand(-1, 3, 2, 2), labels)
+
+
+def test_evaluation_counts_each_image_once_and_each_class_apart():
+    """A model that answers from a table of logits; the figures are worked out by hand."""
+    logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [5.0, 0.0, 1.0], [0.0, 0.0, 4.0]])
+    labels = torch.tensor([0, 1, 1, 2])
+    result = evaluate(Table(logits), numbered(labels), UNSCALED)
+    losses = [
+        math.log(sum(map(math.exp, row))) - row[label]
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
+    ]
+    assert result.loss == pytest.approx(sum(losses) / 4, abs=1e-6)
+    assert result.top1 == 0.75 and result.top5 == 1.0
+    assert result.of_class == [1.0, 0.5, 1.0]
+
+
+def test_top5_is_of_the_first_five_answers_and_a_class_without_images_has_no_accuracy():
+    logits, labels = torch.arange(8.0).expand(4, 8), torch.tensor([7, 3, 2, 4])
+    result = evaluate(Table(logits), numbered(labels), UNSCALED)
+    assert (result.top1, result.top5) == (0.25, 0.75)
+    assert [share for share in result.of_class if not math.isnan(share)] == [0, 0, 0, 1]
+
+
+def test_predict_gives_the_logits_of_the_wanted_rows_whatever_the_batches(monkeypatch):
+    logits = torch.randn(7, 10)
+    split, model = numbered(torch.zeros(7, dtype=torch.int64)), Table(logits)
+    rows = torch.tensor([5, 0, 6, 5])
+    for size in (1, 3, 500):
+        monkeypatch.setattr(evaluation, "batch_size_for", lambda config, size=size: size)
+        assert torch.equal(predict(model, split, UNSCALED), logits)
+        assert torch.equal(predict(model, split, UNSCALED, rows), logits[rows])
+    assert not model.training
+
+
+def test_a_batch_of_an_evaluation_is_smaller_where_activations_are_large():
+    sizes = [batch_size_for(ViTConfig(patch_size=p, **MODELS["small"])) for p in (8, 2, 1)]
+    assert sizes[0] == 500 and sizes[1] * 257 * 1536 <= 2**25 < (sizes[1] + 1) * 257 * 1536
+    assert sizes[2] * 1025 * 1536 <= 2**25
+    assert batch_size_for(ViTConfig(image_size=4096, patch_size=1)) == 1

@@ -1,0 +1,39 @@
+"""Initializations besides the paper's: the products of mimetic attention."""
+
+import pytest
+import torch
+
+from initialization import mimetic
+from ViT import ViT, ViTConfig
+
+
+def test_mimetic_attention_has_the_products_of_the_paper():
+    """Each product less its multiple of I is random, with the stated deviation."""
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(width=96, heads=3, depth=2)).requires_grad_(False)
+    mimetic(model)
+    for block in model.blocks:
+        q, k, v = (part.double() for part in block.attn.qkv.weight.chunk(3))
+        output = block.attn.proj.weight.double()
+        rest = v.T @ output.T + 0.4 * torch.eye(96)
+        assert rest.std() == pytest.approx(0.4 * 96**-0.5, rel=0.05)
+        assert abs(rest.diagonal().mean()) < 0.02
+        for q_h, k_h in zip(q.chunk(3), k.chunk(3), strict=True):
+            product = q_h.T @ k_h  # (D, D), the best of rank D_h to a 0.7 Z + 0.7 I
+            singular = torch.linalg.svdvals(product)
+            assert (singular[32:] < 1e-5).all() and singular[31] > 0.5
+            assert product.diagonal().mean() > 10 * product.mean().abs()
+            torch.testing.assert_close(q_h.norm(), k_h.norm(), rtol=1e-4, atol=0)
+
+
+def test_mimetic_products_of_whole_rank_are_exact():
+    """With one head nothing is cut off: the same draws give 0.7 Z + 0.7 I."""
+    model = ViT(ViTConfig(width=16, heads=1, depth=1)).requires_grad_(False)
+    torch.manual_seed(7)
+    mimetic(model)
+    torch.manual_seed(7)
+    similar, contrary = (torch.randn(16, 16) / 4 for _ in range(2))
+    q, k, v = model.blocks[0].attn.qkv.weight.chunk(3)
+    output = model.blocks[0].attn.proj.weight
+    torch.testing.assert_close(q.T @ k, 0.7 * similar + 0.7 * torch.eye(16))
+    torch.testing.assert_close(v.T @ output.T, 0.4 * contrary - 0.4 * torch.eye(16))

@@ -1,0 +1,137 @@
+"""The pages and the included model: commands that parse, code that is the files' own, links that
+resolve, tables and accuracies that are those of the recorded results."""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+
+import ablation
+import cli
+import trainer
+import utils
+import vis
+from data import load_dataset
+from evaluation import evaluate
+from small import CIFAR10, ROOT, needs_cifar10
+
+README = ROOT / "README.md"
+CARD = ROOT / "checkpoints/README.md"
+PAGES = [README, CARD, *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = "\n".join(page.read_text() for page in PAGES)
+SHIPPED = ROOT / "checkpoints/vit_cifar10.pt"
+
+
+@pytest.mark.parametrize(
+    ("program", "parse", "least"),
+    [
+        ("src/trainer.py", lambda flags: cli.parse(flags, ""), 12),
+        ("visualization/vis.py", vis.parse_arguments, 12),
+    ],
+)
+def test_every_command_parses(program, parse, least):
+    commands = re.findall(rf"^(?:\| `)?[^\n`]*{program}([^`\n]*)", TEXTS, re.MULTILINE)
+    commands = [command for command in commands if not command.startswith((")", "]"))]
+    commands = [command for command in commands if "--help" not in command]
+    assert len(commands) >= least
+    for command in commands:
+        parse(shlex.split(command, comments=True))
+
+
+def test_every_line_of_code_is_in_the_file_it_names():
+    blocks = re.findall(r"```python\n# (\S+?)[,\n].*?\n(.*?)```", TEXTS, flags=re.DOTALL)
+    assert len(blocks) == 8
+    for file, block in blocks:
+        lines = {line.strip() for line in (ROOT / file).read_text().splitlines()}
+        for line in filter(None, block.splitlines()):
+            assert line.strip() in lines, (file, line)
+
+
+def test_the_five_lines_that_classify_an_image_do(monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(from utils.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(list(filter(None, code.splitlines()))) == 5
+    monkeypatch.chdir(ROOT)
+    exec(code, {})
+    assert re.fullmatch(r"deer \d\d\.\d%\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_into_the_repository_resolves(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    inside = [link for link in links if not link.startswith("http")]
+    assert inside
+    for link in inside:
+        assert (page.parent / link).exists(), link
+
+
+def test_the_readme_is_short_and_names_every_module():
+    text = README.read_text()
+    assert len(text.encode()) <= 16_000
+    for folder in ("src", "visualization"):
+        for module in (ROOT / folder).glob("*.py"):
+            assert module.name in text, module
+
+
+def test_continuous_integration_runs_the_test_command_of_the_readme():
+    (command,) = re.findall(r"^python3 -m venv .* && pytest$", README.read_text(), re.MULTILINE)
+    pattern = "^python3 -m venv .* && pytest$"
+    assert f"grep -E '{pattern}' README.md" in (ROOT / ".ci/run").read_text()
+    assert command.endswith("-r requirements.txt -r requirements-dev.txt && pytest")
+
+
+@pytest.mark.parametrize(
+    ("page", "study", "least"),
+    [("recipe", "recipe", 14), ("speed94", "shape", 10), ("speed94", "size", 4)],
+)
+def test_the_tables_of_changes_are_those_of_the_runs(page, study, least, capsys):
+    ablation.show(ablation.table(ablation.STUDIES[study]))
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == least + 2
+    assert table in (ROOT / f"docs/{page}.md").read_text()
+
+
+def test_the_models_in_the_results_table_have_the_accuracy_of_their_results():
+    for name in ("shipped", "cpu"):
+        result = json.loads((ROOT / "results" / name / "result.json").read_text())
+        pattern = rf"^\| `{re.escape(result['command'])}`.*$"
+        (line,) = re.findall(pattern, README.read_text(), re.MULTILINE)
+        assert f"**{result['test_accuracy']:.2%}**" in line
+        assert (
+            f"{result['validation_accuracy']:.2%}" in line and f"{result['parameters']:,}" in line
+        )
+
+
+# ---------------------------------------------------------------------------- the model
+
+
+def test_the_shipped_model_is_small_and_that_of_its_recipe():
+    model, checkpoint = utils.load_model(SHIPPED)
+    result = json.loads((ROOT / "results/shipped/result.json").read_text())
+    assert SHIPPED.stat().st_size < 25e6
+    assert {weight.dtype for weight in checkpoint.weights.values()} == {torch.float16}
+    assert checkpoint.recipe == "shipped"
+    training = json.loads(json.dumps(checkpoint.training.to_plain()))
+    assert training.items() >= result["training"].items()
+    assert sum(weight.numel() for weight in model.parameters()) == result["parameters"]
+    assert len(checkpoint.history) == result["epochs"]
+
+
+@needs_cifar10
+def test_the_shipped_model_is_about_as_good_as_stated_on_some_test_images():
+    """300 of them: within 4 standard deviations of the accuracy of all."""
+    model, checkpoint = utils.load_model(SHIPPED)
+    dataset = load_dataset("cifar10", validation_images=5000, data_dir=CIFAR10)
+    some = dataset.test.subset(torch.arange(300))
+    stated = json.loads((ROOT / "results/shipped/result.json").read_text())["test_accuracy"]
+    found = evaluate(model, some, checkpoint.preprocessing).top1
+    assert abs(found - stated) < 4 * (stated * (1 - stated) / 300) ** 0.5
+
+
+@pytest.mark.slow
+@needs_cifar10
+def test_evaluation_of_the_shipped_model_prints_what_its_card_states(capsys):
+    assert trainer.main(["--evaluate", str(SHIPPED), "--device", "cpu"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13 and "\n".join(lines) in CARD.read_text()

@@ -1,0 +1,134 @@
+"""A run: begun in a folder, saved and resumed; what it refuses; its operations."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import run
+import utils
+from config import UserError
+from recipes import TrainConfig
+from run import Run, RunOptions, check_fit, new_run, training_flops
+from small import rows_of
+from ViT import ViT, ViTConfig
+
+
+def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tmp_path, capsys):
+    assert train("--name a --epochs 1") == 0
+    before = (tmp_path / "a/last.pt").read_bytes()
+    assert train("--name a --epochs 1 --seed 3") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "a/last.pt").read_bytes() == before
+    assert train("--name a --epochs 1 --seed 3 --overwrite") == 0
+    assert utils.load_checkpoint(tmp_path / "a/last.pt").training.seed == 3
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(train, tmp_path, capsys):
+    (tmp_path / "a").write_text("a file is in the way")
+    assert train("--name a --epochs 1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "a") in line
+
+
+def test_a_finished_run_says_so_and_resumes_when_epochs_are_raised(train, tmp_path, capsys):
+    assert train("--name a --epochs 1") == 0
+    assert train(f"--resume {tmp_path / 'a'}") == 0
+    assert "raise --epochs" in capsys.readouterr().out
+    assert train(f"--resume {tmp_path / 'a'} --epochs 2 --accumulate 2") == 0
+    # Linear from 3e-3 over 10 steps with 2 of warm-up, 5 of them done.
+    said = "the linear schedule now reaches 0 at epoch 2 instead of 1: "
+    assert said + "the learning rate continues at 0.0019" in capsys.readouterr().out
+    assert len(rows_of(tmp_path / "a/metrics.csv")) == 2
+    assert json.loads((tmp_path / "a/result.json").read_text())["epochs"] == 2
+
+
+def test_epochs_cannot_be_fewer_than_are_done(train, tmp_path, capsys):
+    assert train("--name a --epochs 2") == 0
+    before = (tmp_path / "a/last.pt").read_bytes()
+    assert train(f"--resume {tmp_path / 'a'} --epochs 1") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--epochs 1 is less than" in line and "epoch 2" in line
+    assert (tmp_path / "a/last.pt").read_bytes() == before
+
+
+def test_only_epochs_and_accumulation_can_change_on_resume(train, tmp_path, capsys):
+    assert train("--name a --epochs 1") == 0
+    assert train(f"--resume {tmp_path / 'a'} --batch-size 7") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--batch-size cannot be changed on resume; only --epochs and --accumulate can" in line
+
+
+def test_a_run_can_save_more_rarely_and_saves_its_end(train, tmp_path, monkeypatch):
+    saved, save = [], Run.save
+    monkeypatch.setattr(Run, "save", lambda run, **how: saved.append(run.epoch) or save(run, **how))
+    assert train("--name a --epochs 5 --save-epochs 2") == 0
+    assert saved == [2, 4, 5]
+    assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 5
+
+
+# ---------------------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize("name", ["", ".", "../a", "a/b", "a b", "-"])
+def test_a_name_that_is_no_folder_of_its_own_is_refused(name):
+    with pytest.raises(UserError, match="must be letters"):
+        RunOptions(name=name)
+
+
+def other(dataset, **options):
+    """A data set with the images' preprocessing changed."""
+    changed = dataclasses.replace(dataset.preprocessing, **options)
+    return dataclasses.replace(dataset, name="other", preprocessing=changed)
+
+
+def test_the_model_has_the_channels_and_classes_of_the_data_set_and_must_have_its_size(
+    small_shapes, tmp_path, monkeypatch
+):
+    gray = other(small_shapes, mean=(0.5,), std=(0.2,))
+    gray = dataclasses.replace(gray, classes=("a", "b"))
+    monkeypatch.setattr(run, "load_dataset", lambda *_, **__: gray)
+    options, cpu = RunOptions(output_dir=tmp_path, name="a"), torch.device("cpu")
+    begun = new_run("demo", ViTConfig(), TrainConfig(), options, cpu, run.ALONE_JOB)
+    config = begun.model.config
+    assert (config.channels, config.classes, config.image_size) == (1, 2, (32, 32))
+    with pytest.raises(UserError, match="image_size 64x64 is not that of other, 32x32"):
+        new_run("b", ViTConfig(image_size=64), TrainConfig(), options, cpu, run.ALONE_JOB)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_checkpoint_fits_the_data_set_of_its_classes_and_pixels(train, tmp_path, small_shapes):
+    assert train("--name a --epochs 1") == 0
+    saved = utils.load_checkpoint(tmp_path / "a/last.pt")
+    check_fit(saved, small_shapes)
+    check_fit(saved, other(small_shapes, mean=(0.1,) * 3))  # the checkpoint's own are used
+    for dataset, named in (
+        (other(small_shapes, size=(32, 48)), "other has 3 x 32 x 48 pixels"),
+        (other(small_shapes, mean=(0.5,), std=(0.2,)), "other has 1 x 32 x 32 pixels"),
+        (dataclasses.replace(small_shapes, classes=saved.classes[:9]), "9 instead of 10"),
+    ):
+        with pytest.raises(UserError, match=named):
+            check_fit(saved, dataset)
+
+
+# ---------------------------------------------------------------------------- its operations
+
+
+@pytest.mark.parametrize(("pooling", "dropped"), [("class", 0.0), ("mean", 0.0), ("class", 0.7)])
+def test_the_operations_of_a_step_are_those_that_torch_counts(pooling, dropped):
+    config = ViTConfig(patch_size=8, width=32, depth=3, heads=4, pooling=pooling, mlp_ratio=3)
+    with FlopCounterMode(display=False) as counter:
+        ViT(config)(torch.randn(2, 3, 32, 32), dropped).sum().backward()
+    # Images get no gradient, so the third product of the patch embedding is not made.
+    patches = 2 * 16 * 3 * 8**2 * 32
+    assert counter.get_total_flops() == 2 * (training_flops(config, dropped) - patches)
+
+
+def test_the_operations_of_a_run_are_those_of_its_phases(small_shapes):
+    config = TrainConfig(epochs=10, patch_dropout=0.5, whole_epochs=2, batch_size=50)
+    begun = Run(ViT(ViTConfig()), config, small_shapes, torch.device("cpu"))
+    total = sum(map(begun.flops, config.phases()))
+    per_image = [training_flops(ViTConfig(), share) for share in (0.5, 0.0)]
+    assert total == 200 * (8 * per_image[0] + 2 * per_image[1])

@@ -167,20 +167,22 @@ class PatchEmbedding(nn.Module):
     def forward(self, images: Tensor, patch_dropout: float = 0.0) -> Tensor:  # (B, C, H, W)
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"images are {tuple(images.shape[1:])}, not {self.image_shape}")
-        z = self.proj(patchify(images, self.patch_size))  # (B, N, D)
+        x, positions = patchify(images, self.patch_size), self.pos_embed  # (B, N, C P P), (1, T, D)
+        if self.training and patch_dropout:
+            x, positions = self.drop_patches(x, patch_dropout)
+        z = self.proj(x)  # (B, N, D)
         if self.cls_token is not None:
             z = torch.cat([self.cls_token.expand(len(z), -1, -1), z], dim=1)  # (B, N+1, D)
-        z = self.dropout(z + self.pos_embed)  # (B, T, D)
-        return self.drop_patches(z, patch_dropout) if self.training and patch_dropout else z
+        return self.dropout(z + positions)  # (B, T, D)
 
-    def drop_patches(self, z: Tensor, patch_dropout: float) -> Tensor:
-        B, T, D = z.shape
+    def drop_patches(self, x: Tensor, patch_dropout: float) -> tuple[Tensor, Tensor]:
+        """Some patches of each image, at random, and the positions of the tokens they become."""
+        B, N, _ = x.shape
+        kept = patches_kept(N, patch_dropout)
+        rows = torch.rand(B, N, device=x.device).argsort(dim=1)[:, :kept]  # (B, kept)
+        x = x.take_along_dim(rows[:, :, None], dim=1)  # (B, kept, C P P)
         first = 0 if self.cls_token is None else 1  # the class token stays
-        kept = patches_kept(T - first, patch_dropout)
-        draw = torch.rand(B, T - first, device=z.device)
-        rows = draw.argsort(dim=1)[:, :kept] + first  # (B, kept)
-        patches = z.gather(1, rows[:, :, None].expand(-1, -1, D))  # (B, kept, D)
-        return torch.cat([z[:, :first], patches], dim=1)
+        return x, self.pos_embed[0, F.pad(rows + first, (first, 0))]  # (B, first + kept, D)
 
 
 # ---------------------------------------------------------------------------- attention (Eqs. 5-8)

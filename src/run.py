@@ -328,9 +328,10 @@ def training_flops(config: ViTConfig, patch_dropout: float = 0.0) -> int:
     softmax and GELU are left out (Kaplan et al., arXiv 2001.08361; PaLM, arXiv 2204.02311, B).
     """
     D, N = config.width, config.patches
-    T = config.tokens - N + patches_kept(N, patch_dropout)
+    kept = patches_kept(N, patch_dropout)
+    T = config.tokens - N + kept
     block = T * (4 * D * D + 2 * D * config.hidden) + 2 * T * T * D
-    patches = N * config.channels * config.patch_size**2 * D
+    patches = kept * config.channels * config.patch_size**2 * D
     return 6 * (config.depth * block + patches + D * config.classes)
 
 

@@ -2,22 +2,20 @@
 
 Each function takes and returns uint8 images (B, C, H, W); those that mix two images also take and
 return targets (B, K), the probability of each class. A generator lives on the images' device; the
-same state of it gives the same result. Nothing but torchvision's policies waits for the device.
+same state of it gives the same result. Nothing waits for the device.
 `python visualization/vis.py data` draws what a checkpoint's recipe does to some images.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2 as v2
 from torch import Tensor
 
 import utils
+from policy import gray, rand_augment, trivial_augment
 from recipes import TrainConfig
 
-LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision has it
 ERASED_AREA, ERASED_ASPECT = (0.02, 0.33), (0.3, 3.3)  # of Zhong et al., arXiv 1708.04896
-POLICY_GROUPS = 32  # of images that share the policy's draw; each costs a dozen small kernels
 
 
 # ---------------------------------------------------------------------------- place
@@ -99,12 +97,6 @@ def blend(images: Tensor, other: Tensor | float, factors: Tensor) -> Tensor:
     return (factors * images + (1 - factors) * other).clamp(0, 255).to(torch.uint8)
 
 
-def gray(images: Tensor) -> Tensor:
-    """The luma of RGB images, rounded down: (B, 1, H, W)."""
-    red, green, blue = images.float().unbind(1)
-    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).floor()[:, None]
-
-
 def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
     """Factor 0 is black, 1 the image, and above 1 is brighter."""
     return blend(images, 0.0, factors)
@@ -126,18 +118,6 @@ def random_color(images: Tensor, strength: float, generator: torch.Generator) ->
         draw = torch.rand(len(images), generator=generator, device=images.device)
         images = adjust(images, 1 + strength * (2 * draw - 1))
     return images
-
-
-def auto_augment(images: Tensor, policy: v2.Transform, seed: int) -> Tensor:
-    """A policy of torchvision, such as `v2.TrivialAugmentWide`, with a draw for each few images.
-
-    torchvision draws once for all images of a call, so each group is a call. Its draws come from
-    torch's default CPU generator, whose state is restored.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        groups = images.tensor_split(min(POLICY_GROUPS, len(images)))
-        return torch.cat([policy(group) for group in groups])
 
 
 # ---------------------------------------------------------------------------- mixing
@@ -201,9 +181,10 @@ def augment(
     if config.crop_padding:
         images = random_crop(images, config.crop_padding, generator)
     if config.policy != "off" and epoch < config.policy_epochs * config.epochs:
-        trivial = config.policy == "trivial"
-        policy = v2.TrivialAugmentWide() if trivial else v2.RandAugment(magnitude=config.magnitude)
-        images = auto_augment(images, policy, utils.seed_for(seed, 1))
+        if config.policy == "trivial":
+            images = trivial_augment(images, generator)
+        else:
+            images = rand_augment(images, config.magnitude, generator)
     if config.color:
         images = random_color(images, config.color, generator)
     if config.erase:

@@ -1,0 +1,215 @@
+"""TrivialAugment (arXiv 2103.10158) and RandAugment (arXiv 1909.13719) with a draw for each image.
+
+Operations, magnitudes and results are those of torchvision: TrivialAugmentWide and RandAugment,
+except for pixels whose source lies halfway between two, such as the diagonals at 45 degrees.
+torchvision draws once for all images of a call and makes the host wait for a GPU; here nothing
+does: on a GPU each operation is computed for all images, and each image keeps the one it drew.
+
+Images are uint8 (B, C, H, W), RGB or gray; op (B,) int64 indexes OPS; magnitude is (B,).
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BINS = 31  # magnitudes of an operation, weakest first
+LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision has it
+
+
+def gray(images: Tensor) -> Tensor:
+    """The luma of RGB images, rounded down: (B, 1, H, W)."""
+    red, green, blue = images.float().unbind(1)
+    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).floor()[:, None]
+
+
+# ---------------------------------------------------------------------------- operations
+
+# Each takes images, which of its k operations each image has, drawn (k, B) bool, and magnitude.
+
+
+def _keep(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
+    return images
+
+
+def _warp(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
+    """Affine maps: each pixel becomes the one nearest to its source, or black outside the image."""
+    H, W = images.shape[2:]
+    center_x, center_y = (W - 1) / 2, (H - 1) / 2
+    x = torch.arange(W, device=images.device) - center_x
+    y = torch.arange(H, device=images.device)[:, None] - center_y
+    # Of each image all but one are 0: (5, B, 1, 1).
+    shear_x, shear_y, shift_x, shift_y, degrees = (magnitude * drawn)[..., None, None]
+    angle = degrees.deg2rad()
+    cos, sin = angle.cos(), angle.sin()
+    # Rotations leave the center in place, shears the top left corner. As sums of what depends on
+    # x (B, 1, W) and on y (B, H, 1), most of the arithmetic is on a row or a column.
+    from_x = cos * x + (shear_x * (H / 2) - shift_x.trunc() + center_x) + (shear_x - sin) * y
+    from_y = (shear_y + sin) * x + (shear_y * (W / 2) - shift_y.trunc() + center_y) + cos * y
+    # The nearest pixel, with a border of black around the image for all that lies outside.
+    column, row = from_x.round_().clamp_(-1, W), from_y.round_().clamp_(-1, H)
+    index = (row * (W + 2) + column + (W + 3)).long().flatten(1)[:, None]  # (B, 1, H W)
+    padded = F.pad(images, [1, 1, 1, 1]).flatten(2)
+    return padded.gather(2, index.expand(-1, images.shape[1], -1)).view_as(images)
+
+
+def _blend(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
+    """Extrapolates from, or blends toward, black, the image in gray, or its mean gray."""
+    _, color, contrast = drawn[..., None, None, None]
+    values = images.float()
+    luma = gray(values) if images.shape[1] == 3 else values
+    mean = luma.mean(dim=(1, 2, 3), keepdim=True)
+    other = torch.where(color, luma, mean * contrast)  # (B, 1, H, W)
+    magnitude = magnitude[:, None, None, None]
+    # `augment.blend` rounds once more; in this order the result is torchvision's.
+    blended = values.mul_(1 + magnitude).addcmul_(other, -magnitude).clamp_(0, 255)
+    blended = blended.to(torch.uint8)
+    return blended if images.shape[1] == 3 else torch.where(color, images, blended)
+
+
+def _sharpen(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
+    """Extrapolates from, or blends toward, the blurred image; the border stays as it is."""
+    if min(images.shape[2:]) < 3:
+        return images
+    images = images.float()
+    inner = images[:, :, 1:-1, 1:-1]
+    # A kernel of ones around a five. Where cuDNN's convolution may round, these sums are exact.
+    rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
+    blurred = ((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13).round()
+    inner.addcmul_(blurred - inner, -magnitude[:, None, None, None])
+    return images.clamp_(0, 255).to(torch.uint8)
+
+
+def _posterize(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
+    """Keeps the upper bits, as many as the magnitude."""
+    dropped = (8 - magnitude).to(torch.uint8)[:, None, None, None]
+    return images >> dropped << dropped
+
+
+def _solarize(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
+    """Inverts what is as bright as the magnitude or brighter."""
+    threshold = (255 * magnitude).ceil().to(torch.uint8)[:, None, None, None]
+    return images ^ (images >= threshold).to(torch.uint8).mul_(255)  # 255 flips all bits
+
+
+def _autocontrast(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
+    """Stretches each channel to 0 to 255."""
+    values = images.float()
+    low, high = values.amin((2, 3), keepdim=True), values.amax((2, 3), keepdim=True)
+    flat = low == high  # stays as it is
+    scale = ((high - low) * (1 / 255)).masked_fill_(flat, 1)
+    low.masked_fill_(flat, 0)
+    return values.sub_(low).div_(scale).clamp_(0, 255).to(torch.uint8)
+
+
+def _equalize(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
+    """Spreads the values of each channel evenly, with Pillow's rounding."""
+    index = images.flatten(2).long()  # (B, C, H W)
+    counts = index.new_zeros(*index.shape[:2], 256)
+    counts.scatter_add_(2, index, index.new_ones(1).expand_as(index))
+    highest = counts.gather(2, index.amax(dim=2, keepdim=True))  # how many pixels have that value
+    step = (index.shape[2] - highest) // 255  # (B, C, 1)
+    table = ((counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)).clamp_(max=255)
+    table = torch.where(step > 0, table, torch.arange(256, device=index.device))
+    return table.to(torch.uint8).gather(2, index).view_as(images)
+
+
+STAGES = (
+    (_keep, ("Identity",)),
+    (_warp, ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")),
+    (_blend, ("Brightness", "Color", "Contrast")),
+    (_sharpen, ("Sharpness",)),
+    (_posterize, ("Posterize",)),
+    (_solarize, ("Solarize",)),
+    (_autocontrast, ("AutoContrast",)),
+    (_equalize, ("Equalize",)),
+)
+OPS = tuple(name for _, names in STAGES for name in names)  # in torchvision's order
+
+
+def apply(images: Tensor, op: Tensor, magnitude: Tensor) -> Tensor:
+    """Applies to each image its own operation."""
+    # Reading what was drawn is free on a CPU, but waits for a GPU.
+    return (apply_to_some if op.device.type == "cpu" else apply_to_all)(images, op, magnitude)
+
+
+def apply_to_all(images: Tensor, op: Tensor, magnitude: Tensor) -> Tensor:
+    """Computes each operation for all images; each image keeps its own."""
+    result = images
+    for (change, _), mine in zip(STAGES[1:], _drawn(op)[1:], strict=True):
+        changed = change(images, mine, magnitude)
+        result = torch.where(mine.any(dim=0)[:, None, None, None], changed, result)
+    return result
+
+
+def apply_to_some(images: Tensor, op: Tensor, magnitude: Tensor) -> Tensor:
+    """The same with less work: computes each operation for the images that have it."""
+    rows = [mine.any(dim=0).nonzero()[:, 0] for mine in _drawn(op)]
+    changed = [
+        change(images.index_select(0, at), mine[:, at], magnitude[at])
+        for (change, _), mine, at in zip(STAGES, _drawn(op), rows, strict=True)
+    ]
+    return torch.cat(changed).index_select(0, torch.cat(rows).argsort())
+
+
+def _drawn(op: Tensor) -> tuple[Tensor, ...]:
+    """For each stage, which of its operations an image has: (its operations, B) bool."""
+    drawn = op == torch.arange(len(OPS), device=op.device)[:, None]
+    return drawn.split([len(names) for _, names in STAGES])
+
+
+# ---------------------------------------------------------------------------- magnitudes
+
+
+@cache
+def trivial_space(device: torch.device) -> Tensor:
+    """The magnitudes of TrivialAugment: (sign, operation, bin)."""
+    return _space(0.99, 32.0, 32.0, 135.0, 0.99, 6, device)
+
+
+@cache
+def rand_space(device: torch.device, height: int, width: int) -> Tensor:
+    """The magnitudes of RandAugment, whose shifts grow with the image: (sign, operation, bin)."""
+    return _space(0.3, 150.0 / 331.0 * width, 150.0 / 331.0 * height, 30.0, 0.9, 4, device)
+
+
+def _space(
+    shear: float, x: float, y: float, degrees: float, color: float, bits: int, device: torch.device
+) -> Tensor:
+    def ramp(start: float, end: float) -> Tensor:
+        return torch.linspace(start, end, BINS, device=device)
+
+    signed = [shear, shear, x, y, degrees, color, color, color, color]
+    signed = torch.stack([ramp(0, end) for end in signed])
+    none = ramp(0, 0)
+    kept_bits = (8 - torch.arange(BINS, device=device) / ((BINS - 1) / bits)).round()
+    unsigned = torch.stack([kept_bits, ramp(1, 0), none, none])
+    return torch.stack([torch.cat([none[None], s, unsigned]) for s in (signed, -signed)])
+
+
+# ---------------------------------------------------------------------------- policies
+
+
+def trivial_augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """One operation for each image, of any magnitude of the wide space."""
+    bins = torch.randint(BINS, (len(images),), generator=generator, device=images.device)
+    return _augment(images, trivial_space(images.device), bins, generator)
+
+
+def rand_augment(
+    images: Tensor, magnitude: int, generator: torch.Generator, num_ops: int = 2
+) -> Tensor:
+    """`num_ops` operations in a row for each image, all of the same magnitude, 0 to 30."""
+    space = rand_space(images.device, *images.shape[2:])
+    bins = torch.full((len(images),), magnitude, device=images.device)
+    for _ in range(num_ops):
+        images = _augment(images, space, bins, generator)
+    return images
+
+
+def _augment(images: Tensor, space: Tensor, bins: Tensor, generator: torch.Generator) -> Tensor:
+    B, device = len(images), images.device
+    op = torch.randint(len(OPS), (B,), generator=generator, device=device)
+    sign = torch.randint(2, (B,), generator=generator, device=device)
+    return apply(images, op, space[sign, op, bins])

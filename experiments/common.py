@@ -23,9 +23,10 @@ import device as devices
 import utils
 from config import UserError
 from data import CIFAR10_MEAN, CIFAR10_STD, Dataset, Preprocessing, Split
+from device import autocast
 from recipes import Recipe, TrainConfig
 from run import Run, RunOptions
-from trainer import Forward, autocast, compile_model
+from trainer import Forward, compile_model
 from ViT import ViT
 
 LONG_ENOUGH = 0.05  # seconds of work between two clock readings

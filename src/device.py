@@ -3,6 +3,7 @@
 import ctypes
 import platform
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -67,6 +68,11 @@ def resolve_precision(choice: str, device: torch.device) -> str:
         flags = torch.cpu.get_capabilities()
         return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "fp32"
     return "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """A forward pass in bfloat16, where autocast finds it safe, or in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def device_name(device: torch.device) -> str:

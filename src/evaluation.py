@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import Preprocessing, Split
+from device import autocast
 from processes import ALONE, World
 from ViT import ViT, ViTConfig
 
@@ -31,22 +32,35 @@ def batch_size_for(config: ViTConfig) -> int:
 
 @torch.inference_mode()
 def predict(
-    model: ViT, split: Split, preprocessing: Preprocessing, rows: Tensor | None = None
+    model: ViT,
+    split: Split,
+    preprocessing: Preprocessing,
+    rows: Tensor | None = None,
+    precision: str = "fp32",
 ) -> Tensor:
-    """Logits (n, K) of a split, or of some of its rows, in float32 whatever the training ran in."""
+    """Logits (n, K) of a split, or of some of its rows."""
     model.eval()
     if rows is None:
         rows = torch.arange(len(split), device=split.labels.device)
     batches = split.batches(rows.split(batch_size_for(model.config)))
-    return torch.cat([model(preprocessing.normalize(batch.images)) for batch in batches])
+    with autocast(precision, split.labels.device):
+        logits = [model(preprocessing.normalize(batch.images)) for batch in batches]
+    return torch.cat(logits).to(torch.get_default_dtype())
 
 
 def evaluate(
-    model: ViT, split: Split, preprocessing: Preprocessing, world: World = ALONE
+    model: ViT,
+    split: Split,
+    preprocessing: Preprocessing,
+    world: World = ALONE,
+    precision: str = "fp32",
 ) -> Evaluation:
     """Evaluates a model on a split; each rank does its share of the images, each image once."""
     rows = world.share(torch.arange(len(split), device=split.labels.device))
-    logits, labels = predict(model, split, preprocessing, rows).cpu(), split.labels[rows].cpu()
+    logits, labels = (
+        predict(model, split, preprocessing, rows, precision).cpu(),
+        split.labels[rows].cpu(),
+    )
     best = logits.topk(min(5, logits.shape[1])).indices  # (n, 5)
     hits = (best == labels[:, None]).double()  # (n, 5)
     classes = F.one_hot(labels, logits.shape[1]).double()  # (n, K)

@@ -52,7 +52,7 @@ class TrainConfig(Config):
         float, "change of brightness, contrast and saturation; 0 disables", "[0, 1]"
     ] = 0.0
     policy: Annotated[
-        Literal["off", "trivial", "rand"], "torchvision's TrivialAugmentWide or RandAugment"
+        Literal["off", "trivial", "rand"], "TrivialAugmentWide or RandAugment, as in torchvision"
     ] = "off"
     policy_epochs: Annotated[float, "share of the epochs that use the policy", "[0, 1]"] = 1.0
     magnitude: Annotated[int, "RandAugment's magnitude", "[0, 30]"] = 9
@@ -127,6 +127,7 @@ _STRONG = TrainConfig(
     cutmix=1.0,
     mixed_epochs=0.9,
     averaging=0.999,
+    validate_every=5,
 )
 
 RECIPES = {
@@ -170,6 +171,7 @@ RECIPES = {
             mixed_epochs=0.8,
             patch_dropout=0.75,
             whole_epochs=4,
+            validate_every=5,
         ),
     ),
     "best": Recipe(
@@ -192,7 +194,7 @@ RECIPES = {
         Expect    not known: not yet trained to its end
         """,
         model=ViTConfig(**MODELS["tiny"], patch_size=4, dropout=0.1),
-        train=TrainConfig(),
+        train=TrainConfig(validate_every=5),
     ),
     "demo": Recipe(
         about="""A synthetic data set and a micro model: no download, no GPU, under a minute.

@@ -14,12 +14,12 @@ once, at the end of a run. Ctrl-C and SIGTERM save first and say how to resume.
 """
 
 import json
+import math
 import os
 import shlex
 import signal
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,14 @@ def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord
             images, targets = augment(
                 images, targets, config, utils.seed_for(*draws), run.coins[rows], run.epoch
             )  # (B, C, H, W) uint8, (B, K)
-            # Dropout, drop path and patch dropout draw from torch's generator, differently by rank.
-            torch.manual_seed(utils.seed_for(*draws, run.world.rank))
+            # Of dropout, drop path and patch dropout, which differ between ranks.
+            utils.seed_default_generators(utils.seed_for(*draws, run.world.rank), run.device)
             # A short last batch would be compiled for its size alone; it goes uncompiled instead.
             model = forward if len(rows) == config.batch_size else run.parallel
 
             for part in run.parts(len(rows)):  # whose losses add up to the mean over the batch
                 inputs = run.preprocessing.normalize(images[part])
-                with autocast(run.precision, run.device):
+                with devices.autocast(run.precision, run.device):
                     logits = model(inputs, patch_dropout).to(inputs.dtype)  # (B, K)
                 loss = (1 / len(rows)) * F.cross_entropy(
                     logits, targets[part], label_smoothing=config.label_smoothing, reduction="sum"
@@ -119,11 +119,6 @@ def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord
         seconds=done.seconds,
         images_per_second=len(train) / done.seconds,
     )
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The forward pass in bfloat16, where autocast finds it safe, or in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def after_step(run: Run, bar: tqdm) -> None:
@@ -164,8 +159,9 @@ def progress_bar(run: Run) -> tqdm:
 
 # ---------------------------------------------------------------------------- compiling
 
-# Floating-point operations of a training, and their time on a CPU that does some 2e11 a second.
-WORTH_COMPILING = 2e13  # two minutes
+# Floating-point operations of a phase for which compiling pays: two minutes of a CPU that does 2e11
+# a second, and a minute of a GPU that does 5e13 without compiling.
+WORTH_COMPILING = {"cpu": 2e13, "cuda": 3e15}
 FOR_A_GPU = 5e15  # a quarter of a day
 
 
@@ -184,13 +180,12 @@ def forward_for(run: Run, phase: Phase) -> Forward:
 
 
 def compile_pays(run: Run, phase: Phase) -> bool:
-    """Whether compiling is worth its half minute: on a GPU, or in minutes of work for a CPU."""
+    """Whether compiling is worth its half minute."""
     if run.config.batch_size > len(run.dataset.train):
         return False  # every batch is a short one
     if run.config.compile != "auto":
         return run.config.compile == "on"
-    worth = run.device.type == "cpu" and run.flops(phase) > WORTH_COMPILING
-    return run.device.type == "cuda" or worth
+    return run.flops(phase) > WORTH_COMPILING.get(run.device.type, math.inf)
 
 
 def compile_model(run: Run, patch_dropout: float) -> Forward:
@@ -204,7 +199,7 @@ def compile_model(run: Run, patch_dropout: float) -> Forward:
     run.model.train()
     try:
         with without_averaging(run.parallel):
-            with autocast(run.precision, run.device):
+            with devices.autocast(run.precision, run.device):
                 logits = forward(inputs, patch_dropout)
             logits.float().sum().backward()
     except torch.OutOfMemoryError:
@@ -221,6 +216,7 @@ def use_deterministic_kernels() -> None:
     """Has CUDA choose kernels that repeat bit for bit, and raise where it has none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what is not written
     torch.backends.cudnn.benchmark = False
 
 
@@ -308,7 +304,7 @@ def validate(run: Run) -> bool:
     record, split = run.history[-1], run.dataset.validation
     if not split or record.validation_loss is not None:
         return False
-    result = evaluate(run.evaluated, split, run.preprocessing, run.world)
+    result = evaluate(run.evaluated, split, run.preprocessing, run.world, run.precision)
     figures = {"validation_loss": result.loss, "validation_accuracy": result.top1}
     run.history[-1] = replace(record, **figures)
     return True
@@ -344,7 +340,7 @@ def result_of(
         "device": run.device.type,
         "device_name": devices.device_name(run.device),
         "processes": run.world.size,
-        "precision": run.precision,
+        "precision": run.precision,  # of training and validation; the test is in float32
         "torch": str(torch.__version__),
         "validation_accuracy": run.history[-1].validation_accuracy,
         "test_accuracy": test.top1 if test else None,
@@ -450,9 +446,14 @@ def out_of_memory_hint(run: Run | None) -> str:
     )
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")  # CPU, CUDA, cuBLAS
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has an exception of its own; the CPU's allocator has a message."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """torch has an exception for its CUDA allocator; the others have a message."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        message in str(error) for message in OUT_OF_MEMORY
+    )
 
 
 def main(argv: list[str]) -> int:

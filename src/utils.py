@@ -332,6 +332,16 @@ def seed_for(*key: int) -> int:
     return int(state) >> 1  # a seed must fit into an int64
 
 
+def seed_default_generators(seed: int, device: torch.device) -> None:
+    """`torch.manual_seed` for the CPU and one device, without its 0.3 ms for a stack trace."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        number = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[number].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on the key alone."""
     return torch.Generator(device).manual_seed(seed_for(*key))

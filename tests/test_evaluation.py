@@ -8,7 +8,7 @@ import torch
 import evaluation
 from data import Preprocessing, Split
 from evaluation import batch_size_for, evaluate, predict
-from ViT import MODELS, ViTConfig
+from ViT import MODELS, ViT, ViTConfig
 
 
 class Table(torch.nn.Module):
@@ -61,6 +61,22 @@ def test_predict_gives_the_logits_of_the_wanted_rows_whatever_the_batches(monkey
         assert torch.equal(predict(model, split, UNSCALED), logits)
         assert torch.equal(predict(model, split, UNSCALED, rows), logits[rows])
     assert not model.training
+
+
+def test_evaluation_can_run_in_the_precision_of_the_training():
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(patch_size=16, width=32, depth=1, heads=2))
+    torch.nn.init.normal_(model.head.weight)
+    images = torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8)
+    split = Split(images, torch.zeros(6, dtype=torch.int64))
+    preprocessing = Preprocessing(size=(32, 32), mean=(0.5,) * 3, std=(0.25,) * 3)
+    full, half = (predict(model, split, preprocessing, precision=p) for p in ("fp32", "bf16"))
+    assert full.dtype == half.dtype == torch.float32
+    assert not torch.equal(full, half)
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.1)
+    assert evaluate(model, split, preprocessing, precision="bf16").loss != pytest.approx(
+        evaluate(model, split, preprocessing).loss, rel=1e-6
+    )
 
 
 def test_a_batch_of_an_evaluation_is_smaller_where_activations_are_large():

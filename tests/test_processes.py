@@ -371,7 +371,13 @@ def test_weights_that_are_no_numbers_are_never_saved(train, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")]
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: out of memory\nand a long story"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("can't allocate memory"),
+    ],
 )
 def test_out_of_memory_is_one_line_that_says_what_to_try(train, monkeypatch, capsys, error):
     def greedy(*_, **__):

@@ -107,7 +107,7 @@ class Run:
         self.averaged = copy.deepcopy(model).requires_grad_(False) if config.averaging else None
         self.parallel = self.world.parallel(model)  # the model, over all ranks
         self.optimizers = make_optimizers(model, config, self.precision)
-        coins = utils.generator_for(config.seed)
+        coins = utils.generator_for(config.seed)  # of each image, for alternating flips
         self.coins = torch.rand(len(dataset.train), generator=coins).to(device) < 0.5
         self.history: list[EpochRecord] = []
         self.compile_seconds = self.earlier_seconds = 0.0  # the latter of earlier processes

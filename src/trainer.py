@@ -69,20 +69,20 @@ def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord
         Diverged: a loss is not finite.
         Stopped: a signal has come; everything is saved.
     """
-    config, train, done = run.config, run.dataset.train, run.progress
-    started = time.perf_counter() - done.seconds
+    config, train, progress = run.config, run.dataset.train, run.progress
+    started = time.perf_counter() - progress.seconds
     order = batch_rows(train, config.batch_size, utils.generator_for(config.seed, run.epoch))
-    order = order[done.steps :]
+    order = order[progress.steps :]
     run.model.train()
     with progress_bar(run) as bar:
         for rows, (images, labels) in zip(order, train.batches(order), strict=True):
-            draws = (config.seed, run.epoch, done.steps)
+            key = (config.seed, run.epoch, progress.steps)  # of all draws
             targets = F.one_hot(labels, len(run.dataset.classes)).to(torch.get_default_dtype())
             images, targets = augment(
-                images, targets, config, utils.seed_for(*draws), run.coins[rows], run.epoch
+                images, targets, config, utils.seed_for(*key), run.coins[rows], run.epoch
             )  # (B, C, H, W) uint8, (B, K)
-            # Of dropout, drop path and patch dropout, which differ between ranks.
-            utils.seed_default_generators(utils.seed_for(*draws, run.world.rank), run.device)
+            # Dropout, drop path and patch dropout draw from these, and differ between ranks.
+            utils.seed_default_generators(utils.seed_for(*key, run.world.rank), run.device)
             # A short last batch would be compiled for its size alone; it goes uncompiled instead.
             model = forward if len(rows) == config.batch_size else run.parallel
 
@@ -94,8 +94,8 @@ def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord
                     logits, targets[part], label_smoothing=config.label_smoothing, reduction="sum"
                 )
                 (loss * run.world.size).backward()  # the ranks' gradients are averaged, not added
-                done.losses[done.steps] += loss.detach()
-                done.correct += (logits.argmax(dim=1) == targets[part].argmax(dim=1)).sum()
+                progress.losses[progress.steps] += loss.detach()
+                progress.correct += (logits.argmax(dim=1) == targets[part].argmax(dim=1)).sum()
             if config.gradient_clip:
                 nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip)
             set_learning_rates(run.optimizers, run.rate_factor(run.step))
@@ -104,20 +104,20 @@ def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord
                 optimizer.zero_grad()
             run.average_weights()
 
-            done.steps += 1
-            done.seconds = time.perf_counter() - started
+            progress.steps += 1
+            progress.seconds = time.perf_counter() - started
             bar.update(len(rows))
             after_step(run, bar)
     losses = run.check_losses()  # which waits for the device
-    done.seconds = time.perf_counter() - started
+    progress.seconds = time.perf_counter() - started
     return EpochRecord(
         epoch=run.epoch + 1,
         step=run.step,
         learning_rate=config.learning_rate * run.rate_factor(run.step - 1),
         train_loss=losses.mean().item(),
-        train_accuracy=run.world.sum(done.correct).item() / len(train),
-        seconds=done.seconds,
-        images_per_second=len(train) / done.seconds,
+        train_accuracy=run.world.sum(progress.correct).item() / len(train),
+        seconds=progress.seconds,
+        images_per_second=len(train) / progress.seconds,
     )
 
 

@@ -191,7 +191,7 @@ def profile_steps(plan: Plan, setting: Setting) -> None:
 def train(plan: Plan, name: str, flags: list[str], setting: Setting) -> dict[str, Any]:
     """The result.json of a run, which is trained now unless it exists."""
     # Saving after each epoch would take a part of the minute.
-    flags = ["--recipe", plan.recipe, *plan.flags, *flags, "--save-epochs", "100000"]
+    flags = ["--recipe", plan.recipe, *plan.flags, *flags, "--save-minutes", "1e6"]
     flags += ["--device", str(setting.device)]
     kept = plan.folder / name
     return kept_result(kept, flags) or train_and_keep(flags, kept, {})

@@ -124,9 +124,15 @@ TASKS = {
     "export": ("RUN", "write the model of a run to model.pt: weights only, for sharing"),
 }
 READING = ("data_dir", "data_url", "device")
-SAVING = ("test", "save_minutes", "save_epochs")
 HEEDED = {  # by each task, besides itself; of the configs, `resumed_run` refuses most by name
-    "resume": (*READING, *SAVING, *ViTConfig.fields(), *TrainConfig.fields(), "model"),
+    "resume": (
+        *READING,
+        "test",
+        "save_minutes",
+        "model",
+        *ViTConfig.fields(),
+        *TrainConfig.fields(),
+    ),
     "evaluate": READING,
     "export": ("overwrite",),
 }

@@ -52,10 +52,7 @@ class RunOptions(Config):
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
     data_url: Annotated[str | None, "another address of the data set's archive"] = None
     test: Annotated[bool, "--no-test skips the test set; use it while tuning"] = True
-    save_minutes: Annotated[
-        float, "minutes between mid-epoch checkpoints; 0: every step", "[0, inf)"
-    ] = 10.0
-    save_epochs: Annotated[int, "epochs between checkpoints; the last is saved", "[1, inf)"] = 1
+    save_minutes: Annotated[float, "minutes between checkpoints; 0: every step", "[0, inf)"] = 1.0
     device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
 
     def __post_init__(self):
@@ -230,6 +227,9 @@ class Run:
             f"learning rate {rate:.2g}); try a lower --learning-rate, more --warmup-epochs, "
             f"--gradient-clip 1 or --precision fp32{self.what_is_kept()}"
         )
+
+    def save_is_due(self) -> bool:
+        return time.perf_counter() - self.saved_at >= 60 * self.options.save_minutes
 
     def what_is_kept(self) -> str:
         last = self.folder / "last.pt"

@@ -8,9 +8,9 @@
     python src/trainer.py --export checkpoints/NAME    model.pt: weights only, in half precision
     torchrun --nproc-per-node=K src/trainer.py ...     the same, on K devices
 
-A run writes to checkpoints/<name>/: after each epoch, and every --save-minutes, last.pt and
-metrics.csv (a row an epoch), at its end curves.png and result.json. The test set is evaluated
-once, at the end of a run. Ctrl-C and SIGTERM save first and say how to resume.
+A run writes to checkpoints/<name>/: every --save-minutes and at its end last.pt and metrics.csv (a
+row an epoch), at its end curves.png and result.json. The test set is evaluated once, at the end of
+a run. Ctrl-C and SIGTERM save first and say how to resume.
 """
 
 import json
@@ -129,10 +129,10 @@ def after_step(run: Run, bar: tqdm) -> None:
         Stopped: a signal has come; everything is saved.
     """
     now = time.perf_counter()
-    since_save = now - run.saved_at if run.progress.steps < run.steps_per_epoch else -1
+    within_epoch = run.progress.steps < run.steps_per_epoch
     look, save, stop = run.world.any(
         now - run.looked_at > 1,  # reading a loss waits for the device
-        since_save >= 60 * run.options.save_minutes,
+        within_epoch and run.save_is_due(),
         bool(run.job.stop.received),
     )
     if look:
@@ -247,7 +247,7 @@ def train(run: Run, command: str = "") -> dict[str, Any] | None:
                 is_last = run.epoch == run.config.epochs
                 if run.epoch % run.config.validate_every == 0 or is_last:
                     validate(run)
-                if run.epoch % run.options.save_epochs == 0 or is_last:
+                if any(run.world.any(is_last, run.save_is_due())):
                     run.save()
                 run.say(epoch_line(run.history[-1], run.config.epochs))
         if validate(run):  # the epoch that --epochs has now made the last

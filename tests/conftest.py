@@ -31,4 +31,5 @@ def small_shapes():
 def train(monkeypatch, tmp_path):
     """train("--epochs 2 ...") runs a tiny demo recipe into tmp_path and returns its exit status."""
     monkeypatch.setattr(run, "load_dataset", small.load_small)
+    monkeypatch.setattr(run.Run, "save_is_due", small.after_each_epoch)
     return lambda flags: small.status_of(flags, tmp_path)

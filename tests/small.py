@@ -54,6 +54,11 @@ def load_small(name, *, validation_images, **_):
     return SHAPES if validation_images else dataclasses.replace(SHAPES, validation=None)
 
 
+def after_each_epoch(run):
+    """In place of `Run.save_is_due`, since no epoch of a test takes a minute."""
+    return run.options.save_minutes == 0 or run.progress.steps == 0
+
+
 def arguments(flags, folder):
     if any(task in flags for task in ("--resume", "--evaluate", "--export")):
         return flags.split()
@@ -170,6 +175,7 @@ def work(flags, folder, log, environment, death, double):
     if death:
         die_in_save(*death)
     run.load_dataset = load_small
+    run.Run.save_is_due = after_each_epoch
     sys.exit(status_of(flags, folder))
 
 

@@ -15,6 +15,8 @@ from run import Run, RunOptions, check_fit, new_run, training_flops
 from small import rows_of
 from ViT import ViT, ViTConfig
 
+SAVE_IS_DUE = Run.save_is_due  # which the fixture `train` replaces
+
 
 def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tmp_path, capsys):
     assert train("--name a --epochs 1") == 0
@@ -61,11 +63,18 @@ def test_only_epochs_and_accumulation_can_change_on_resume(train, tmp_path, caps
     assert "--batch-size cannot be changed on resume; only --epochs and --accumulate can" in line
 
 
-def test_a_run_can_save_more_rarely_and_saves_its_end(train, tmp_path, monkeypatch):
+def test_a_run_saves_by_the_minute_and_at_its_end(train, tmp_path, monkeypatch):
+    """Each of the 25 steps counts for 18 seconds: four of them are more than a minute."""
     saved, save = [], Run.save
-    monkeypatch.setattr(Run, "save", lambda run, **how: saved.append(run.epoch) or save(run, **how))
-    assert train("--name a --epochs 5 --save-epochs 2") == 0
-    assert saved == [2, 4, 5]
+
+    def aged(run):
+        run.saved_at -= 18
+
+    monkeypatch.setattr(Run, "average_weights", aged)
+    monkeypatch.setattr(Run, "save_is_due", SAVE_IS_DUE)
+    monkeypatch.setattr(Run, "save", lambda run, **how: saved.append(run.step) or save(run, **how))
+    assert train("--name a --epochs 5") == 0
+    assert saved == [4, 8, 12, 16, 20, 24, 25]
     assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 5
 
 

@@ -130,6 +130,17 @@ _STRONG = TrainConfig(
     validate_every=5,
 )
 
+# What results/ablation found best on two CPU cores (docs/recipe.md).
+_CPU = TrainConfig(
+    batch_size=250,
+    initialization="mimetic",
+    optimizer="muon",
+    learning_rate=3e-3,
+    schedule="linear",
+    gradient_clip=0,
+    patch_dropout=0.5,
+)
+
 RECIPES = {
     "default": Recipe(
         about="""For a GPU, untested: ViT-S/4 with Muon and strong augmentation.
@@ -230,20 +241,8 @@ RECIPES = {
         model=ViTConfig(
             patch_size=4, width=128, depth=4, heads=4, pooling="mean", positions="sincos"
         ),
-        train=TrainConfig(
-            initialization="mimetic",
-            epochs=11,
-            batch_size=250,
-            optimizer="muon",
-            learning_rate=3e-3,
-            muon_learning_rate=0.02,
-            warmup_epochs=0.5,
-            schedule="linear",
-            gradient_clip=0,
-            crop_padding=2,
-            patch_dropout=0.5,
-            whole_epochs=1,
-            validate_every=2,
+        train=replace(
+            _CPU, epochs=11, warmup_epochs=0.5, crop_padding=2, whole_epochs=1, validate_every=2
         ),
     ),
     "shipped": Recipe(
@@ -257,19 +256,12 @@ RECIPES = {
         model=ViTConfig(
             patch_size=4, width=192, depth=6, heads=6, pooling="mean", positions="sincos"
         ),
-        train=TrainConfig(
-            initialization="mimetic",
+        train=replace(
+            _CPU,
             epochs=46,
-            batch_size=250,
-            optimizer="muon",
-            learning_rate=3e-3,
-            muon_learning_rate=0.02,
             warmup_epochs=1.0,
-            schedule="linear",
-            gradient_clip=0,
             policy="trivial",
             policy_epochs=0.7,
-            patch_dropout=0.5,
             whole_epochs=4,
             validate_every=5,
         ),

@@ -1,0 +1,312 @@
+"""Training and evaluation on a GPU: on fake tensors on any machine, then on a real GPU.
+
+A fake tensor has a shape and a device, but no values. An operation on fake tensors of two devices
+is an error, and so is reading a value. Gradients are made up, since autograd needs a CUDA driver.
+"""
+
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import cli
+import data
+import device as devices
+import policy
+import processes
+import run as runs
+import small
+import trainer
+import utils
+from common import Setting, forward_of, random_dataset, run_of
+from evaluation import predict
+from recipes import RECIPES, Recipe
+from ViT import ViT
+
+GPU = torch.device("cuda:0")
+OPTIONS = (
+    "demo --policy rand --erase 0.2 --accumulate 3",
+    "demo --cutmix 1 --mixup 0.8 --color 0.2 --averaging 0.99",
+    "demo --flip alternating",
+    "demo --pooling class --positions learned --patch-dropout 0.5",
+    "demo --optimizer adamw",
+)
+
+
+def run_with(flags, precision="bf16", steps=3):
+    """A run of `--recipe` with these flags, cut to two blocks and 40 images, on random images."""
+    flags = ["--depth", "2", "--batch-size", "40", "--recipe", *flags.split()]
+    command = cli.parse(flags, description="")
+    return run_of(Recipe("", command.model, command.training), Setting(GPU, precision, 1), steps)
+
+
+# ---------------------------------------------------------------------------- a fake GPU
+
+
+def why_not_fake():
+    """Why this build of torch has no fake GPU; empty where it has one."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    try:
+        with FakeTensorMode():
+            torch.empty(1, device=GPU)
+    except Exception as error:  # which one depends on the version
+        return f"FakeTensorMode makes no CUDA tensors: {error}"
+    return ""
+
+
+needs_fake_gpu = pytest.mark.skipif(bool(reason := why_not_fake()), reason=reason)
+
+
+class EpochEnds(Exception):
+    """Raised where the epoch ends and its losses are read."""
+
+
+class Watch(TorchDispatchMode):
+    """Notes each operation between the host and the GPU for which the host waits.
+
+    A copy from pinned memory does not wait. An index on the CPU does: it is copied.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.after_step, self.homes = [], [], {}  # homes: a seed's generator's device
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = operation(*args, **kwargs)
+        leaves = tree_leaves((args, kwargs, result))
+        for each in leaves:
+            if isinstance(each, torch.Generator):
+                home = self.homes.get(each.initial_seed(), "cpu")
+                assert home == result.device.type, f"{operation} on {result.device.type}"
+        between = len({each.device.type for each in leaves if isinstance(each, Tensor)}) > 1
+        pinned = kwargs.get("non_blocking") and hasattr(args[0], "copied_to_pinned_memory")
+        if between and not (operation is torch.ops.aten._to_copy.default and pinned):
+            self.waits.append(str(operation))
+        return result
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """A test on a fake GPU; what needs a CUDA driver has a stand-in."""
+    watch, put, after_step = Watch(), monkeypatch.setattr, trainer.after_step
+    caches = (data._pixel_scale, policy.trivial_space, policy.rand_space)
+
+    def built_there(config):
+        with GPU:
+            return ViT(config)
+
+    def generator_for(*key, device="cpu"):
+        watch.homes[seed := utils.seed_for(*key)] = torch.device(device).type
+        return torch.Generator().manual_seed(seed)
+
+    def pin_memory(tensor):
+        pinned = tensor.clone()
+        pinned.copied_to_pinned_memory = True
+        return pinned
+
+    def backward(loss):
+        """Gives a gradient to each weight that the loss depends on."""
+        nodes, seen = [loss.grad_fn], set()
+        while nodes:
+            if (node := nodes.pop()) and node not in seen:
+                seen.add(node)
+                nodes += [function for function, _ in node.next_functions]
+                if hasattr(node, "variable"):
+                    node.variable.grad = torch.empty_like(node.variable)
+
+    def after_step_noted(run, bar):
+        after_step(run, bar)
+        watch.after_step.append(len(watch.waits))
+
+    def epoch_ends(run):
+        raise EpochEnds
+
+    put(utils, "generator_for", generator_for)
+    put(ViT, "initialize", lambda model: None)  # which reads what it draws
+    put(ViT, "to", lambda model, device: model)  # a fake weight cannot be moved
+    put("common.ViT", built_there)
+    put(torch.Tensor, "pin_memory", pin_memory)
+    put(torch.Tensor, "backward", backward)
+    put(torch.cuda, "default_generators", (torch.Generator(),))
+    put(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    put("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    put(processes.World, "any", lambda world, *wishes: list(wishes))  # which reads a CPU tensor
+    put(runs.Run, "check_losses", epoch_ends)
+    put(trainer, "after_step", after_step_noted)
+    for cached in caches:
+        cached.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True), watch:
+        yield watch
+    for cached in caches:
+        cached.cache_clear()  # of fake tensors
+
+
+def train_and_predict(watch, flags):
+    """Three steps and two evaluations, of which only the first step may wait for the GPU."""
+    run, split = run_with(flags), random_dataset(600, GPU).train
+    run.looked_at = math.inf  # no loss is read before the epoch ends
+    with pytest.raises(EpochEnds):
+        trainer.train_epoch(run, run.parallel, run.config.patch_dropout)
+    assert run.progress.steps == len(watch.after_step) == 3
+    for precision in ("fp32", "bf16"):
+        logits = predict(run.evaluated, split, run.preprocessing, precision=precision)
+        assert (logits.device, logits.shape, logits.dtype) == (GPU, (600, 10), torch.float32)
+    assert watch.waits[watch.after_step[0] :] == []
+    return run
+
+
+@needs_fake_gpu
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # deepcopy's
+@pytest.mark.parametrize("flags", [*RECIPES, *OPTIONS])
+def test_a_step_stays_on_the_gpu_and_does_not_wait_for_it(watch, flags):
+    run = train_and_predict(watch, flags)
+    states = [optimizer.state[weight] for optimizer in run.optimizers for weight in optimizer.state]
+    assert len(states) == len(list(run.model.parameters()))
+    kept = [run.progress.losses, run.progress.correct, run.coins, *run.evaluated.parameters()]
+    kept += [*run.model.parameters(), *run.model.buffers(), *tree_leaves(states)]
+    assert {tensor.device for tensor in kept} == {GPU}
+
+
+def draw_elsewhere(images):
+    torch.rand(3, generator=torch.Generator(), device=images.device)
+
+
+def copy_what_is_not_pinned(images):
+    torch.zeros(3).to(images.device, non_blocking=True)
+
+
+FAULTS = (
+    (lambda images: images.cpu(), AssertionError, "_to_copy"),
+    (copy_what_is_not_pinned, AssertionError, "_to_copy"),
+    (lambda images: images[torch.arange(2)], AssertionError, "index"),
+    (lambda images: images.sum().item(), DataDependentOutputException, "_local_scalar_dense"),
+    (lambda images: images.nonzero(), DynamicOutputShapeException, "nonzero"),
+    (lambda images: images + torch.zeros(3, 1, 1), RuntimeError, "on the same device"),
+    (draw_elsewhere, AssertionError, "rand.generator on cuda"),
+)
+
+
+@needs_fake_gpu
+@pytest.mark.parametrize(("fault", "error", "message"), FAULTS)
+def test_a_fault_is_caught(watch, monkeypatch, fault, error, message):
+    augment = trainer.augment
+    monkeypatch.setattr(trainer, "augment", lambda *a: (fault(a[0]), augment(*a))[1])
+    with pytest.raises(error, match=message):
+        train_and_predict(watch, "demo")
+
+
+# ---------------------------------------------------------------------------- a real GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+
+
+def real_run(flags, steps=3):
+    torch.compiler.reset()  # or the models of a process would soon be too many to compile
+    return run_with(flags, devices.resolve_precision("auto", GPU), steps)
+
+
+@pytest.fixture
+def no_waits_after_a_step(monkeypatch):
+    """CUDA raises if an operation waits, from the end of the first step to that of the epoch."""
+    after_step, check_losses = trainer.after_step, runs.Run.check_losses
+
+    def wrapped(run, bar):
+        after_step(run, bar)
+        torch.cuda.set_sync_debug_mode("error")
+
+    def reading(run):
+        torch.cuda.set_sync_debug_mode("default")
+        return check_losses(run)
+
+    monkeypatch.setattr(trainer, "after_step", wrapped)
+    monkeypatch.setattr(runs.Run, "check_losses", reading)
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.usefixtures("no_waits_after_a_step")
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_three_steps_of_a_recipe(name, mode):
+    run = real_run(name)
+    forward = forward_of(run, mode)
+    assert (forward is run.parallel) == (mode == "eager")  # which it also is if compiling fails
+    record = trainer.train_epoch(run, forward, run.config.patch_dropout)
+    assert record.step == 3
+    assert record.train_loss == pytest.approx(math.log(10), abs=1)
+    logits = predict(run.evaluated, run.dataset.train, run.preprocessing)
+    assert logits.device == GPU and logits.isfinite().all()
+    assert logits.std() > 0  # the head starts at zero
+
+
+@needs_gpu
+def test_a_batch_of_random_images_is_learned():
+    run = real_run("demo --batch-size 32 --flip off --crop-padding 0", steps=1)
+    for _ in range(60):
+        run.end_epoch(trainer.train_epoch(run, run.parallel, 0.0))
+    assert run.history[0].train_loss > 2
+    assert run.history[-1].train_loss < 0.1
+
+
+@needs_gpu
+def test_the_compiled_model_gives_the_same_logits():
+    run = real_run("demo")
+    nn.init.normal_(run.model.head.weight, std=run.model.config.width**-0.5)
+    compiled = forward_of(run, "compiled")
+    assert compiled is not run.parallel
+    images = run.dataset.train.take(torch.arange(40, device=GPU)).images
+    with devices.autocast(run.precision, GPU):
+        inputs = run.preprocessing.normalize(images)
+        logits, expected = compiled(inputs, 0.0).float(), run.model(inputs).float()
+    assert expected.std() > 0.3
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.05)
+
+
+@needs_gpu
+def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(tmp_path):
+    """In processes of their own, since cuBLAS reads its setting once, when it starts."""
+    flags = "--recipe demo --epochs 2 --depth 2 --deterministic --no-test --policy trivial "
+    flags += f"--patch-dropout 0.5 --dropout 0.1 --averaging 0.99 --output-dir {tmp_path} --name "
+
+    def start(flags):
+        program = str(small.ROOT / "src/trainer.py")
+        return subprocess.Popen([sys.executable, program, "--device", "cuda", *flags.split()])
+
+    for name in ("first", "again"):
+        assert start(flags + name).wait(small.PATIENCE) == 0
+    stopped = start(f"{flags}stopped --save-minutes 0")
+    while not (tmp_path / "stopped/last.pt").exists():
+        assert stopped.poll() is None
+        time.sleep(0.01)
+    stopped.send_signal(signal.SIGTERM)
+    assert stopped.wait(small.PATIENCE) == 128 + signal.SIGTERM
+    assert start(f"--no-test --resume {tmp_path}/stopped").wait(small.PATIENCE) == 0
+    for name in ("again", "stopped"):
+        assert small.differing(tmp_path / "first", tmp_path / name) == 0
+
+
+@needs_gpu
+def test_an_allocation_that_does_not_fit_is_one_line(monkeypatch, tmp_path, capsys):
+    def too_large(images, *_):
+        return torch.empty(2**50, dtype=torch.uint8, device=images.device)
+
+    monkeypatch.setattr(runs, "load_dataset", lambda *_, **__: random_dataset(80, GPU))
+    monkeypatch.setattr(trainer, "augment", too_large)
+    assert small.status_of("--device cuda", tmp_path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "out of memory with --batch-size 40 --accumulate 1; try --accumulate 2" in line

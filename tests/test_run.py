@@ -56,6 +56,17 @@ def test_epochs_cannot_be_fewer_than_are_done(train, tmp_path, capsys):
     assert (tmp_path / "a/last.pt").read_bytes() == before
 
 
+def test_a_copy_of_a_checkpoint_does_not_overwrite_the_last_one(train, tmp_path, capsys):
+    assert train("--name a --epochs 1") == 0
+    last, copy = tmp_path / "a/last.pt", tmp_path / "a/backup.pt"
+    copy.write_bytes(last.read_bytes())
+    assert train(f"--resume {last} --epochs 2") == 0
+    before = last.read_bytes()
+    assert train(f"--resume {copy} --epochs 3") == 2
+    assert f"its last.pt, not {copy}" in capsys.readouterr().err
+    assert last.read_bytes() == before
+
+
 def test_only_epochs_and_accumulation_can_change_on_resume(train, tmp_path, capsys):
     assert train("--name a --epochs 1") == 0
     assert train(f"--resume {tmp_path / 'a'} --batch-size 7") == 2

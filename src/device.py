@@ -51,7 +51,9 @@ def choose_device(name: str | None, world: World = ALONE) -> torch.device:
         if device.type not in ("cuda", "mps", "cpu"):
             raise NotImplementedError
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"--device {name} is not available; use cpu, or omit --device") from None
     if world.size > 1 and device.type == "cuda":
         torch.cuda.set_device(device)  # for NCCL
@@ -86,6 +88,16 @@ def device_name(device: torch.device) -> str:
     except (OSError, StopIteration):
         pass  # not Linux, or a processor without a name
     return name if device.type == "mps" else f"{name}, {torch.get_num_threads()} threads"
+
+
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")  # CPU, CUDA, cuBLAS
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch has an exception for its CUDA allocator; the others have a message."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        message in str(error) for message in OUT_OF_MEMORY
+    )
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

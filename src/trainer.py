@@ -202,9 +202,9 @@ def compile_model(run: Run, patch_dropout: float) -> Forward:
             with devices.autocast(run.precision, run.device):
                 logits = forward(inputs, patch_dropout)
             logits.float().sum().backward()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a compiler can raise, training can do without it
+        if devices.is_out_of_memory(error):
+            raise
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         run.say(f"torch.compile is not available ({reason}); training without it")
         forward = run.parallel
@@ -446,16 +446,6 @@ def out_of_memory_hint(run: Run | None) -> str:
     )
 
 
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")  # CPU, CUDA, cuBLAS
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """torch has an exception for its CUDA allocator; the others have a message."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        message in str(error) for message in OUT_OF_MEMORY
-    )
-
-
 def main(argv: list[str]) -> int:
     """Runs a command line; returns the exit status."""
     command, run = cli.parse(argv, description=__doc__), None
@@ -494,7 +484,7 @@ def main(argv: list[str]) -> int:
             complain(f"stopped by {stop}; {resume_hint(run)}")
         return stop.status
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not devices.is_out_of_memory(error):
             raise
         complain(out_of_memory_hint(run))
         return 1

@@ -22,6 +22,16 @@ def test_a_device_that_this_machine_lacks_is_refused_by_name(name):
         devices.choose_device(name)
 
 
+def test_a_full_device_is_out_of_memory_and_not_missing(monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        devices.choose_device("cuda")
+    assert not isinstance(caught.value, UserError)
+
+
 def test_each_of_several_ranks_has_a_device_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     world = World(rank=1, size=2, local_rank=1)

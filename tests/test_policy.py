@@ -181,6 +181,7 @@ class OnGPU(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
 @pytest.mark.parametrize("channels", [1, 3])
 def test_nothing_waits_for_a_gpu(channels):
     """A fake tensor has no values: to need one, on the host or for a shape, is an error."""

@@ -241,6 +241,16 @@ def test_without_a_compiler_the_run_says_so_and_is_the_same(train, tmp_path, mon
     assert same_weights(plain, fallback)
 
 
+def test_out_of_memory_while_compiling_is_not_a_missing_compiler(train, monkeypatch, capsys):
+    def full(*_, **__):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: full)
+    assert train("--name a --epochs 1 --compile on") == 1
+    out, error = capsys.readouterr()
+    assert "out of memory with --batch-size 40" in error and "not available" not in out
+
+
 @pytest.mark.parametrize(("batch_size", "compiled"), [(45, 1), (200, 1), (500, 0)])
 def test_a_compiled_run_is_the_same_also_with_short_batches(
     train, tmp_path, monkeypatch, batch_size, compiled

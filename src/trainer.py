@@ -160,7 +160,7 @@ def progress_bar(run: Run) -> tqdm:
 # ---------------------------------------------------------------------------- compiling
 
 # Floating-point operations of a phase for which compiling pays: two minutes of a CPU that does 2e11
-# a second, and a minute of a GPU that does 5e13 without compiling.
+# a second, and, not measured yet, a minute of a GPU at 5e13.
 WORTH_COMPILING = {"cpu": 2e13, "cuda": 3e15}
 FOR_A_GPU = 5e15  # a quarter of a day
 
@@ -468,7 +468,8 @@ def main(argv: list[str]) -> int:
             else:
                 configs = command.model, command.training
                 run = new_run(command.recipe, *configs, options, device, job)
-                run.say(command.note) if command.note else None
+                if command.note:
+                    run.say(command.note)
             if is_finished(run):
                 run.say(f"{run.folder} already finished; raise --epochs to continue")
                 return 0

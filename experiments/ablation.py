@@ -146,8 +146,9 @@ def run(study: Study, change: str, seed: int) -> bool:
     except UserError as error:
         print(f"{change}, seed {seed}: {error}", flush=True)
         return False
-    print(f"{change}, seed {seed}: {result['validation_accuracy']:.2%}", flush=True)
-    return True
+    said = f"{result['validation_accuracy']:.2%}" if result else "stopped; the next call resumes it"
+    print(f"{change}, seed {seed}: {said}", flush=True)
+    return result is not None
 
 
 def table(study: Study) -> list[dict[str, Any]]:

@@ -4,10 +4,11 @@ import csv
 import json
 import os
 import shlex
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,7 @@ from device import autocast
 from recipes import Recipe, TrainConfig
 from run import Run, RunOptions
 from trainer import Forward, compile_model
-from ViT import ViT
+from ViT import ViT, ViTConfig
 
 LONG_ENOUGH = 0.05  # seconds of work between two clock readings
 
@@ -169,30 +170,49 @@ def kept_result(kept: Path, flags: list[str]) -> dict[str, Any] | None:
         return None
     command = cli.parse(flags, description="")
     # An option that was added after a run had its default.
-    result["training"] = TrainConfig().to_plain() | result["training"]
+    for key, config in (("model", ViTConfig()), ("training", TrainConfig())):
+        result[key] = config.to_plain() | result[key]
     wanted = {"model": command.model.to_plain(), "training": command.training.to_plain()}
     wanted = json.loads(json.dumps(wanted))  # tuples become lists
     return result if result.items() >= wanted.items() else None
 
 
-def train_and_keep(flags: list[str], kept: Path, environment: dict[str, str]) -> dict[str, Any]:
+def train_and_keep(
+    flags: list[str], kept: Path, environment: dict[str, str], limit: float | None = None
+) -> dict[str, Any] | None:
     """Trains in a separate process and keeps result.json and metrics.csv, without the weights.
 
+    Args:
+        limit: seconds after which the run is stopped; the next call resumes it.
+
     Returns:
-        The content of result.json.
+        The content of result.json; None: the run was stopped.
 
     Raises:
         UserError: the trainer failed; with its own message.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(utils.ROOT / "src/trainer.py"), *flags]
-        command += ["--output-dir", folder, "--name", "run"]
-        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(done.stderr.strip())
-        made = Path(folder) / "run"
-        result = json.loads((made / "result.json").read_text())
-        result["command"] = shlex.join(["python", "src/trainer.py", *flags])
-        utils.write_whole(kept / "metrics.csv", (made / "metrics.csv").read_bytes())
+    made = kept / "unfinished"
+    if (made / "last.pt").exists():
+        options = cli.parse(flags, description="").options
+        flags_now = ["--resume", str(made), *["--no-test"] * (not options.test)]
+        flags_now += ["--device", options.device] if options.device else []
+    else:
+        flags_now = [*flags, "--output-dir", str(kept), "--name", made.name, "--overwrite"]
+    command = [sys.executable, str(utils.ROOT / "src/trainer.py"), *flags_now]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=os.environ | environment, **pipes) as process:
+        try:
+            _, errors = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            _, errors = process.communicate()
+    if process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
+        return None
+    if process.returncode:
+        raise UserError(errors.strip())
+    result = json.loads((made / "result.json").read_text())
+    result["command"] = shlex.join(["python", "src/trainer.py", *flags])
+    utils.write_whole(kept / "metrics.csv", (made / "metrics.csv").read_bytes())
     utils.write_json(kept / "result.json", result)
+    shutil.rmtree(made)
     return result

@@ -69,6 +69,10 @@ class ViTConfig(Config):
         float, "stochastic depth: rate of the last block, rising from 0", "[0, 1)"
     ] = 0.0
     qkv_bias: Annotated[bool, "a bias on queries, keys and values"] = True
+    attention: Annotated[
+        Literal["auto", "plain", "fused"],
+        f"matrix products or the fused kernel; auto: plain on a CPU up to {PLAIN_TOKENS} tokens",
+    ] = "auto"
     pooling: Annotated[Literal["class", "mean"], "a class token, or the mean of the patches"] = (
         "class"
     )
@@ -205,6 +209,7 @@ class MultiHeadSelfAttention(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.heads = config.heads
+        self.kind = config.attention
         self.attention_dropout = config.attention_dropout
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)  # U_qkv
         self.proj = nn.Linear(config.width, config.width)  # U_msa
@@ -214,7 +219,10 @@ class MultiHeadSelfAttention(nn.Module):
         qkv = self.qkv(z).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, h, D_h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 of (B, h, T, D_h)  Eq. 5
         rate = self.attention_dropout if self.training else 0.0
-        if trace is not None or (z.device.type == "cpu" and z.shape[1] <= PLAIN_TOKENS):
+        plain = self.kind == "plain" or (
+            self.kind == "auto" and z.device.type == "cpu" and z.shape[1] <= PLAIN_TOKENS
+        )
+        if plain or trace is not None:
             # With entries of variance 1 in q and k, their product has variance D_h; dividing by
             # sqrt(D_h) brings it back to 1, or the softmax would saturate.
             A = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)  # (B, h, T, T)  Eq. 6

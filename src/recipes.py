@@ -74,7 +74,8 @@ class TrainConfig(Config):
         Literal["auto", "bf16", "fp32"], "auto is bf16 autocast where the hardware multiplies bf16"
     ] = "auto"
     compile: Annotated[
-        Literal["auto", "on", "off"], "torch.compile; auto: on a GPU, and for long runs on a CPU"
+        Literal["auto", "on", "graphs", "off"],
+        "torch.compile; auto: for long runs; graphs: on, with CUDA graphs (not yet run on a GPU)",
     ] = "auto"
     deterministic: Annotated[bool, "deterministic CUDA kernels; a CPU's always are"] = False
     seed: Annotated[int, "of initialization, order, augmentation and dropout", "[0, inf)"] = 0
@@ -86,6 +87,10 @@ class TrainConfig(Config):
         if self.accumulate > self.batch_size:
             raise UserError(
                 f"accumulate {self.accumulate} must be at most the batch_size {self.batch_size}"
+            )
+        if self.compile == "graphs" and self.accumulate > 1:
+            raise UserError(
+                "compile graphs needs accumulate 1: a graph has one place for gradients"
             )
         if self.warmup_epochs >= self.epochs:
             raise UserError(

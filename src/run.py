@@ -112,6 +112,8 @@ class Run:
         self.save_failed = False  # the last time it was tried
         self.looked_at = self.saved_at = time.perf_counter()
         self.begin_epoch()
+        if config.compile == "graphs" and (device.type != "cuda" or self.world.size > 1):
+            raise UserError("--compile graphs needs one CUDA device; use --compile on")
         last = len(dataset.train) % config.batch_size or config.batch_size
         if last < self.world.size:
             raise UserError(

@@ -85,6 +85,8 @@ def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord
             utils.seed_default_generators(utils.seed_for(*key, run.world.rank), run.device)
             # A short last batch would be compiled for its size alone; it goes uncompiled instead.
             model = forward if len(rows) == config.batch_size else run.parallel
+            if config.compile == "graphs":
+                torch.compiler.cudagraph_mark_step_begin()
 
             for part in run.parts(len(rows)):  # whose losses add up to the mean over the batch
                 inputs = run.preprocessing.normalize(images[part])
@@ -184,7 +186,7 @@ def compile_pays(run: Run, phase: Phase) -> bool:
     if run.config.batch_size > len(run.dataset.train):
         return False  # every batch is a short one
     if run.config.compile != "auto":
-        return run.config.compile == "on"
+        return run.config.compile != "off"
     return run.flops(phase) > WORTH_COMPILING.get(run.device.type, math.inf)
 
 
@@ -195,7 +197,8 @@ def compile_model(run: Run, patch_dropout: float) -> Forward:
     """
     rows = next(run.parts(run.config.batch_size))
     inputs = run.preprocessing.normalize(run.dataset.train.take(rows).images)
-    forward = torch.compile(run.parallel, dynamic=False)
+    mode = "reduce-overhead" if run.config.compile == "graphs" else None
+    forward = torch.compile(run.parallel, dynamic=False, mode=mode)
     run.model.train()
     try:
         with without_averaging(run.parallel):
@@ -280,7 +283,9 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     with joined_job(use_gpus=options.device != "cpu" and torch.cuda.is_available()) as job:
         device = devices.choose_device(options.device, job.world)
         run = new_run(name, recipe.model, recipe.train, options, device, job)
-        return train(run)
+        result = train(run)
+        run.leave_others()
+        return result
 
 
 def announce(run: Run) -> None:

@@ -232,8 +232,11 @@ def test_the_fast_attention_equals_the_written_out_one(dtype, tolerance):
     assert_all_close(gradients(fast, inputs), gradients(written, inputs), tolerance)
 
 
-def test_on_a_cpu_short_sequences_and_traces_take_the_plain_products(monkeypatch):
-    attention = MultiHeadSelfAttention(small())
+@pytest.mark.parametrize(
+    ("kind", "fused_for"), [("auto", [18, 40]), ("plain", []), ("fused", [1, 17, 18, 40])]
+)
+def test_which_attention_is_fused_on_a_cpu(monkeypatch, kind, fused_for):
+    attention = MultiHeadSelfAttention(small(attention=kind))
     monkeypatch.setattr(vit_module, "PLAIN_TOKENS", 17)
     calls = []
     fused = F.scaled_dot_product_attention
@@ -244,8 +247,8 @@ def test_on_a_cpu_short_sequences_and_traces_take_the_plain_products(monkeypatch
     )
     for tokens in (1, 17, 18, 40):
         attention(torch.randn(2, tokens, 32))
-        attention(torch.randn(2, tokens, 32), Trace())
-    assert calls == [18, 40]
+        attention(torch.randn(2, tokens, 32), Trace())  # which always takes the plain products
+    assert calls == fused_for
 
 
 @pytest.mark.parametrize("width, heads", [(32, 4), (48, 3), (16, 1)])

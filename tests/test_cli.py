@@ -59,6 +59,8 @@ from ViT import MODELS
         ("--policy-epochs 2", "2.0"),
         ("--seed 9223372036854775808", "2^63"),
         ("--device meta", "meta"),
+        ("--compile graphs", "--compile graphs needs one CUDA device"),
+        ("--compile graphs --accumulate 2", "accumulate 1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_status_2(train, tmp_path, capsys, flags, named):

@@ -42,6 +42,7 @@ OPTIONS = (
     "demo --flip alternating",
     "demo --pooling class --positions learned --patch-dropout 0.5",
     "demo --optimizer adamw",
+    "demo --attention plain",
 )
 
 
@@ -240,12 +241,12 @@ def no_waits_after_a_step(monkeypatch):
 
 @needs_gpu
 @pytest.mark.usefixtures("no_waits_after_a_step")
-@pytest.mark.parametrize("mode", ["eager", "compiled"])
+@pytest.mark.parametrize("mode", ["off", "on", "graphs"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_three_steps_of_a_recipe(name, mode):
-    run = real_run(name)
-    forward = forward_of(run, mode)
-    assert (forward is run.parallel) == (mode == "eager")  # which it also is if compiling fails
+    run = real_run(f"{name} --compile {mode}")
+    forward = forward_of(run, "eager" if mode == "off" else "compiled")
+    assert (forward is run.parallel) == (mode == "off")  # which it also is if compiling fails
     record = trainer.train_epoch(run, forward, run.config.patch_dropout)
     assert record.step == 3
     assert record.train_loss == pytest.approx(math.log(10), abs=1)
@@ -264,8 +265,9 @@ def test_a_batch_of_random_images_is_learned():
 
 
 @needs_gpu
-def test_the_compiled_model_gives_the_same_logits():
-    run = real_run("demo")
+@pytest.mark.parametrize("mode", ["on", "graphs"])
+def test_the_compiled_model_gives_the_same_logits(mode):
+    run = real_run(f"demo --compile {mode}")
     nn.init.normal_(run.model.head.weight, std=run.model.config.width**-0.5)
     compiled = forward_of(run, "compiled")
     assert compiled is not run.parallel

@@ -1,6 +1,5 @@
-"""A small version of the speed run: every part does its work once and reports its result."""
+"""A small version of the measurement: each part does its work once and reports its result."""
 
-import csv
 import json
 import statistics
 
@@ -8,80 +7,90 @@ import pytest
 
 import cli
 import speedrun
+import trainer
+
+DRY = speedrun.DRY_PLAN
 
 
 @pytest.fixture
-def measure(monkeypatch, tmp_path):
-    """measure(part) runs a part of an even smaller dry run into tmp_path; its exit status."""
-    flags = "--epochs 2 --patch-size 16 --width 16 --depth 1 --heads 1 --batch-size 500"
-    small = {"widths": (64,), "depths": (1,), "batches": (4,), "flags": flags.split()}
-    monkeypatch.setattr(speedrun, "DRY_PLAN", speedrun.DRY_PLAN._replace(**small))
-    monkeypatch.setattr(speedrun, "ROUNDS", 1)
+def measure(tmp_path):
+    """measure(part) runs a part of a dry run into tmp_path and returns its exit status."""
     flags = ["--dry-run", "--device", "cpu", "--out", str(tmp_path)]
-    return lambda part, *more: cli.status_of(speedrun.main, [part, *flags, *more])
+    return lambda part: cli.status_of(speedrun.main, [part, *flags])
 
 
-def test_all_seeds_are_reported_and_none_is_trained_twice(measure, tmp_path, capsys):
-    assert measure("seeds") == 0 and measure("curve") == 0
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    results = [json.loads((tmp_path / f"seed{n}/result.json").read_text()) for n in (0, 1)]
-    accuracies = [result["test_accuracy"] for result in results]
-    assert summary["test_accuracy"] == accuracies and [r["seed"] for r in results] == [0, 1]
-    assert summary["mean"] == pytest.approx(statistics.mean(accuracies))
-    for result in results:
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_seeds_are_as_long_as_fits_by_the_times_of_the_curve(measure, tmp_path, capsys):
+    assert measure("seeds") == 2
+    assert "the part `curve` comes before `seeds`" in capsys.readouterr().err
+    assert measure("curve") == 0
+    curve = result_of(tmp_path / "curve")
+    assert curve["test_accuracy"] is None and curve["validation_accuracy"] > 0
+    curve["seconds"]["first_step_to_end"] = 2 * 0.98 / 3 * 2 * 0.99  # of two epochs
+    (tmp_path / "curve/result.json").write_text(json.dumps(curve))
+
+    assert measure("seeds") == 0
+    results = [result_of(tmp_path / f"seed{seed}") for seed in (0, 1)]
+    for seed, result in enumerate(results):
         seconds = result["seconds"]
+        assert (result["epochs"], result["seed"]) == (3, seed)
         assert result["training"]["validation_images"] == 0
         steps_and_test = seconds["training"] + seconds["evaluation"]
         assert steps_and_test < seconds["first_step_to_end"] < seconds["total"]
-    curve = json.loads((tmp_path / "curve/result.json").read_text())
-    assert curve["test_accuracy"] is None and curve["validation_accuracy"] > 0
-
-    before = (tmp_path / "seed1/result.json").stat().st_mtime_ns
-    assert measure("seeds") == 0 and measure("plot") == 0
-    assert (tmp_path / "seed1/result.json").stat().st_mtime_ns == before
-    assert (tmp_path / "accuracy.png").stat().st_size > 20_000
-    assert "over 2 seeds" in capsys.readouterr().out
-
-
-def test_runs_are_as_long_as_fits_into_the_seconds(measure, tmp_path, capsys):
-    assert measure("epochs", "--seconds", "60") == 0
-    found = json.loads((tmp_path / "epochs.json").read_text())
-    rows = speedrun.rows_of(tmp_path / "short/metrics.csv")
-    assert len(rows) == 4 and found["whole_epoch"] == float(rows[3]["seconds"])
-    planned = found["epochs"] * found["epoch"] + found["rest"]  # the demo has no whole epochs
-    assert 0 <= 0.98 * 60 - planned < found["epoch"]
-
-    (tmp_path / "epochs.json").write_text(json.dumps(found | {"epochs": 3}))
-    assert measure("curve") == 0
-    assert json.loads((tmp_path / "curve/result.json").read_text())["epochs"] == 3
     capsys.readouterr()
-    assert measure("epochs", "--seconds", "90") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--out" in line
-    (tmp_path / "epochs.json").unlink()
-    assert measure("epochs", "--seconds", "0.001") == 2
-    assert "no epoch fits into 0.001 s" in capsys.readouterr().err
+
+    made = (tmp_path / "seed1/result.json").stat().st_mtime_ns
+    assert measure("seeds") == 0 and measure("report") == 0
+    assert (tmp_path / "seed1/result.json").stat().st_mtime_ns == made
+    mean = statistics.mean(result["test_accuracy"] for result in results)
+    text = capsys.readouterr().out
+    assert f"2 seeds: test accuracy {mean:.2%} ±" in text
+    assert "94% on validation images was not reached" in text
+    assert (tmp_path / "report.md").read_text().rstrip() in text
 
 
-@pytest.mark.parametrize("seconds", ["0", "nan", "inf"])
-def test_seconds_that_make_no_sense_are_refused(measure, capsys, seconds):
-    with pytest.raises(SystemExit) as stop:
-        measure("epochs", "--seconds", seconds)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and "above 0" in line
+def test_a_run_that_takes_too_long_is_stopped(measure, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(speedrun, "DRY_PLAN", DRY._replace(limit=0.01))
+    assert measure("best") == 0
+    assert "best: stopped; the next call resumes it" in capsys.readouterr().out
+    assert not (tmp_path / "best/result.json").exists()
 
 
-def test_throughput_has_a_row_for_each_size_once(measure, tmp_path, capsys):
+def test_a_stopped_run_is_resumed_and_not_trained_again(measure, tmp_path):
+    folder = tmp_path / "best"
+    flags = [*DRY.flags["best"].split(), "--device", "cpu", "--output-dir", str(folder)]
+    assert trainer.main([*flags, "--name", "unfinished"]) == 0  # a run that needs no more epochs
+    made = result_of(folder / "unfinished")
+    assert measure("best") == 0
+    assert result_of(folder)["seconds"] == made["seconds"]
+    assert not (folder / "unfinished").exists()
+
+
+def test_the_time_to_an_accuracy_is_that_of_the_first_validation_there(tmp_path):
+    rows = ["seconds,validation_accuracy", "2,", "3,0.93", "4,0.941", "1,0.95"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows))
+    found = speedrun.time_to(0.94, tmp_path / "metrics.csv")
+    assert found == "94% on validation images after 9.0 s of training"
+
+
+def test_throughput_has_a_row_for_each_mode_once(measure, tmp_path, capsys):
     for _ in range(2):
         assert measure("throughput") == 0
-    with (tmp_path / "throughput.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["width"], row["batch"], row["mode"]) for row in rows] == [
-        ("64", "4", "eager"),
-        ("64", "4", "compiled"),
-    ]
+    rows = speedrun.rows_of(tmp_path / "throughput.csv")
+    assert [(row["recipe"], row["mode"]) for row in rows] == [("demo", "eager"), ("demo", "plain")]
     assert all(float(row["images_per_second"]) > 0 for row in rows)
-    assert capsys.readouterr().out.count("of the matrix rate") == 2
+    assert capsys.readouterr().out.count("images/s") == 2
+
+
+def test_a_mode_that_does_not_work_is_reported(measure, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(speedrun, "DRY_PLAN", DRY._replace(steps={"demo": ("graphs",)}))
+    assert measure("throughput") == 0 and measure("report") == 0
+    text = capsys.readouterr().out
+    assert "graphs does not work: --compile graphs needs one CUDA device" in text
+    assert "| demo | graphs | does not work |" in text
 
 
 def test_without_a_gpu_it_names_the_dry_run(capsys, tmp_path):

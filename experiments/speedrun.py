@@ -49,7 +49,7 @@ from common import (
     step_of,
     train_and_keep,
 )
-from config import UserError
+from config import UserError, first_line
 from recipes import RECIPES, Recipe
 from run import training_flops
 
@@ -130,7 +130,7 @@ def images_per_second(recipe: Recipe, mode: str, setting: Setting) -> float | No
         seconds_of(step, 3, setting.device)
         taken = [seconds_of(step, 5, setting.device) for _ in range(setting.rounds)]
     except (RuntimeError, UserError) as error:
-        print(f"{mode} does not work: {next(iter(str(error).splitlines()), '')}")
+        print(f"{mode} does not work: {first_line(error)}")
         return None
     return train.batch_size / statistics.median(taken)
 

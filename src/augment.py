@@ -53,6 +53,31 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
     return crops[torch.arange(B, device=device), :, top, left]  # (B, C, H, W)
 
 
+def random_resized_crop(images: Tensor, least: float, generator: torch.Generator) -> Tensor:
+    """Resizes a random window of each image to the image's size, by bilinear interpolation.
+
+    Its area is `least` to 1 of the image's, its width 3/4 to 4/3 of its height, as in Inception
+    (Szegedy et al., arXiv 1409.4842); it is cut off at the image's size.
+    """
+    B = len(images)
+    draw = torch.rand(4, B, generator=generator, device=images.device)
+    area, aspect = least + (1 - least) * draw[0], (4 / 3) ** (2 * draw[1] - 1)
+    height, width = (area / aspect).sqrt().clamp(max=1), (area * aspect).sqrt().clamp(max=1)
+    top, left = draw[2] * (1 - height), draw[3] * (1 - width)  # all as shares of the image
+    return resized_crop(images, torch.stack([top, left, height, width]))
+
+
+def resized_crop(images: Tensor, windows: Tensor) -> Tensor:
+    """Windows of images as large as the images; (4, B): top, left, height, width, as shares."""
+    top, left, height, width = windows
+    theta = torch.zeros(len(images), 2, 3, device=images.device)
+    theta[:, 0, 0], theta[:, 0, 2] = width, 2 * left + width - 1  # affine_grid counts -1 to 1
+    theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    found = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return found.round().to(torch.uint8)
+
+
 def boxes(
     top: Tensor, left: Tensor, height: Tensor, width: Tensor, size: tuple[int, int]
 ) -> Tensor:
@@ -180,6 +205,8 @@ def augment(
         images = alternating_flip(images, coins, epoch)
     if config.crop_padding:
         images = random_crop(images, config.crop_padding, generator)
+    if config.resized_crop:
+        images = random_resized_crop(images, config.resized_crop, generator)
     if config.policy != "off" and epoch < config.policy_epochs * config.epochs:
         if config.policy == "trivial":
             images = trivial_augment(images, generator)

@@ -77,7 +77,9 @@ def add_flags(
         if name in leave_out:
             continue
         inner = [each for each in typing.get_args(kind) if each is not types.NoneType]
-        options: dict[str, Any] = {"type": inner[0] if inner else kind}
+        if types.NoneType in typing.get_args(kind):
+            kind, inner = inner[0], [*typing.get_args(inner[0])]
+        options: dict[str, Any] = {"type": kind}
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is typing.Literal:
@@ -123,18 +125,19 @@ TASKS = {
     "evaluate": ("FILE", "evaluate a checkpoint on the test set"),
     "export": ("RUN", "write the model of a run to model.pt: weights only, for sharing"),
 }
-READING = ("data_dir", "data_url", "device")
+READING = ("data_dir", "data_url", "device", "strict")
 HEEDED = {  # by each task, besides itself; of the configs, `resumed_run` refuses most by name
     "resume": (
         *READING,
         "test",
         "save_minutes",
+        "keep_best",
         "model",
         *ViTConfig.fields(),
         *TrainConfig.fields(),
     ),
     "evaluate": READING,
-    "export": ("overwrite",),
+    "export": ("library", "overwrite"),
 }
 
 
@@ -148,7 +151,8 @@ class Command:
     model: ViTConfig
     training: TrainConfig
     options: RunOptions
-    changes: dict[str, Any]  # the fields of the configs that flags set
+    model_changes: dict[str, Any]  # the fields of the configs that flags set
+    training_changes: dict[str, Any]
     note: str  # on how the recipe was chosen
 
 
@@ -171,7 +175,7 @@ def parse(argv: list[str], description: str) -> Command:
         prog=first.prog,
         description=description,
         epilog="recipes:\n"
-        + "\n".join(f"  {name:10}{each.about.splitlines()[0]}" for name, each in RECIPES.items()),
+        + "\n".join(f"  {name:16}{each.about.splitlines()[0]}" for name, each in RECIPES.items()),
     )
     parser.add_argument(
         "--recipe", choices=RECIPES, help=f"the options that flags override ({name})"
@@ -192,6 +196,8 @@ def parse(argv: list[str], description: str) -> Command:
     model_changes = size | given(arguments, ViTConfig)
     changes = given(arguments, TrainConfig)
     if task == "train":
+        if "library" in arguments:
+            raise UserError("--library has an effect with --export alone; leave it out")
         configs = replace(recipe.model, **model_changes), replace(recipe.train, **changes)
     else:
         _refuse_flags_without_effect(arguments, task)
@@ -202,7 +208,8 @@ def parse(argv: list[str], description: str) -> Command:
         name,
         *configs,
         RunOptions(**given(arguments, RunOptions)),
-        model_changes | changes,
+        model_changes,
+        changes,
         note,
     )
 

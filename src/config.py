@@ -15,6 +15,11 @@ class UserError(ValueError):
     """What a user asks for cannot be done; the message is one line for the user."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in a line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 class Config:
     """Base of the dataclasses whose fields are declared `name: Annotated[type, help, range]`.
 

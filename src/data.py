@@ -1,34 +1,30 @@
-"""Data sets and image files as batches of uint8 images, and what a model expects of an image.
+"""Images as batches of uint8, and what a model expects of an image; sources.py has the data sets.
 
-Every data set comes from `load_dataset`, already split: the test images, and of the training images
-a stratified part held out for validation, the same part in every run. A new one is a function that
-returns a `Source`, and its name in `DATASETS`.
+A `Dataset` has three splits: the test images, and of the training images a stratified part held out
+for validation, the same part in every run. A `Split` answers `len`, `labels` and `batches(rows)`;
+whether its images lie in memory or are decoded when they are needed is its own business.
 """
 
-import http.client
-import socket
+import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
 from config import Config, UserError
-from shapes import SHAPES, draw_shapes
 
-CIFAR10_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # red, green, blue
-DOWNLOAD_TIMEOUT = 30  # seconds without a byte until a server counts as stalled
 SPLIT_SEED = 0  # the held-out images do not depend on a run's seed, so that runs compare
+WORKERS = min(8, os.cpu_count() or 1)  # processes that decode images
 
 
 class DataError(UserError):
@@ -59,6 +55,11 @@ class Preprocessing(Config):
     def channels(self) -> int:
         return len(self.mean)
 
+    @property
+    def shape(self) -> str:
+        """Of an image, in words."""
+        return f"{self.channels} x {self.size[0]} x {self.size[1]}"
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) as floats of mean 0 and standard deviation 1.
 
@@ -69,11 +70,7 @@ class Preprocessing(Config):
         return (images.to(scale.dtype) - shift) / scale
 
     def read(self, path: str | Path) -> Tensor:
-        """An image file as the model sees it: uint8 (C, H, W).
-
-        The first frame of an animation; upright, as its EXIF says; on white where it is
-        transparent; in RGB, or in gray for one channel; resized to cover the size, then
-        center-cropped.
+        """An image file as the model sees it: uint8 (C, H, W); of an animation the first frame.
 
         Raises:
             DataError: the file cannot be read as an image, or the model takes no image files.
@@ -82,7 +79,7 @@ class Preprocessing(Config):
             raise DataError(f"{path} needs a model of 1 or 3 channels, not {self.channels}")
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
-                upright = _eight_bit(ImageOps.exif_transpose(file)).convert("RGBA")
+                return self.fit(file)
         except (UnidentifiedImageError, Image.DecompressionBombError) as error:
             bomb = isinstance(error, Image.DecompressionBombError)
             reason = "too large" if bomb else "not of a known format"
@@ -90,11 +87,23 @@ class Preprocessing(Config):
         except Exception as error:  # a damaged file can fail in any way inside a decoder
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise DataError(f"cannot read {path} as an image: {reason}") from error
+
+    def fit(self, image: Image.Image) -> Tensor:
+        """An image as the model sees it: uint8 (C, H, W).
+
+        Upright, as its EXIF says; on white where it is transparent; in RGB, or in gray for one
+        channel; resized to cover the size, then center-cropped.
+        """
+        upright = _eight_bit(ImageOps.exif_transpose(image)).convert("RGBA")
         white = Image.new("RGBA", upright.size, "white")
         flat = Image.alpha_composite(white, upright).convert("RGB" if self.channels == 3 else "L")
         H, W = self.size
         method = Image.Resampling[self.interpolation.upper()]
         return pil_to_tensor(ImageOps.fit(flat, (W, H), method, bleed=(1 - self.crop) / 2))
+
+    def keeps(self, shape: Sequence[int]) -> bool:
+        """Whether `fit` changes nothing of RGB images (C, H, W)."""
+        return tuple(shape) == (self.channels, *self.size) == (3, *self.size) and self.crop == 1
 
 
 @lru_cache
@@ -165,6 +174,86 @@ class Split:
         return Split(self._images.to(device), self.labels.to(device))
 
 
+class Pictures(NamedTuple):
+    """Images that are decoded when they are asked for."""
+
+    items: Sequence[Any]
+    read: Callable[[Any], Tensor]  # of an item: uint8 (C, H, W); workers get it pickled
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.read(self.items[row])
+
+
+class StreamedSplit(Split):
+    """Images that workers decode as they are needed; only the labels are in memory."""
+
+    def __init__(self, pictures: Pictures, labels: Tensor):
+        self.pictures, self.labels = pictures, labels
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
+        """As of a `Split`, in the same order; raises DataError where a file cannot be read."""
+        rows, device = list(rows), self.labels.device
+        loader = _loader(self.pictures, [each.tolist() for each in rows], torch.stack)
+        for each, images in zip(rows, loader, strict=True):
+            images = images.pin_memory() if device.type == "cuda" else images
+            yield Batch(images.to(device, non_blocking=True), self.labels[each])
+
+    def subset(self, rows: Tensor) -> "StreamedSplit":
+        items = Subset(self.pictures.items, rows.tolist())
+        return StreamedSplit(self.pictures._replace(items=items), self.labels[rows])
+
+    def to(self, device: torch.device | str) -> "StreamedSplit":
+        return StreamedSplit(self.pictures, self.labels.to(device))
+
+    def decoded(self, keep: bool) -> tuple[Split, list[str]]:
+        """The split without the images that cannot be read, and what is wrong with each of those.
+
+        Args:
+            keep: hold the decoded images in memory, or else stay streamed.
+        """
+        attempts = Pictures(range(len(self)), partial(_attempt, self.pictures))
+        images, failed = [], {}
+        rows = torch.arange(len(self)).split(64)
+        for each, (found, errors) in zip(
+            rows, _loader(attempts, [each.tolist() for each in rows], _collate), strict=True
+        ):
+            failed |= {int(each[row]): message for row, message in errors.items()}
+            if keep:
+                images.append(found.clone())  # out of the memory shared with a worker
+        good = torch.tensor(
+            [row for row in range(len(self)) if row not in failed], dtype=torch.long
+        )
+        split = Split(torch.cat(images), self.labels[good]) if keep else self.subset(good)
+        return split, list(failed.values())
+
+
+def _loader(pictures: Pictures, rows: list[list[int]], collate: Callable) -> Iterator[Any]:
+    """A DataLoader of the batches of given rows; an error in a worker is raised as its own line."""
+    workers = min(WORKERS, len(rows) - 1)
+    own = torch.Generator()  # or it would draw from torch's
+    loader = DataLoader(
+        pictures, batch_sampler=rows, num_workers=workers, collate_fn=collate, generator=own
+    )
+    try:
+        yield from loader
+    except DataError as error:  # of a worker, with its traceback before the message
+        raise DataError(str(error).splitlines()[-1].removeprefix("data.DataError: ")) from None
+
+
+def _attempt(pictures: Pictures, row: int) -> Tensor | str:
+    try:
+        return pictures[row]
+    except DataError as error:
+        return str(error)
+
+
+def _collate(found: list[Tensor | str]) -> tuple[Tensor, dict[int, str]]:
+    """The images that could be read, (n, C, H, W), and by their place the errors of the others."""
+    errors = {row: each for row, each in enumerate(found) if isinstance(each, str)}
+    images = [each for each in found if isinstance(each, Tensor)]
+    return torch.stack(images) if images else torch.empty(0, dtype=torch.uint8), errors
+
+
 def batch_rows(
     split: Split, batch_size: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, ...]:
@@ -213,15 +302,6 @@ def stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------- data sets
 
 
-class Source(NamedTuple):
-    """A data set as it is published."""
-
-    classes: tuple[str, ...]
-    preprocessing: Preprocessing
-    train: Split
-    test: Split | None
-
-
 @dataclass(frozen=True)
 class Dataset:
     """A data set in three parts; without validation or test images that part is None."""
@@ -232,94 +312,4 @@ class Dataset:
     train: Split
     validation: Split | None
     test: Split | None
-
-
-def load_dataset(
-    name: str,
-    *,
-    validation_images: int,
-    device: torch.device | str = "cpu",
-    data_dir: str | Path = "data",
-    data_url: str | None = None,
-) -> Dataset:
-    """Loads a data set and splits it.
-
-    Args:
-        name: one of `DATASETS`.
-        validation_images: how many training images to hold out.
-        device: where the images will live.
-        data_dir: the folder of data sets; what is missing there is downloaded into it.
-        data_url: another address of the data set's archive.
-
-    Raises:
-        DataError: the data set cannot be loaded or split.
-    """
-    if name not in DATASETS:
-        raise DataError(f"there is no data set {name!r}; choose from {', '.join(DATASETS)}")
-    source = DATASETS[name](Path(data_dir), data_url)
-    kept, held_out = stratified_split(source.train.labels, validation_images)
-    return Dataset(
-        name,
-        source.classes,
-        source.preprocessing,
-        train=source.train.subset(kept).to(device),
-        validation=source.train.subset(held_out).to(device) if len(held_out) else None,
-        test=source.test.to(device) if source.test else None,
-    )
-
-
-# ---------------------------------------------------------------------------- CIFAR-10
-
-
-def _cifar10(data_dir: Path, data_url: str | None) -> Source:
-    """CIFAR-10 (Krizhevsky, 2009) by torchvision, which checks the md5 of all it reads."""
-
-    class Torchvisions(torchvision.datasets.CIFAR10):
-        url = data_url or torchvision.datasets.CIFAR10.url
-
-    try:
-        with _stall_limit(DOWNLOAD_TIMEOUT):
-            train, test = (
-                Torchvisions(data_dir, train=part, download=True) for part in (True, False)
-            )
-    except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"no CIFAR-10 in {data_dir}, and the download from {Torchvisions.url} failed "
-            f"({reason}); put {Torchvisions.filename} from {CIFAR10_PAGE} into {data_dir} yourself "
-            "(python src/trainer.py --recipe demo needs no download)"
-        ) from error
-    preprocessing = Preprocessing(size=(32, 32), mean=CIFAR10_MEAN, std=CIFAR10_STD)
-    return Source(tuple(train.classes), preprocessing, _as_split(train), _as_split(test))
-
-
-@contextmanager
-def _stall_limit(seconds: float) -> Iterator[None]:
-    """Makes sockets opened here give up after so long without a byte; torchvision sets no limit."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _as_split(dataset: torchvision.datasets.CIFAR10) -> Split:
-    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()  # (n, 3, 32, 32)
-    return Split(images, torch.tensor(dataset.targets))
-
-
-# ---------------------------------------------------------------------------- the table
-
-
-def _shapes(data_dir: Path, data_url: str | None) -> Source:
-    """A synthetic data set of the size of a minute's training; nothing is read or downloaded."""
-    preprocessing = Preprocessing(size=(32, 32), mean=(0.31,) * 3, std=(0.247,) * 3)
-    train, test = (Split(*draw_shapes(n, seed)[:2]) for n, seed in ((10_000, 0), (2_000, 1)))
-    return Source(tuple(SHAPES), preprocessing, train, test)
-
-
-DATASETS: dict[str, Callable[[Path, str | None], Source]] = {
-    "cifar10": _cifar10,
-    "shapes": _shapes,
-}
+    notes: tuple[str, ...] = ()  # lines for the user

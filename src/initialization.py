@@ -1,8 +1,10 @@
 """Initializations besides the paper's, which is in ViT.py."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from data import Preprocessing, Split
+from evaluation import predict
 from ViT import ViT
 
 
@@ -26,6 +28,21 @@ def mimetic(model: ViT) -> None:
         left, right = _factors(0.4 * torch.randn(D, D) * D**-0.5 - 0.4 * identity)
         v.copy_(left.T)
         block.attn.proj.weight.copy_(right.T)
+
+
+@torch.no_grad()
+def standardize_features(model: ViT, split: Split, preprocessing: Preprocessing) -> None:
+    """Rescales the last norm so that the head's inputs have mean 0 and deviation 1 over a split.
+
+    As MAE does for linear probing (He et al., arXiv 2111.06377, A.1), with a batch norm; here the
+    last LayerNorm's own weights take it in, so that the model stays a plain ViT.
+    """
+    head, model.head = model.head, nn.Identity()
+    features = predict(model, split, preprocessing)  # (n, D)
+    model.head = head
+    deviation = features.std(dim=0).clamp(min=1e-6)
+    model.norm.weight /= deviation
+    model.norm.bias.sub_(features.mean(dim=0)).div_(deviation)
 
 
 def _factors(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,7 @@ class Rule(NamedTuple):
 
 def rules(config: TrainConfig) -> list[Rule]:
     """Weight decay is for matrices: not for biases, norms, class token and positions."""
-    muon = config.optimizer == "muon"
+    muon, others = config.optimizer == "muon", "SGD" if config.optimizer == "sgd" else "AdamW"
     fast = {"lr": config.muon_learning_rate, "weight_decay": config.weight_decay}
     slow = {"lr": config.learning_rate}
     return [
@@ -127,31 +127,50 @@ def rules(config: TrainConfig) -> list[Rule]:
         *[Rule(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", "Muon", fast)] * muon,
         Rule(
             r"(embed\.proj|head|blocks\.\d+\.(attn|mlp)\.\w+)\.weight",
-            "AdamW",
+            others,
             slow | {"weight_decay": config.weight_decay},
         ),
-        Rule(r".*", "AdamW", slow | {"weight_decay": 0.0}),
+        Rule(r".*", others, slow | {"weight_decay": 0.0}),
     ]
 
 
+def layer_of(name: str, depth: int) -> int:
+    """The layer of a weight, for the decay of the rate: 0 the embedding, depth + 1 the head."""
+    if name.startswith("embed."):
+        return 0
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return int(block[1]) + 1 if block else depth + 1
+
+
 def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[torch.optim.Optimizer]:
-    """AdamW, and beside it Muon where `rules` have weights for it.
+    """The optimizers that `rules` name, in the order of their names, of all that is not frozen.
+
+    A weight below the head has the rate of its rule times `layer_decay` for each layer above it
+    (BEiT, arXiv 2106.08254).
 
     Args:
         precision: "bf16" or "fp32", of Muon's iteration.
     """
-    groups = [(rule, {"params": [], **rule.options}) for rule in rules(config)]
+    table, depth = rules(config), model.config.depth
+    members = defaultdict(list)  # the number of a rule and a layer, to weights
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            group = next(group for rule, group in groups if re.fullmatch(rule.pattern, name))
-            group["params"].append(weight)
+            number = next(n for n, rule in enumerate(table) if re.fullmatch(rule.pattern, name))
+            layer = layer_of(name, depth) if config.layer_decay < 1 else depth + 1
+            members[number, layer].append(weight)
+    groups = defaultdict(list)  # by the optimizer's name
+    for (number, layer), weights in sorted(members.items(), key=lambda item: item[0]):
+        rate = table[number].options["lr"] * config.layer_decay ** (depth + 1 - layer)
+        group = {"params": weights, **table[number].options, "lr": rate}
+        groups[table[number].optimizer].append(group)
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    classes = {"AdamW": partial(torch.optim.AdamW, fused=True), "Muon": partial(Muon, dtype=dtype)}
-    names = sorted({rule.optimizer for rule, _ in groups})
-    optimizers = [
-        classes[name]([group for rule, group in groups if rule.optimizer == name]) for name in names
-    ]
+    classes = {
+        "AdamW": partial(torch.optim.AdamW, fused=True),
+        "Muon": partial(Muon, dtype=dtype),
+        "SGD": partial(torch.optim.SGD, momentum=0.9),
+    }
+    optimizers = [classes[name](groups[name]) for name in sorted(groups)]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
@@ -162,7 +181,11 @@ def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -
         group["lr"] = group["peak_lr"] * factor
 
 
-OPTIMIZER_STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+OPTIMIZER_STATE = {
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Muon": {"momentum_buffer"},
+    "SGD": {"momentum_buffer"},
+}
 
 
 def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,15 +22,17 @@ from torch import Tensor
 import device as devices
 import utils
 from config import Config, UserError
-from data import Dataset, load_dataset
-from initialization import mimetic
+from data import Dataset, Preprocessing
+from initialization import mimetic, standardize_features
 from optimizers import learning_rate_factor, load_optimizers, make_optimizers
+from pretrained import load_pretrained
 from processes import ALONE, ALONE_JOB, Job, World, without_averaging
 from recipes import Phase, TrainConfig
+from sources import load_dataset, preprocessing_for
 from utils import Checkpoint, CheckpointError, EpochRecord
 from ViT import ViT, ViTConfig, patches_kept
 
-RUN_FILES = ("last.pt", "metrics.csv", "curves.png", "result.json", "model.pt")
+RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "curves.png", "result.json", "model.pt")
 _IMPORTED = time.perf_counter()
 
 
@@ -51,8 +53,13 @@ class RunOptions(Config):
     output_dir: Annotated[Path, "where the folders of runs are"] = utils.ROOT / "checkpoints"
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
     data_url: Annotated[str | None, "another address of the data set's archive"] = None
+    strict: Annotated[bool, "refuse image files that cannot be read; else leave them out"] = False
     test: Annotated[bool, "--no-test skips the test set; use it while tuning"] = True
     save_minutes: Annotated[float, "minutes between checkpoints; 0: every step", "[0, inf)"] = 1.0
+    keep_best: Annotated[bool, "keep the best epoch by validation accuracy in best.pt"] = False
+    library: Annotated[
+        Literal["timm", "torchvision"] | None, "of --export: write a state dict for it instead"
+    ] = None
     device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
 
     def __post_init__(self):
@@ -100,10 +107,17 @@ class Run:
         self.preprocessing = dataset.preprocessing
         self.precision = devices.resolve_precision(config.precision, device)
         self.model = model.to(device)
+        if config.freeze:
+            for name, weight in model.named_parameters():
+                weight.requires_grad_(name.startswith("head."))
         # Holds the exponential moving average of the weights; evaluation uses it.
         self.averaged = copy.deepcopy(model).requires_grad_(False) if config.averaging else None
         self.parallel = self.world.parallel(model)  # the model, over all ranks
         self.optimizers = make_optimizers(model, config, self.precision)
+        self.class_weights = None
+        if config.balance:
+            counts = dataset.train.labels.bincount(minlength=len(dataset.classes))  # (K,)
+            self.class_weights = len(dataset.train) / (len(counts) * counts)
         coins = utils.generator_for(config.seed)  # of each image, for alternating flips
         self.coins = torch.rand(len(dataset.train), generator=coins).to(device) < 0.5
         self.history: list[EpochRecord] = []
@@ -164,7 +178,9 @@ class Run:
 
     def flops(self, phase: Phase) -> float:
         """Floating-point operations of the training in a phase."""
-        of_an_image = training_flops(self.model.config, phase.patch_dropout)
+        of_an_image = training_flops(
+            self.model.config, phase.patch_dropout, frozen=self.config.freeze
+        )
         return of_an_image * len(self.dataset.train) * len(phase.epochs)
 
     def parts(self, batch_size: int) -> Iterator[Tensor]:
@@ -258,7 +274,20 @@ class Run:
             if done.steps
             else None
         )
-        checkpoint = Checkpoint(
+        try:
+            # The rows first: a run that is killed in between resumes, and writes them again.
+            utils.write_metrics(self.folder / "metrics.csv", self.history)
+            utils.save_checkpoint(self.folder / "last.pt", self.checkpoint(partial))
+            self.saved_step, self.save_failed = self.step, False
+        except OSError as error:
+            self.save_failed = True
+            next_try = "" if last else "; training continues, and the next checkpoint tries again"
+            reason = error.strerror or error
+            print(f"cannot save step {self.step} to {self.folder}: {reason}{next_try}", flush=True)
+
+    def checkpoint(self, partial: utils.Partial | None = None) -> Checkpoint:
+        """The run as it is, on the CPU."""
+        return Checkpoint(
             recipe=self.recipe,
             model=self.model.config,
             training=self.config,
@@ -273,16 +302,16 @@ class Run:
             total_seconds=self.total_seconds(),
             versions=utils.versions(),
         )
-        try:
-            # The rows first: a run that is killed in between resumes, and writes them again.
-            utils.write_metrics(self.folder / "metrics.csv", self.history)
-            utils.save_checkpoint(self.folder / "last.pt", checkpoint)
-            self.saved_step, self.save_failed = self.step, False
-        except OSError as error:
-            self.save_failed = True
-            next_try = "" if last else "; training continues, and the next checkpoint tries again"
-            reason = error.strerror or error
-            print(f"cannot save step {self.step} to {self.folder}: {reason}{next_try}", flush=True)
+
+    def keep_best(self) -> None:
+        """Writes best.pt, a model without its optimizers, if no epoch was better on validation."""
+        accuracies = [row.validation_accuracy or 0 for row in self.history]
+        if self.world.leads and accuracies[-1] == max(accuracies):
+            best = dataclasses.replace(self.checkpoint(), optimizers=None)
+            try:
+                utils.save_checkpoint(self.folder / "best.pt", best)
+            except OSError as error:
+                self.say(f"cannot write {self.folder / 'best.pt'}: {error.strerror or error}")
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Sets a fresh run to where a checkpoint of it was.
@@ -323,18 +352,21 @@ def on_cpu(tree: Any) -> Any:
     return tree.cpu()
 
 
-def training_flops(config: ViTConfig, patch_dropout: float = 0.0) -> int:
+def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: bool = False) -> int:
     """Floating-point operations of a training step for each image, as the scaling papers count.
 
     2 a weight and token forward, twice that backward, and the two products of attention; norms,
     softmax and GELU are left out (Kaplan et al., arXiv 2001.08361; PaLM, arXiv 2204.02311, B).
+
+    Args:
+        frozen: all but the head, which then has no backward pass.
     """
     D, N = config.width, config.patches
     kept = patches_kept(N, patch_dropout)
     T = config.tokens - N + kept
     block = T * (4 * D * D + 2 * D * config.hidden) + 2 * T * T * D
     patches = kept * config.channels * config.patch_size**2 * D
-    return 6 * (config.depth * block + patches + D * config.classes)
+    return (2 if frozen else 6) * (config.depth * block + patches) + 6 * D * config.classes
 
 
 # ---------------------------------------------------------------------------- its beginning
@@ -347,29 +379,44 @@ def new_run(
     options: RunOptions,
     device: torch.device,
     job: Job,
+    chosen: tuple[str, ...] = (),
 ) -> Run:
     """A fresh run; the model's channels and classes are those of the data set.
 
+    Args:
+        chosen: fields of the model's config that the user has set; starting weights must agree with
+            them, and set the others.
+
     Raises:
-        UserError: the folder, the data set or the configs cannot be used; nothing was changed.
+        UserError: the folder, the data set, the weights or the configs cannot be used; nothing was
+            changed.
     """
     folder = options.output_dir / (options.name or recipe)
     if job.world.leads:
         _refuse_existing(folder, options)  # before what may be a long download
-    dataset = dataset_for(config, options, device, job.world)
-    preprocessing = dataset.preprocessing
+    start = None
+    if config.init_from:
+        heads = model_config.heads if "heads" in chosen else None
+        start = load_pretrained(config.init_from, heads)
+        model_config = start.adapted(model_config, chosen)
+    preprocessing = start.preprocessing if start else preprocessing_for(config.dataset)
+    preprocessing = dataclasses.replace(preprocessing, size=model_config.image_size)
+    dataset = dataset_for(config, preprocessing, options, device, job.world)
     model_config = dataclasses.replace(
-        model_config, channels=preprocessing.channels, classes=len(dataset.classes)
+        model_config, channels=dataset.preprocessing.channels, classes=len(dataset.classes)
     )
-    if model_config.image_size != preprocessing.size:
-        (H, W), (h, w) = model_config.image_size, preprocessing.size
-        raise UserError(f"image_size {H}x{W} is not that of {dataset.name}, {h}x{w}")
     torch.manual_seed(config.seed)
-    model = ViT(model_config)
-    if config.initialization == "mimetic":
+    model, notes = ViT(model_config), [*dataset.notes]
+    if start:
+        notes += start.initialize(model, dataset.classes)
+    elif config.initialization == "mimetic":
         mimetic(model)
+    if config.freeze:
+        standardize_features(model.to(device), dataset.train, preprocessing)
     run = Run(model, config, dataset, device, job, recipe=recipe, folder=folder, options=options)
     _take_new_folder(folder, options, job)
+    for note in notes:
+        run.say(note)
     return run
 
 
@@ -394,7 +441,7 @@ def resumed_run(
     checkpoint = utils.load_checkpoint(path)
     before = checkpoint.training
     config = dataclasses.replace(before, **changes)
-    dataset = dataset_for(config, options, device, job.world)
+    dataset = dataset_for(config, checkpoint.preprocessing, options, device, job.world)
     check_fit(checkpoint, dataset)
     names = {"recipe": checkpoint.recipe, "folder": path.parent, "options": options}
     run = Run(ViT(checkpoint.model), config, dataset, device, job, **names)
@@ -459,30 +506,30 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def dataset_for(
-    config: TrainConfig, options: RunOptions, device: torch.device, world: World = ALONE
+    config: TrainConfig,
+    preprocessing: Preprocessing,
+    options: RunOptions,
+    device: torch.device,
+    world: World = ALONE,
 ) -> Dataset:
     with world.one_of_each_host_first():
         return load_dataset(
             config.dataset,
+            preprocessing,
             validation_images=config.validation_images,
             device=device,
             data_dir=options.data_dir,
             data_url=options.data_url,
+            strict=options.strict,
         )
 
 
 def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
-    """Raises UserError where a checkpoint's model is not for the images of a data set."""
+    """Raises UserError where a checkpoint's model is not for the classes of a data set."""
     wanted, found = (tuple(each.classes) for each in (checkpoint, dataset))
     if wanted != found:
         pairs = zip(wanted, found, strict=False)
         a, b = next((pair for pair in pairs if pair[0] != pair[1]), (len(wanted), len(found)))
         raise UserError(
             f"the classes of {dataset.name} are not the model's: {b!r} instead of {a!r}"
-        )
-    wanted, found = (each.preprocessing for each in (checkpoint, dataset))
-    if (wanted.size, wanted.channels) != (found.size, found.channels):
-        raise UserError(
-            f"{dataset.name} has {found.channels} x {found.size[0]} x {found.size[1]} pixels, "
-            f"but the model takes {wanted.channels} x {wanted.size[0]} x {wanted.size[1]}"
         )

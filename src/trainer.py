@@ -4,6 +4,7 @@
     python src/trainer.py --recipe demo                no download, no GPU, under a minute
     python src/trainer.py --recipe cpu --epochs 5      a flag overrides the recipe; --help lists all
     python src/trainer.py --resume checkpoints/NAME    resume a run
+    python src/trainer.py --recipe finetune --init-from WEIGHTS --dataset NAME|folder:PATH
     python src/trainer.py --evaluate FILE              test accuracy of a checkpoint
     python src/trainer.py --export checkpoints/NAME    model.pt: weights only, in half precision
     torchrun --nproc-per-node=K src/trainer.py ...     the same, on K devices
@@ -13,11 +14,13 @@ row an epoch), at its end curves.png and result.json. The test set is evaluated 
 a run. Ctrl-C and SIGTERM save first and say how to resume.
 """
 
+import io
 import json
 import math
 import os
 import shlex
 import signal
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,10 +37,11 @@ import device as devices
 import utils
 from augment import augment
 from cli import complain
-from config import UserError
+from config import UserError, first_line
 from data import batch_rows
 from evaluation import Evaluation, evaluate
 from optimizers import set_learning_rates
+from pretrained import state_dict_for
 from processes import Stopped, World, WorldError, joined_job, without_averaging
 from recipes import Phase, Recipe
 from run import (
@@ -93,7 +97,11 @@ def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord
                 with devices.autocast(run.precision, run.device):
                     logits = model(inputs, patch_dropout).to(inputs.dtype)  # (B, K)
                 loss = (1 / len(rows)) * F.cross_entropy(
-                    logits, targets[part], label_smoothing=config.label_smoothing, reduction="sum"
+                    logits,
+                    targets[part],
+                    run.class_weights,
+                    label_smoothing=config.label_smoothing,
+                    reduction="sum",
                 )
                 (loss * run.world.size).backward()  # the ranks' gradients are averaged, not added
                 progress.losses[progress.steps] += loss.detach()
@@ -208,8 +216,7 @@ def compile_model(run: Run, patch_dropout: float) -> Forward:
     except Exception as error:  # whatever a compiler can raise, training can do without it
         if devices.is_out_of_memory(error):
             raise
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        run.say(f"torch.compile is not available ({reason}); training without it")
+        run.say(f"torch.compile is not available ({first_line(error)}); training without it")
         forward = run.parallel
     run.model.zero_grad()
     return forward
@@ -250,6 +257,8 @@ def train(run: Run, command: str = "") -> dict[str, Any] | None:
                 is_last = run.epoch == run.config.epochs
                 if run.epoch % run.config.validate_every == 0 or is_last:
                     validate(run)
+                    if run.options.keep_best:
+                        run.keep_best()
                 if any(run.world.any(is_last, run.save_is_due())):
                     run.save()
                 run.say(epoch_line(run.history[-1], run.config.epochs))
@@ -400,7 +409,8 @@ def report(path: Path, options: RunOptions, device: torch.device, world: World) 
     """--evaluate: loss, top-1, top-5 and the accuracy of each class on the test set."""
     path = checkpoint_file(path)
     model, checkpoint = utils.load_model(path, device)
-    dataset = dataset_for(replace(checkpoint.training, validation_images=0), options, device, world)
+    training = replace(checkpoint.training, validation_images=0)
+    dataset = dataset_for(training, checkpoint.preprocessing, options, device, world)
     check_fit(checkpoint, dataset)
     if not dataset.test:
         raise UserError(f"{dataset.name} has no test set")
@@ -411,22 +421,34 @@ def report(path: Path, options: RunOptions, device: torch.device, world: World) 
     print(f"{'loss':12}{result.loss:8.4f}")
     print(f"{'top-1':12}{result.top1:8.2%}")
     print(f"{'top-5':12}{result.top5:8.2%}")
+    print(f"{'class mean':12}{statistics.fmean(filter(math.isfinite, result.of_class)):8.2%}")
+    width = max(10, *map(len, dataset.classes))
     for label, accuracy in zip(dataset.classes, result.of_class, strict=True):
-        print(f"  {label:10}{accuracy:8.2%}")
+        print(f"  {label:{width}}{accuracy:8.2%}")
 
 
-def export(path: Path, overwrite: bool) -> None:
-    """--export: writes model.pt beside a checkpoint: weights only, for sharing."""
+def export(path: Path, library: str | None, overwrite: bool) -> None:
+    """--export: writes model.pt beside a checkpoint: weights only, for sharing.
+
+    Args:
+        library: "timm" or "torchvision" writes its state dict instead, to model_<library>.pth.
+    """
     path = checkpoint_file(path)
-    target = path.with_name("model.pt")
+    target = path.with_name(f"model_{library}.pth" if library else "model.pt")
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; --overwrite replaces it")
     checkpoint = utils.load_checkpoint(path)
     try:
-        utils.save_model(target, checkpoint)
+        if library:
+            buffer = io.BytesIO()
+            torch.save(state_dict_for(library, checkpoint), buffer)
+            utils.write_whole(target, buffer.getbuffer())
+        else:
+            utils.save_model(target, checkpoint)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}") from error
-    print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB; --evaluate checks it")
+    then = f"{library} loads it strictly" if library else "--evaluate checks it"
+    print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB; {then}")
 
 
 # ---------------------------------------------------------------------------- main
@@ -460,7 +482,7 @@ def main(argv: list[str]) -> int:
         with joined_job(use_gpus=options.device != "cpu" and torch.cuda.is_available()) as job:
             if command.task == "export":
                 if job.world.leads:
-                    export(command.path, options.overwrite)
+                    export(command.path, options.library, options.overwrite)
                 return 0
             device = devices.choose_device(options.device, job.world)
             if command.task == "evaluate":
@@ -468,11 +490,14 @@ def main(argv: list[str]) -> int:
                 return 0
             if job.world.leads and (unusable := devices.unusable_gpu()):
                 print(unusable)
+            changes = command.model_changes | command.training_changes
             if command.task == "resume":
-                run = resumed_run(command.path, command.changes, options, device, job)
+                run = resumed_run(command.path, changes, options, device, job)
             else:
                 configs = command.model, command.training
-                run = new_run(command.recipe, *configs, options, device, job)
+                run = new_run(
+                    command.recipe, *configs, options, device, job, tuple(command.model_changes)
+                )
                 if command.note:
                     run.say(command.note)
             if is_finished(run):

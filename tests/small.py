@@ -24,6 +24,7 @@ import cli
 import data
 import run
 import shapes
+import sources
 import trainer
 import utils
 
@@ -49,8 +50,10 @@ def small_shapes():
 SHAPES = small_shapes()
 
 
-def load_small(name, *, validation_images, **_):
-    """In place of `data.load_dataset`."""
+def load_small(name, preprocessing=None, *, validation_images, **_):
+    """In place of `sources.load_dataset`; of the full set, `shapes` too has one size alone."""
+    if preprocessing and not preprocessing.keeps((3, 32, 32)):
+        return sources.load_dataset("shapes", preprocessing, validation_images=0)  # which raises
     return SHAPES if validation_images else dataclasses.replace(SHAPES, validation=None)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 import cli
-import data
 import run
 import small
+import sources
 from config import UserError
 from recipes import RECIPES
 from run import RunOptions
@@ -77,10 +77,10 @@ def test_bad_input_is_one_line_and_exit_status_2(train, tmp_path, capsys, flags,
 def test_an_unknown_data_set_is_refused_before_anything_is_written(
     train, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(run, "load_dataset", data.load_dataset)
+    monkeypatch.setattr(run, "load_dataset", sources.load_dataset)
     assert train("--name a --epochs 1 --dataset imagenet") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "no data set 'imagenet'; choose from cifar10, shapes" in line
+    assert "no data set 'imagenet'; choose from cifar10, cifar100, " in line
     assert not list(tmp_path.iterdir())
 
 
@@ -104,7 +104,7 @@ def test_an_error_of_a_user_is_one_line_with_the_program_and_the_rank(monkeypatc
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_parses_and_a_flag_overrides_it(name):
     command = cli.parse(["--recipe", name, "--epochs", "7", "--flip", "off"], "")
-    assert command.changes == {"epochs": 7, "flip": "off"}
+    assert command.training_changes == {"epochs": 7, "flip": "off"}
     assert (command.training.epochs, command.training.flip) == (7, "off")
     assert command.training.batch_size == RECIPES[name].train.batch_size
     assert command.model == RECIPES[name].model

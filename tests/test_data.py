@@ -19,17 +19,18 @@ import torchvision.transforms.v2.functional as reference
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-import data
+import sources
 from config import UserError
 from data import (
     DataError,
     Preprocessing,
     Split,
     batch_rows,
-    load_dataset,
+    image_files,
     stratified_split,
 )
 from small import CIFAR10, default_dtype, needs_cifar10
+from sources import load_dataset
 
 CLASSES = [f"class {label}" for label in range(10)]
 
@@ -140,7 +141,7 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(
     failure, archive, serve, tmp_path, monkeypatch
 ):
     packed, _ = archive
-    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(sources, "DOWNLOAD_TIMEOUT", 0.5)
     over = threading.Event()
     folder = tmp_path
     url = "http://127.0.0.1:9/nothing-listens-here"
@@ -408,7 +409,7 @@ def test_a_model_of_other_channels_takes_no_image_files(tmp_path):
 def test_the_image_files_of_a_folder_are_those_named_so(tmp_path):
     for name in ("b.JPG", "a.png", "notes.txt", "c.webp"):
         (tmp_path / name).touch()
-    assert [file.name for file in data.image_files(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
+    assert [file.name for file in image_files(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no image files"):
-        data.image_files(tmp_path / "empty")
+        image_files(tmp_path / "empty")

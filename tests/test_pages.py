@@ -13,9 +13,9 @@ import cli
 import trainer
 import utils
 import vis
-from data import load_dataset
 from evaluation import evaluate
 from small import CIFAR10, ROOT, needs_cifar10
+from sources import load_dataset
 
 README = ROOT / "README.md"
 CARD = ROOT / "checkpoints/README.md"

@@ -37,12 +37,12 @@ def signal_at(monkeypatch):
     def arrange(number, step):
         calls = []
 
-        def interrupted(logits, labels, **options):
+        def interrupted(logits, labels, *weights, **options):
             if logits.requires_grad:  # not in evaluation
                 calls.append(0)
                 if len(calls) == step:
                     os.kill(os.getpid(), number)
-            return cross_entropy(logits, labels, **options)
+            return cross_entropy(logits, labels, *weights, **options)
 
         monkeypatch.setattr(F, "cross_entropy", interrupted)
 

@@ -104,7 +104,7 @@ def other(dataset, **options):
     return dataclasses.replace(dataset, name="other", preprocessing=changed)
 
 
-def test_the_model_has_the_channels_and_classes_of_the_data_set_and_must_have_its_size(
+def test_the_model_has_the_channels_and_classes_of_the_data_set(
     small_shapes, tmp_path, monkeypatch
 ):
     gray = other(small_shapes, mean=(0.5,), std=(0.2,))
@@ -114,23 +114,17 @@ def test_the_model_has_the_channels_and_classes_of_the_data_set_and_must_have_it
     begun = new_run("demo", ViTConfig(), TrainConfig(), options, cpu, run.ALONE_JOB)
     config = begun.model.config
     assert (config.channels, config.classes, config.image_size) == (1, 2, (32, 32))
-    with pytest.raises(UserError, match="image_size 64x64 is not that of other, 32x32"):
-        new_run("b", ViTConfig(image_size=64), TrainConfig(), options, cpu, run.ALONE_JOB)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_checkpoint_fits_the_data_set_of_its_classes_and_pixels(train, tmp_path, small_shapes):
+def test_a_checkpoint_fits_the_data_set_of_its_classes(train, tmp_path, small_shapes):
     assert train("--name a --epochs 1") == 0
     saved = utils.load_checkpoint(tmp_path / "a/last.pt")
     check_fit(saved, small_shapes)
     check_fit(saved, other(small_shapes, mean=(0.1,) * 3))  # the checkpoint's own are used
-    for dataset, named in (
-        (other(small_shapes, size=(32, 48)), "other has 3 x 32 x 48 pixels"),
-        (other(small_shapes, mean=(0.5,), std=(0.2,)), "other has 1 x 32 x 32 pixels"),
-        (dataclasses.replace(small_shapes, classes=saved.classes[:9]), "9 instead of 10"),
-    ):
-        with pytest.raises(UserError, match=named):
-            check_fit(saved, dataset)
+    fewer = dataclasses.replace(small_shapes, classes=saved.classes[:9])
+    with pytest.raises(UserError, match="9 instead of 10"):
+        check_fit(saved, fewer)
 
 
 # ---------------------------------------------------------------------------- its operations

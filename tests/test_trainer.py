@@ -280,9 +280,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
     cross_entropy = F.cross_entropy
     calls = []
 
-    def broken_in_the_second_epoch(logits, labels, **options):
+    def broken_in_the_second_epoch(logits, labels, *weights, **options):
         calls.append(0)
-        loss = cross_entropy(logits, labels, **options)
+        loss = cross_entropy(logits, labels, *weights, **options)
         return loss * math.nan if len(calls) == 9 else loss
 
     monkeypatch.setattr(F, "cross_entropy", broken_in_the_second_epoch)

@@ -358,7 +358,7 @@ def test_a_data_set_of_other_images_is_refused(draw, tmp_path, small_shapes, cap
     smaller = cropped(small_shapes, slice(0, 16), slice(0, 16))
     write_checkpoint(tmp_path / "run/last.pt", smaller)
     assert draw("data") == 2
-    expected = "vis.py: shapes has 3 x 32 x 32 pixels, but the model takes 3 x 16 x 16\n"
+    expected = "vis.py: shapes has images of 3 x 32 x 32, not 3 x 16 x 16\n"
     assert capsys.readouterr().err == expected
 
 

@@ -27,9 +27,10 @@ import steps
 import utils
 from augment import augment
 from config import Config, UserError
-from data import Batch, Dataset, Split, load_dataset
+from data import Batch, Dataset, Split
 from evaluation import predict
 from run import RUN_FILES, check_fit
+from sources import load_dataset
 from utils import EpochRecord
 from ViT import Trace, patchify
 
@@ -129,6 +130,7 @@ class Model:
         training = self.checkpoint.training
         dataset = load_dataset(
             training.dataset,
+            self.checkpoint.preprocessing,
             validation_images=training.validation_images,
             device=self.device,
             data_dir=self.options.data_dir,

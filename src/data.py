@@ -55,11 +55,6 @@ class Preprocessing(Config):
     def channels(self) -> int:
         return len(self.mean)
 
-    @property
-    def shape(self) -> str:
-        """Of an image, in words."""
-        return f"{self.channels} x {self.size[0]} x {self.size[1]}"
-
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) as floats of mean 0 and standard deviation 1.
 

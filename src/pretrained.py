@@ -175,7 +175,10 @@ def from_state_dict(
         raise UserError(f"{origin} is no state dict of timm's or torchvision's ViT")
     pairs = TIMM if of_timm else (*OLDER_TORCHVISION, *TORCHVISION)
     ours = {_replaced(name, pairs): weight.float() for name, weight in weights.items()}
-    config = _config_of(origin, ours, heads, "fc_norm.weight" in weights)
+    try:
+        config = _config_of(origin, ours, heads, "fc_norm.weight" in weights)
+    except KeyError as error:
+        raise UserError(f"{origin} lacks the weight {error}") from error
     ours["embed.proj.weight"] = ours["embed.proj.weight"].flatten(1)  # (D, C, P, P) to (D, C P P)
     missing = config.tokens - ours["embed.pos_embed"].shape[1]  # timm can leave out the class's
     ours["embed.pos_embed"] = F.pad(ours["embed.pos_embed"], (0, 0, missing, 0))

@@ -169,9 +169,11 @@ class World:
         """A block that one process a host goes through before the others, say to download."""
         if self.local_rank:
             self.wait()
-        yield
-        if not self.local_rank:
-            self.wait()
+        try:
+            yield
+        finally:  # after an error too, which the others then meet themselves
+            if not self.local_rank:
+                self.wait()
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model, averaging its gradients over the ranks at the end of a backward pass."""

@@ -21,6 +21,7 @@ import torch
 import torchvision.datasets as tv
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from data import (
     CIFAR10_MEAN,
@@ -94,13 +95,20 @@ def _torchvision(
 def _torchvision_split(dataset: Any, wanted: Preprocessing) -> Split:
     names = ("targets", "labels", "_labels")
     labels = torch.as_tensor(next(getattr(dataset, n) for n in names if hasattr(dataset, n))).long()
-    if isinstance(dataset, tv.CIFAR10 | tv.CIFAR100) and wanted.keeps((3, 32, 32)):
-        return Split(torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous(), labels)
-    return StreamedSplit(Pictures(dataset, partial(_first_fitted, wanted)), labels)
+    if isinstance(dataset, tv.CIFAR10):  # of which CIFAR100 is one
+        return _split(torch.from_numpy(dataset.data).permute(0, 3, 1, 2), labels, wanted)
+    return StreamedSplit(Pictures(dataset, partial(_fitted, wanted)), labels)
 
 
-def _first_fitted(wanted: Preprocessing, item: tuple[Image.Image, int]) -> Tensor:
-    return wanted.fit(item[0])
+def _split(images: Tensor, labels: Tensor, wanted: Preprocessing) -> Split:
+    """A split of uint8 images (n, C, H, W) of one size, which may not be the wanted one."""
+    if wanted.keeps(images.shape[1:]):
+        return Split(images.contiguous(), labels)
+    return StreamedSplit(Pictures(images, partial(_fitted, wanted)), labels)
+
+
+def _fitted(wanted: Preprocessing, item: Tensor | tuple[Image.Image, int]) -> Tensor:
+    return wanted.fit(to_pil_image(item) if isinstance(item, Tensor) else item[0])
 
 
 @contextmanager
@@ -178,10 +186,9 @@ def class_folders(path: Path) -> list[str]:
 
 def _shapes(folder: Path, url: str | None, wanted: Preprocessing) -> Source:
     """A synthetic data set of the size of a minute's training; nothing is read or downloaded."""
-    if not wanted.keeps((3, 32, 32)):
-        raise DataError(f"shapes has images of 3 x 32 x 32, not {wanted.shape}")
-    splits = [Split(*draw_shapes(count, seed)[:2]) for count, seed in ((10_000, 0), (2_000, 1))]
-    return Source(tuple(SHAPES), splits[0], None, splits[1])
+    drawn = (draw_shapes(count, seed)[:2] for count, seed in ((10_000, 0), (2_000, 1)))
+    train, test = (_split(*images_and_labels, wanted) for images_and_labels in drawn)
+    return Source(tuple(SHAPES), train, None, test)
 
 
 class Entry(NamedTuple):

@@ -24,7 +24,6 @@ import cli
 import data
 import run
 import shapes
-import sources
 import trainer
 import utils
 
@@ -51,10 +50,10 @@ SHAPES = small_shapes()
 
 
 def load_small(name, preprocessing=None, *, validation_images, **_):
-    """In place of `sources.load_dataset`; of the full set, `shapes` too has one size alone."""
-    if preprocessing and not preprocessing.keeps((3, 32, 32)):
-        return sources.load_dataset("shapes", preprocessing, validation_images=0)  # which raises
-    return SHAPES if validation_images else dataclasses.replace(SHAPES, validation=None)
+    """In place of `sources.load_dataset`."""
+    validation = SHAPES.validation if validation_images else None
+    expected = preprocessing or SHAPES.preprocessing
+    return dataclasses.replace(SHAPES, validation=validation, preprocessing=expected)
 
 
 def after_each_epoch(run):

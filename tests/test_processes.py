@@ -484,11 +484,11 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_a_checkpoint(train, tmp_path):
 
 
 def test_bad_input_ends_every_rank_with_2_and_its_line(tmp_path):
-    ranks = start_ranks("--name a --epochs 1 --image-size 64", tmp_path, 2)
+    ranks = start_ranks("--name a --epochs 1 --init-from nowhere.pth", tmp_path, 2)
     assert [finished(rank) for rank in ranks] == [2, 2]
     for rank, prefix in enumerate(("trainer.py: ", "rank 1: trainer.py: ")):
         (line,) = (tmp_path / f"log{rank}").read_text().splitlines()
-        assert line.startswith(prefix) and "image_size 64x64" in line
+        assert line.startswith(prefix) and "nowhere.pth" in line
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 60, 64])

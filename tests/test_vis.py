@@ -354,14 +354,6 @@ def test_image_files_need_no_data_set(draw, tmp_path, monkeypatch):
     assert draw(f"image --image {tmp_path / 'red.png'} --query cls") == 0
 
 
-def test_a_data_set_of_other_images_is_refused(draw, tmp_path, small_shapes, capsys):
-    smaller = cropped(small_shapes, slice(0, 16), slice(0, 16))
-    write_checkpoint(tmp_path / "run/last.pt", smaller)
-    assert draw("data") == 2
-    expected = "vis.py: shapes has images of 3 x 32 x 32, not 3 x 16 x 16\n"
-    assert capsys.readouterr().err == expected
-
-
 def test_images_are_normalized_as_the_checkpoint_states(draw, tmp_path, small_shapes):
     other = data.Preprocessing(size=(32, 32), mean=(0.9,) * 3, std=(0.1,) * 3)
     dataset = dataclasses.replace(small_shapes, preprocessing=other)

@@ -1,0 +1,70 @@
+"""Classes of image files: the numbers are those of the model, the order that of the files."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import cli
+import predict
+import utils
+from small import ROOT
+from trainer import main as train_main
+
+SHIPPED = ROOT / "checkpoints/vit_cifar10.pt"
+DEER = ROOT / "docs/deer.png"
+
+
+@pytest.fixture
+def files(tmp_path):
+    Image.new("L", (50, 40), 200).save(tmp_path / "a.png")
+    Image.open(DEER).save(tmp_path / "b.jpg")
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def probabilities(path):
+    model, checkpoint = utils.load_model(SHIPPED)
+    images = checkpoint.preprocessing.read(path)[None]
+    with torch.no_grad():
+        return model(checkpoint.preprocessing.normalize(images)).softmax(dim=1)[0], checkpoint
+
+
+def test_json_has_each_file_with_its_most_probable_classes(files, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "batch_size_for", lambda config: 1)
+    assert predict.main([str(files), str(DEER), "--top", "3", "--json", "--device", "cpu"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["file"] for row in rows] == [str(files / "a.png"), str(files / "b.jpg"), str(DEER)]
+    for row in rows:
+        expected, checkpoint = probabilities(row["file"])
+        best = expected.topk(3)
+        assert [each["class"] for each in row["predictions"]] == [
+            checkpoint.classes[number] for number in best.indices
+        ]
+        found = torch.tensor([each["probability"] for each in row["predictions"]])
+        torch.testing.assert_close(found, best.values, rtol=0, atol=1e-5)
+
+
+def test_a_line_for_each_file_by_the_model_of_a_run(files, capsys):
+    flags = "--recipe demo --epochs 1 --width 16 --depth 1 --heads 1 --patch-size 16 --no-test"
+    train_main([*flags.split(), "--device", "cpu", "--output-dir", str(files), "--name", "run"])
+    capsys.readouterr()
+    assert predict.main([str(DEER), "--checkpoint", str(files / "run"), "--device", "cpu"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{DEER}: ") and line.endswith("%") and line.count(",") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("nowhere.png", "nowhere.png"),
+        (f"{DEER} --top 0", "--top must be at least 1, not 0"),
+        (f"{DEER} --checkpoint nowhere.pt", "nowhere.pt"),
+        (f"{ROOT / 'src'}", "holds no image files"),
+    ],
+)
+def test_what_cannot_be_classified_is_one_line(flags, named, capsys):
+    assert cli.status_of(predict.main, flags.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line

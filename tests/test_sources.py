@@ -1,0 +1,262 @@
+"""Data sets: torchvision's from small copies in their own formats, and folders of image files."""
+
+import gzip
+import hashlib
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets as tv
+from PIL import Image
+
+import sources
+from data import DataError, Preprocessing, Split, StreamedSplit
+from sources import class_folders, load_dataset, preprocessing_for
+
+SIZE = (16, 16)
+WANTED = Preprocessing(size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def picture(seed, size=(20, 24), mode="RGB"):
+    """A picture of random smooth colors."""
+    noise = np.random.default_rng(seed).integers(256, size=(4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC).convert(mode)
+
+
+def images_of(split):
+    return split.take(torch.arange(len(split))).images
+
+
+# ---------------------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three unequal classes of pictures of several kinds, one of them broken."""
+    for name, count in (("class 10", 12), ("class 2", 20), ("birds", 30)):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range(count):
+            picture(number).save(tmp_path / "pets" / name / f"{number}.png")
+    birds = tmp_path / "pets/birds"
+    picture(91, mode="L").save(birds / "gray.png")
+    picture(92, mode="P").save(birds / "palette.gif")
+    picture(93, mode="RGBA").save(birds / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    picture(94).save(birds / "rotated.jpg", exif=exif)
+    (birds / "broken.jpg").write_bytes((birds / "rotated.jpg").read_bytes()[:300])
+    (birds / "notes.txt").write_text("no picture")
+    return tmp_path / "pets"
+
+
+def test_a_folder_of_class_folders_is_split_by_class_and_its_broken_file_left_out(folder):
+    dataset = load_dataset(f"folder:{folder}", WANTED, validation_images=0.1)
+    assert dataset.classes == ("birds", "class 2", "class 10")
+    parts = (dataset.train, dataset.validation, dataset.test)
+    # A tenth of 34 + 1, 20 and 12 is tested; a tenth of what is left and whole is held out.
+    assert [len(part) for part in parts] == [53, 6, 7] and dataset.preprocessing == WANTED
+    assert sum(part.labels.bincount(minlength=3) for part in parts).tolist() == [34, 20, 12]
+    assert all(part.labels.unique().tolist() == [0, 1, 2] for part in parts)
+    (left_out,) = (note for note in dataset.notes if "left out" in note)
+    assert "1 of 67 images left out: cannot read" in left_out and "broken.jpg" in left_out
+    again = load_dataset(f"folder:{folder}", WANTED, validation_images=0.1)
+    assert torch.equal(images_of(again.validation), images_of(dataset.validation))
+    with pytest.raises(DataError, match=r"broken\.jpg.*--no-strict"):
+        load_dataset(f"folder:{folder}", WANTED, validation_images=0.1, strict=True)
+
+
+def test_streamed_images_are_those_in_memory(folder, monkeypatch):
+    held = load_dataset(f"folder:{folder}", WANTED, validation_images=6)
+    monkeypatch.setattr(sources, "LARGEST_IN_MEMORY", 1000)
+    streamed = load_dataset(f"folder:{folder}", WANTED, validation_images=6)
+    assert isinstance(streamed.train, StreamedSplit) and type(held.train) is Split
+    assert any("decoded again in every epoch" in note for note in streamed.notes)
+    rows = torch.randperm(len(held.train), generator=torch.Generator().manual_seed(0)).split(10)
+    for one, other in zip(held.train.batches(rows), streamed.train.batches(rows), strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+    assert torch.equal(images_of(held.test), images_of(streamed.test))
+
+
+def test_a_file_that_breaks_after_loading_is_an_error_of_one_line(folder, monkeypatch):
+    monkeypatch.setattr(sources, "LARGEST_IN_MEMORY", 1000)
+    dataset = load_dataset(f"folder:{folder}", WANTED, validation_images=0)
+    for file in folder.glob("class 2/*.png"):
+        file.write_bytes(b"nonsense")
+    for rows in (torch.arange(len(dataset.train)).split(10), [torch.arange(len(dataset.train))]):
+        with pytest.raises(DataError, match=r"^cannot read .*png as an image: not of a"):
+            list(dataset.train.batches(rows))
+
+
+def test_a_folder_with_its_own_splits_keeps_them(folder, tmp_path):
+    root = tmp_path / "split"
+    for part, count in (("train", 4), ("val", 2), ("test", 3)):
+        for name in ("a", "b"):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                picture(number).save(root / part / name / f"{part}{number}.png")
+    dataset = load_dataset(f"folder:{root}", WANTED, validation_images=0.5)
+    assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [8, 4, 6]
+    (root / "test/c").mkdir()
+    with pytest.raises(DataError, match=r"class 'c', which .*train has not"):
+        load_dataset(f"folder:{root}", WANTED, validation_images=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: None, "cannot read the folder .*nowhere"),
+        (
+            lambda folder: (folder / "only").mkdir(),
+            "a folder for each of at least 2 classes, not 1",
+        ),
+        (lambda folder: [(folder / name).mkdir() for name in "ab"], "holds no image files"),
+    ],
+)
+def test_a_folder_of_another_layout_is_refused(tmp_path, change, message):
+    change(tmp_path)
+    name = "nowhere" if "nowhere" in message else "."
+    with pytest.raises(DataError, match=message):
+        load_dataset(f"folder:{tmp_path / name}", WANTED, validation_images=0.1)
+
+
+def test_a_class_whose_pictures_are_all_broken_is_refused(folder):
+    for file in (folder / "class 2").iterdir():
+        file.write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="no training image of 'class 2'"):
+        load_dataset(f"folder:{folder}", WANTED, validation_images=0.1)
+
+
+def test_class_names_are_in_natural_order(tmp_path):
+    for name in ("n10", "n9", "n1b2", "n1b10", "a", ".hidden"):
+        (tmp_path / name).mkdir()
+    assert class_folders(tmp_path) == ["a", "n1b2", "n1b10", "n9", "n10"]
+
+
+# ---------------------------------------------------------------------------- torchvision's
+
+LABELS = [number % 3 for number in range(12)]
+
+
+def md5(path):
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def cifar100(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(256, size=(12, 3072), dtype=np.uint8)
+    content = {"data": pixels, "fine_labels": LABELS}
+    for name in ("train", "test"):
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": ["apple", "bear", "cup"]}))
+    for option, names in (("train_list", ["train"]), ("test_list", ["test"])):
+        monkeypatch.setattr(tv.CIFAR100, option, [[name, md5(folder / name)] for name in names])
+    meta = {"filename": "meta", "key": "fine_label_names", "md5": md5(folder / "meta")}
+    monkeypatch.setattr(tv.CIFAR100, "meta", meta)
+    return pixels.reshape(12, 3, 32, 32)
+
+
+def test_cifar100_is_read_and_resized_where_asked(cifar100, tmp_path):
+    dataset = load_dataset("cifar100", validation_images=0, data_dir=tmp_path)
+    assert dataset.classes == ("apple", "bear", "cup") and dataset.train.labels.tolist() == LABELS
+    assert np.array_equal(images_of(dataset.test), cifar100)
+    assert dataset.preprocessing == preprocessing_for("cifar100")
+    larger = load_dataset("cifar100", WANTED, validation_images=0, data_dir=tmp_path)
+    image = Image.fromarray(cifar100[5].transpose(1, 2, 0)).resize(SIZE, Image.Resampling.BICUBIC)
+    assert np.array_equal(images_of(larger.train)[5].permute(1, 2, 0), np.asarray(image))
+
+
+def test_a_damaged_data_set_is_refused(cifar100, tmp_path, monkeypatch):
+    (tmp_path / "cifar-100-python/train").write_bytes(b"nonsense")
+    monkeypatch.setattr(tv.CIFAR100, "url", "http://127.0.0.1:9/nothing-listens-here")
+    with pytest.raises(
+        DataError, match=r"no CIFAR100 in .*download from http://127\.0\.0\.1:9.*failed"
+    ):
+        load_dataset("cifar100", validation_images=0, data_dir=tmp_path)
+
+
+def test_fashion_mnist_becomes_rgb(tmp_path, monkeypatch):
+    raw = tmp_path / "FashionMNIST/raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(256, size=(12, 28, 28), dtype=np.uint8)
+    for part in ("train", "t10k"):
+        images = struct.pack(">IIII", 0x803, 12, 28, 28) + pixels.tobytes()
+        labels = struct.pack(">II", 0x801, 12) + bytes(LABELS)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(images)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(labels)
+        for name, content in (("images-idx3", images), ("labels-idx1", labels)):
+            (raw / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+    wanted = Preprocessing(size=(28, 28), mean=(0.5,) * 3, std=(0.5,) * 3)
+    monkeypatch.setattr(tv.FashionMNIST, "mirrors", [])
+    few = load_dataset_allowing_few_classes("fashion_mnist", wanted, tmp_path, monkeypatch)
+    images = images_of(few.train)
+    assert np.array_equal(images, np.repeat(pixels[:, None], 3, axis=1))
+
+
+def load_dataset_allowing_few_classes(name, wanted, folder, monkeypatch):
+    """The small copies have three of the classes alone."""
+    entry = sources.DATASETS[name]
+
+    def load(*arguments):
+        source = entry.load(*arguments)
+        return source._replace(classes=source.classes[:3])
+
+    monkeypatch.setitem(sources.DATASETS, name, entry._replace(load=load))
+    return load_dataset(name, wanted, validation_images=0, data_dir=folder)
+
+
+def test_stl10_is_read(tmp_path, monkeypatch):
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(256, size=(12, 3, 96, 96), dtype=np.uint8)
+    for part in ("train", "test"):
+        (folder / f"{part}_X.bin").write_bytes(pixels.transpose(0, 1, 3, 2).tobytes())
+        (folder / f"{part}_y.bin").write_bytes(bytes(label + 1 for label in LABELS))
+    names = "airplane\nbird\ncar\ndeer"
+    (folder / "class_names.txt").write_text(names)
+    for option in ("train_list", "test_list"):
+        listed = [[name, md5(folder / name)] for name, _ in getattr(tv.STL10, option)[:2]]
+        monkeypatch.setattr(tv.STL10, option, listed)
+    monkeypatch.setattr(tv.STL10, "splits", ("train", "test"))
+    wanted = Preprocessing(size=(96, 96), mean=(0.5,) * 3, std=(0.5,) * 3)
+    dataset = load_dataset_allowing_few_classes("stl10", wanted, tmp_path, monkeypatch)
+    assert np.array_equal(images_of(dataset.train), pixels)
+    assert dataset.train.labels.tolist() == LABELS
+
+
+def test_oxford_pets_is_read(tmp_path, monkeypatch):
+    base = tmp_path / "oxford-iiit-pet"
+    (base / "annotations").mkdir(parents=True)
+    (base / "images").mkdir()
+    rows = []
+    for number, label in enumerate(LABELS):
+        name = f"{'abc'[label]}_{number}"
+        picture(number).save(base / f"images/{name}.jpg", quality=95)
+        rows.append(f"{name} {label + 1} 1 1")
+    for part in ("trainval", "test"):
+        (base / f"annotations/{part}.txt").write_text("\n".join(rows))
+    monkeypatch.setattr(tv.OxfordIIITPet, "_download", lambda self: None)
+    dataset = load_dataset("oxford_pets", WANTED, validation_images=0, data_dir=tmp_path)
+    assert dataset.classes == ("A", "B", "C") and dataset.train.labels.tolist() == LABELS
+    expected = WANTED.read(base / "images/a_3.jpg")
+    assert torch.equal(images_of(dataset.test)[3], expected)
+
+
+@pytest.mark.parametrize("name", ["svhn", "flowers102"])
+def test_what_needs_scipy_says_so(name, tmp_path, monkeypatch):
+    kind = {"svhn": tv.SVHN, "flowers102": tv.Flowers102}[name]
+
+    def without_scipy(*_, **__):
+        raise ModuleNotFoundError("No module named 'scipy'")
+
+    monkeypatch.setattr(kind, "__init__", without_scipy)
+    with pytest.raises(DataError, match="needs scipy: pip install scipy"):
+        load_dataset(name, WANTED, validation_images=0, data_dir=tmp_path)
+
+
+def test_another_address_is_refused_where_there_are_several(tmp_path):
+    with pytest.raises(DataError, match="--data-url has no effect with FashionMNIST"):
+        load_dataset("fashion_mnist", validation_images=0, data_dir=tmp_path, data_url="http://x")

@@ -627,3 +627,23 @@ def test_images_of_another_shape_are_refused_with_both_shapes(shape):
     model = ViT(small(image_size=(32, 48)))
     with pytest.raises(ValueError, match=re.escape(f"{shape}, not (3, 32, 48)")):
         model(torch.zeros(2, *shape))
+
+
+def test_recomputed_activations_change_memory_and_not_gradients():
+    images = torch.randn(8, 3, 16, 16)
+
+    def gradients_and_saved(recompute):
+        torch.manual_seed(0)
+        model = randomize(ViT(small(depth=6, checkpoint_activations=recompute))).train()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.numel()) or tensor, lambda tensor: tensor
+        ):
+            loss = model(images).sum()
+        loss.backward()
+        return [weight.grad for weight in model.parameters()], sum(sizes)
+
+    plain, kept = gradients_and_saved(False)
+    recomputed, few = gradients_and_saved(True)
+    assert all(torch.equal(*pair) for pair in zip(plain, recomputed, strict=True))
+    assert few < kept / 4

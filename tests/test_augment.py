@@ -18,6 +18,8 @@ from augment import (
     random_crop,
     random_erase,
     random_flip,
+    random_resized_crop,
+    resized_crop,
 )
 from recipes import TrainConfig
 
@@ -99,6 +101,34 @@ def test_erasing_puts_one_box_of_noise_into_the_stated_share_of_the_images():
         and max(top + height for top, height in zip(tops, heights, strict=True)) == 32
     )
     assert torch.equal(random_erase(images, 0.0, generator(1)), images)
+
+
+def test_a_resized_window_is_that_of_torchvision(images):
+    """Enlarging by a whole number of pixels; torchvision resamples without antialiasing."""
+    boxes = [(0, 0, 4, 6), (2, 3, 4, 6), (4, 6, 4, 6), (0, 0, 8, 12)]  # top, left, height, width
+    windows = torch.tensor(boxes).T / torch.tensor([[8], [12], [8], [12]])
+    found = resized_crop(images[:4], windows)
+    for image, box, ours in zip(images, boxes, found, strict=False):
+        top, left, height, width = box
+        pixels = image.float()
+        expected = reference.resize(
+            reference.crop(pixels, top, left, height, width), [8, 12], antialias=False
+        )
+        inner = (ours - expected).abs()[:, 1:-1, 1:-1]  # a border pixel sees what lies beyond it
+        assert inner.max() <= 0.5 + 1e-3
+
+
+def test_a_random_resized_crop_keeps_area_and_aspect_and_stays_inside():
+    ramp = torch.arange(0, 250, 10).repeat(25, 1).to(torch.uint8)  # (25, 25), by the column
+    images = torch.stack([ramp, ramp.T]).expand(2000, 1, 2, 25, 25).reshape(4000, 1, 25, 25)
+    images = torch.cat([images[::2], images[1::2]], dim=1)  # the column and the row of a pixel
+    crops = random_resized_crop(images, 0.25, generator(0)).float()
+    width = (crops[:, 0].amax((1, 2)) - crops[:, 0].amin((1, 2))) / 240
+    height = (crops[:, 1].amax((1, 2)) - crops[:, 1].amin((1, 2))) / 240
+    area, aspect = width * height, width / height
+    assert area.min() > 0.2 and area.max() == 1 and area.mean() == pytest.approx(0.6, abs=0.05)
+    assert aspect.min() > 0.7 and aspect.max() < 1.45
+    assert crops.min() == 0 and crops.max() == 240
 
 
 # ---------------------------------------------------------------------------- color

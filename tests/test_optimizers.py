@@ -91,7 +91,7 @@ def test_muon_leaves_a_weight_without_a_gradient_alone():
 # ---------------------------------------------------------------------------- the model's
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 def test_every_parameter_is_in_exactly_one_group_with_the_decay_of_its_kind(optimizer):
     model = ViT(MICRO)
     config = TrainConfig(optimizer=optimizer, weight_decay=0.3)
@@ -121,3 +121,30 @@ def test_muon_takes_the_matrices_of_the_blocks_and_those_of_q_k_and_v_apart():
 def test_muon_computes_in_the_runs_precision(precision, dtype):
     _, muon = make_optimizers(ViT(MICRO), TrainConfig(optimizer="muon"), precision)
     assert muon.dtype == dtype
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+def test_the_rate_of_a_layer_is_the_next_one_s_times_the_decay(optimizer):
+    """The head and the last norm have the full rate, the embedding that times decay^(L + 1)."""
+    model = ViT(MICRO)  # L = 4
+    config = TrainConfig(optimizer=optimizer, learning_rate=1.0, layer_decay=0.5)
+    optimizers = make_optimizers(model, config, "bf16")
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rate_of = {id(w): group["peak_lr"] for group in groups for w in group["params"]}
+    for name, weight in model.named_parameters():
+        part, number = [*name.split("."), "0"][:2]
+        exponent = {"embed": 5, "blocks": 4 - int(number) if number.isdigit() else 0}.get(part, 0)
+        fast = optimizer == "muon" and part == "blocks" and weight.ndim == 2
+        full = config.muon_learning_rate if fast else 1.0
+        assert rate_of[id(weight)] == pytest.approx(full * 0.5**exponent), name
+
+
+def test_what_is_frozen_is_in_no_group():
+    model = ViT(MICRO)
+    model.blocks.requires_grad_(False)
+    optimizers = make_optimizers(model, TrainConfig(optimizer="muon"), "bf16")
+    assert [type(optimizer).__name__ for optimizer in optimizers] == ["AdamW"]
+    (optimizer,) = optimizers
+    found = {id(w) for group in optimizer.param_groups for w in group["params"]}
+    names = {name for name, weight in model.named_parameters() if id(weight) in found}
+    assert names and not any(name.startswith("blocks.") for name in names)

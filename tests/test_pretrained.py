@@ -270,3 +270,30 @@ def test_a_state_dict_without_a_head_gets_a_new_one():
     model = ViT(dataclasses.replace(start.config, classes=2))
     (line,) = start.initialize(model, ("cat", "dog"))
     assert line.endswith("a new head for 2 classes")
+
+
+def test_an_exported_state_dict_is_what_the_library_loads(tmp_path, capsys):
+    shipped = (small.ROOT / "checkpoints/vit_cifar10.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(shipped)
+    export = ["--export", str(tmp_path), "--library"]
+    assert cli.status_of(trainer.main, [*export, "timm"]) == 0
+    ours, checkpoint = utils.load_model(tmp_path / "last.pt")
+    config = checkpoint.model
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.heads,
+        num_classes=10,
+        global_pool="avg",
+        class_token=False,
+    ).eval()
+    theirs.load_state_dict(torch.load(tmp_path / "model_timm.pth"), strict=True)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images), ours(images), rtol=0, atol=1e-4)
+    capsys.readouterr()
+    assert cli.status_of(trainer.main, [*export, "torchvision"]) == 2
+    assert "torchvision has no ViT with mean pooling" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import run
 import utils
 from config import UserError
+from evaluation import Evaluation
 from recipes import TrainConfig
 from run import Run, RunOptions, check_fit, new_run, training_flops
 from small import rows_of
@@ -89,6 +90,20 @@ def test_a_run_saves_by_the_minute_and_at_its_end(train, tmp_path, monkeypatch):
     assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 5
 
 
+def test_the_best_epoch_is_kept(train, tmp_path, monkeypatch):
+    accuracies = iter([0.2, 0.5, 0.5, 0.4])
+
+    def validated(*_):
+        return Evaluation(loss=1.0, top1=next(accuracies), top5=1.0, of_class=[])
+
+    monkeypatch.setattr("trainer.evaluate", validated)
+    assert train("--name a --epochs 4 --keep-best --no-test") == 0
+    best = utils.load_checkpoint(tmp_path / "a/best.pt")
+    assert [row.validation_accuracy for row in best.history] == [0.2, 0.5, 0.5]
+    assert best.optimizers is None
+    assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 4
+
+
 # ---------------------------------------------------------------------------- what it refuses
 
 
@@ -128,6 +143,17 @@ def test_a_checkpoint_fits_the_data_set_of_its_classes(train, tmp_path, small_sh
 
 
 # ---------------------------------------------------------------------------- its operations
+
+
+def test_the_operations_of_a_frozen_model_are_those_that_torch_counts():
+    config = ViTConfig(patch_size=8, width=32, depth=3, heads=4)
+    model = ViT(config).requires_grad_(False)
+    model.head.requires_grad_(True)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+    # The features get no gradient, so the third product of the head is not made.
+    head = 2 * 32 * 10
+    assert counter.get_total_flops() == 2 * (training_flops(config, frozen=True) - head)
 
 
 @pytest.mark.parametrize(

@@ -4,22 +4,25 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import evaluation
 import run
 import small
+import sources
 import trainer
 import utils
 from config import UserError
 from initialization import mimetic
 from recipes import Recipe, TrainConfig
-from run import Diverged, RunOptions
+from run import Diverged, Run, RunOptions
 from small import ROOT, rows_of, same_weights, weights_of
 from ViT import EncoderBlock, ViT, ViTConfig
 
@@ -342,3 +345,58 @@ def test_the_program_runs_from_any_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     assert json.loads((tmp_path / "runs/a/result.json").read_text())["epochs"] == 1
+
+
+def test_balanced_classes_weigh_alike(train, monkeypatch, small_shapes):
+    """A class of a third of the images counts a third as much an image."""
+    seen, cross_entropy = [], F.cross_entropy
+
+    def watched(logits, targets, weights=None, **options):
+        seen.append(weights)
+        return cross_entropy(logits, targets, weights, **options)
+
+    labels = small_shapes.train.labels
+    monkeypatch.setattr(F, "cross_entropy", watched)
+    assert train("--name a --epochs 1 --balance --no-test") == 0
+    weights = seen[0]
+    assert (weights * labels.bincount()).std() < 1e-3 * weights.sum()
+    assert weights[labels].mean().item() == pytest.approx(1)
+    assert train("--name b --epochs 1 --no-test") == 0
+    assert seen[-2] is None
+
+
+def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
+    tmp_path, monkeypatch, capsys
+):
+    for name in ("b10", "b2", "a"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for number in range({"a": 24, "b2": 18, "b10": 15}[name]):
+            noise = torch.randint(256, (9, 11, 3), generator=torch.Generator().manual_seed(number))
+            image = Image.fromarray(noise.to(torch.uint8).numpy())
+            image.save(tmp_path / "pets" / name / f"{number}.png")
+    monkeypatch.setattr(sources, "LARGEST_IN_MEMORY", 1000)
+    monkeypatch.setattr(run.Run, "save_is_due", small.after_each_epoch)
+    flags = f"--recipe demo --dataset folder:{tmp_path}/pets --epochs 3 --name"
+    assert small.status_of(f"{flags} whole", tmp_path) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "end_epoch", stopping_after(2))
+        assert small.status_of(f"{flags} cut", tmp_path) == 128 + signal.SIGTERM
+    assert small.status_of(f"--resume {tmp_path}/cut", tmp_path) == 0
+    assert small.differing(tmp_path / "whole", tmp_path / "cut") == 0
+    capsys.readouterr()
+    assert small.status_of(f"--evaluate {tmp_path}/whole", tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-3:]] == ["a", "b2", "b10"]
+    assert any(line.startswith("class mean") for line in lines)
+
+
+def stopping_after(epochs):
+    """In place of `Run.end_epoch`: a signal arrives in the epoch after so many."""
+    end_epoch = Run.end_epoch
+
+    def end(run, record):
+        end_epoch(run, record)
+        if run.epoch == epochs:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return end

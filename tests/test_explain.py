@@ -1,5 +1,6 @@
 """The maths of the figures against matrices worked out by hand, and against known truths."""
 
+import copy
 import itertools
 import math
 from typing import NamedTuple
@@ -24,9 +25,9 @@ def one_head(*matrices: Tensor) -> list[Tensor]:
     return [M[None] for M in matrices]
 
 
-def small_vit(pooling="class") -> ViT:
+def small_vit(pooling="class", **options) -> ViT:
     torch.manual_seed(0)
-    size = {"image_size": (16, 24), "patch_size": 8, "width": 16, "depth": 3, "heads": 2}
+    size = {"image_size": (16, 24), "patch_size": 8, "width": 16, "depth": 3, "heads": 2} | options
     model = ViT(ViTConfig(**size, classes=5, pooling=pooling)).eval()
     torch.nn.init.normal_(model.head.weight)
     return model
@@ -81,7 +82,9 @@ def test_attention_gradients_are_those_of_each_target_alone(pooling):
     """Against finite differences: one weight of the last block changed, what follows run again."""
     model = small_vit(pooling).double()
     image = torch.randn(3, 16, 24, dtype=torch.float64)
-    attention, gradients = explain.attention_gradients(model, image, [4, 1])
+    attention, gradients = explain.attention_gradients(
+        model, image.expand(2, *image.shape), torch.tensor([4, 1])
+    )
     assert len(attention) == len(gradients) == 3
     T = model.config.tokens
     assert gradients[0].shape == attention[0].shape == (2, 2, T, T)
@@ -115,13 +118,15 @@ def test_the_classifiers_row_is_the_class_tokens_or_the_mean():
 @pytest.mark.parametrize("pooling", ["class", "mean"])
 def test_explanations_are_maps_of_mean_one_and_two_of_them_depend_on_the_class(pooling):
     model = small_vit(pooling)
-    maps = explain.explanations(model, torch.randn(3, 16, 24), [0, 3])
+    maps = explain.explanations(
+        model, torch.randn(3, 16, 24).expand(2, 3, 16, 24), torch.tensor([0, 3])
+    )
     for values in maps.values():
         assert values.shape == (2, 2, 3) and values.min() >= 0
         torch.testing.assert_close(values.mean(dim=(1, 2)), torch.ones(2))
     for method in ("attention", "rollout"):
         torch.testing.assert_close(maps[method][0], maps[method][1])
-    for method in ("gradient rollout", "relevance"):
+    for method in ("gradient rollout", "relevance", "LeGrad"):
         assert not torch.allclose(maps[method][0], maps[method][1], atol=1e-3)
 
 
@@ -208,14 +213,137 @@ def test_relevance_points_at_the_object_of_its_class_and_rollout_cannot():
     tasks = list(zip(pictures[differ], labels[differ], masks[differ], strict=True))[:100]
     for picture, cell_labels, cell_masks in tasks:
         places = (cell_labels >= 0).nonzero()[:, 0].tolist()
-        image = normalize(picture[None])[0]
-        maps = explain.explanations(model, image, cell_labels[places].tolist())
+        images = normalize(picture[None].expand(len(places), *picture.shape))
+        maps = explain.explanations(model, images, cell_labels[places])
         for method in hits:
             pointed = maps[method].flatten(1).argmax(dim=1).tolist()  # a cell for each class
             hits[method] += pointed == places and bool(cell_masks[pointed].any(dim=(1, 2)).all())
     assert len(tasks) == 100
     assert hits["relevance"] >= 90, hits
     assert hits["rollout"] == 0, hits  # one map cannot have its maximum in two places
+
+
+# ---------------------------------------------------------------------------- evidence
+
+
+def test_legrad_of_one_block_is_its_gradient():
+    model = small_vit("mean", depth=1, heads=1).double()
+    images, targets = torch.randn(1, 3, 16, 24, dtype=torch.float64), torch.tensor([2])
+    trace = Trace()
+    logits = model(images, trace=trace)  # with one block, the block's score is the model's
+    (gradient,) = torch.autograd.grad(logits[0, 2], trace.attention[0])
+    expected = gradient[0, 0].clamp(min=0).mean(dim=0)  # over the queries
+    torch.testing.assert_close(explain.legrad(model, images, targets)[0], expected)
+
+
+def test_legrad_of_a_block_ignores_the_later_ones():
+    model = small_vit("class").double()
+    images, targets = torch.randn(2, 3, 16, 24, dtype=torch.float64), torch.tensor([2, 0])
+    total = torch.zeros(2, 6, dtype=torch.float64)
+    for depth in (1, 2, 3):
+        shorter = copy.deepcopy(model)
+        shorter.blocks = shorter.blocks[:depth]
+        trace = Trace()
+        chosen = shorter(images, trace=trace)[[0, 1], targets].sum()
+        (gradient,) = torch.autograd.grad(chosen, trace.attention[-1])
+        total += gradient.clamp(min=0).mean(dim=(1, 2))[:, 1:]
+    torch.testing.assert_close(explain.legrad(model, images, targets), total)
+
+
+def test_gradient_times_input_of_a_linear_model_is_each_patch_s_share():
+    class Linear(torch.nn.Module):
+        config = ViTConfig(image_size=(16, 24), patch_size=8)
+
+        def forward(self, images):
+            return torch.stack([images.flatten(1) @ weights, images.sum(dim=(1, 2, 3))], dim=1)
+
+    weights = torch.randn(3 * 16 * 24)
+    images = torch.randn(2, 3, 16, 24)
+    shares = explain.gradient_times_input(Linear(), images, torch.tensor([0, 1]))
+    assert shares.shape == (2, 6)
+    torch.testing.assert_close(shares[0].sum(), images[0].flatten() @ weights, rtol=1e-4, atol=1e-4)
+    expected = patchify(images[1:], 8)[0].sum(dim=1)
+    torch.testing.assert_close(shares[1], expected)
+
+
+class OnePatch(torch.nn.Module):
+    """Class 1 where a token of this image carries the marked patch, else class 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = ViTConfig(image_size=(16, 16), patch_size=4, pooling="mean", width=48)
+        self.embed, self.blocks, self.norm = lambda x: patchify(x, 4), [], torch.nn.Identity()
+
+    def pool(self, z):
+        return z.amax(dim=1)
+
+    def head(self, features):
+        return torch.stack([0.5 - features[:, 0], features[:, 0]], dim=1) * 100
+
+    def forward(self, images):
+        return self.head(self.pool(self.embed(images)))
+
+
+@pytest.mark.parametrize("fill", [None, torch.zeros(3, 1, 1)])
+def test_the_one_patch_that_matters_moves_the_curves_where_it_goes(fill):
+    images = torch.zeros(1, 3, 16, 16)
+    images[:, :, 4:8, 8:12] = 1  # patch 6 of 16
+    model, targets = OnePatch(), torch.tensor([1])
+    others = [patch for patch in range(16) if patch != 6]
+    for order, first_half, second_half in (([6, *others], 1, 1), ([*others, 6], 0, 0)):
+        order = torch.tensor([order])
+        kept, hits = explain.kept_probabilities(model, images, targets, order, 4, fill)
+        expected = [first_half, first_half, second_half, 1]
+        assert kept[0].round().tolist() == hits[0].tolist() == expected
+    middle = torch.tensor([[*others[:7], 6, *others[7:]]])
+    kept, _ = explain.kept_probabilities(model, images, targets, middle, 4, fill)
+    assert kept[0].round().tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+@pytest.mark.parametrize("fill", [None, torch.zeros(3, 1, 1)])
+def test_with_every_patch_left_the_curves_are_the_model(pooling, fill):
+    model, images = small_vit(pooling), torch.randn(4, 3, 16, 24)
+    order = torch.rand(4, 6).argsort(dim=1)
+    with torch.no_grad():
+        expected = model(images)
+    torch.testing.assert_close(explain.logits_of_kept(model, images, order, fill), expected)
+    targets = expected.argmax(dim=1)
+    kept, hits = explain.kept_probabilities(model, images, targets, order, 3, fill)
+    torch.testing.assert_close(kept[:, -1], expected.softmax(dim=1).amax(dim=1))
+    assert hits[:, -1].all() and kept.shape == (4, 3)
+
+
+def test_a_head_without_projection_is_worth_nothing_and_one_that_decides_is():
+    model, images = small_vit("mean"), torch.randn(40, 3, 16, 24)
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+        model.blocks[1].attn.proj.weight[:, 8:] = 0  # the second of two heads
+        labels = model(images).argmax(dim=1)
+
+        def accuracy_and_loss():
+            logits = model(images)
+            return (logits.argmax(dim=1) == labels).double().mean().item(), logits.std().item()
+
+        worth = explain.head_worth(model, accuracy_and_loss)
+        assert worth.accuracy == worth.pruned[0] == 1 and worth.without[1, 1] == 1
+        assert worth.without.shape == (3, 2) and worth.pruned.shape == (7,)
+        assert worth.without.min() < 1
+        without_attention = copy.deepcopy(model)
+        for block in without_attention.blocks:
+            block.attn.proj.weight.zero_()
+        expected = (without_attention(images).argmax(dim=1) == labels).double().mean()
+        assert worth.pruned[-1] == pytest.approx(expected.item())
+        assert accuracy_and_loss()[0] == 1  # the model is as before
+
+
+def test_areas_and_intervals():
+    assert explain.area(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.5, 1.0]])).tolist() == [1, 0.5]
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 3
+    low, high = explain.bootstrap_interval(values)
+    deviation = values.std().item() / 20  # of the mean
+    assert low == pytest.approx(values.mean().item() - 1.96 * deviation, abs=0.2 * deviation)
+    assert high == pytest.approx(values.mean().item() + 1.96 * deviation, abs=0.2 * deviation)
 
 
 @pytest.mark.parametrize("pooling", ["class", "mean"])

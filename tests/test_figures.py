@@ -70,6 +70,21 @@ FIGURES = {
         ),
         ["weight relative to uniform"],
     ),
+    "head_worth": (
+        lambda: figures.head_worth(
+            DRAW.normal(size=(2, 3)), DRAW.random(7), title="title", caption="caption"
+        ),
+        ["head", "layer", "accuracy lost (points)", "accuracy (%)"],
+    ),
+    "perturbation": (
+        lambda: figures.perturbation(
+            {name: DRAW.random((2, 8)) for name in ("rollout", "random order")},
+            {"rollout": (0.1, 0.2), "random order": (0.3, 0.4)},
+            title="title",
+            caption="caption",
+        ),
+        ["patches removed, most important first", "probability of the class"],
+    ),
     "logit_lens": (
         lambda: figures.logit_lens(picture(), DRAW.random((4, 10)), CLASSES, title="title"),
         ["layer", "probability"],

@@ -176,10 +176,16 @@ def test_saved_arrays_are_what_the_functions_give(train, draw, tmp_path, small_s
     np.testing.assert_allclose(saved, expected, atol=1e-6)
 
     order = logits[3].argsort(descending=True)[:2].tolist()
-    image = checkpoint.preprocessing.normalize(images[3:4])[0]
-    expected = explain.explanations(model, image, order)
+    image = checkpoint.preprocessing.normalize(images[[3, 3]])
+    expected = explain.explanations(model, image, torch.tensor(order))
     saved = load(tmp_path, "image/validation-3/explanations")
-    assert saved.keys() == {"attention", "rollout", "gradient_rollout", "relevance"}
+    assert saved.keys() == {
+        "attention",
+        "rollout",
+        "gradient_rollout",
+        "relevance",
+        "LeGrad",
+    }
     for method, values in expected.items():
         np.testing.assert_allclose(saved[method.replace(" ", "_")], values, atol=1e-5)
 
@@ -352,6 +358,27 @@ def test_image_files_need_no_data_set(draw, tmp_path, monkeypatch):
     monkeypatch.setattr(catalogue, "load_dataset", lambda *_, **__: pytest.fail("it was loaded"))
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     assert draw(f"image --image {tmp_path / 'red.png'} --query cls") == 0
+
+
+@pytest.mark.parametrize("removal", ["drop", "black"])
+def test_faithfulness_has_a_table_of_all_maps(draw, tmp_path, removal, capsys):
+    assert draw(f"faithfulness --images 6 --save-data --removal {removal}") == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    names = {line.split(" | ")[0].removeprefix("| ") for line in table[1:]}
+    assert names == {*("attention", "rollout", "gradient rollout", "relevance", "LeGrad")} | {
+        "gradient x input",
+        "random order",
+    }
+    areas = manifest(tmp_path)["figures"]["faithfulness/maps"]["areas"]
+    saved = load(tmp_path, "faithfulness/maps")
+    for name, values in areas.items():
+        curves = saved[name.replace(" ", "_")]  # (4, images, shares)
+        assert curves.shape == (4, 6, 8)
+        np.testing.assert_allclose(curves[0, :, 0], curves[1, :, -1], rtol=1e-5)  # the whole image
+        assert values["deletion"] == pytest.approx(explain.area(torch.tensor(curves[0])).mean())
+        low, high = values["deletion_interval"]
+        assert low <= values["deletion"] <= high
+    assert load(tmp_path, "faithfulness/heads")["lost"].shape == (2, 2)
 
 
 def test_images_are_normalized_as_the_checkpoint_states(draw, tmp_path, small_shapes):

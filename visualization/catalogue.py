@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 import explain
 import figures
@@ -28,7 +29,7 @@ import utils
 from augment import augment
 from config import Config, UserError
 from data import Batch, Dataset, Split
-from evaluation import predict
+from evaluation import evaluate, predict
 from run import RUN_FILES, check_fit
 from sources import load_dataset
 from utils import EpochRecord
@@ -65,6 +66,10 @@ class Options(Config):
     split: Annotated[
         Literal["validation", "test"], "images to show; test, if none were held out for validation"
     ] = "validation"
+    images: Annotated[int, "of faithfulness: how many images", "[2, inf)"] = 100
+    removal: Annotated[
+        Literal["drop", "mean", "black"], "of faithfulness: drop a patch's token, or paint it"
+    ] = "drop"
     seed: Annotated[int, "of the random choice of images", "[0, 1e15]"] = 0
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
     device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
@@ -213,8 +218,9 @@ ATTENTION_CAPTION = (
 EXPLANATIONS_CAPTION = (
     "Attention: last layer, mean over heads, {query}. Rollout combines all layers. Neither "
     "depends on the class, so their rows are equal. Gradient rollout and relevance weight "
-    "attention by the gradient of the class logit: evidence for the class, not against it. None of "
-    "the four proves a cause. Maps are smoothed (bicubic)."
+    "attention by the gradient of the class logit, LeGrad is that gradient alone: evidence for the "
+    "class, not against it. None of the five proves a cause; `faithfulness` tests them. Maps are "
+    "smoothed (bicubic)."
 )
 
 
@@ -285,8 +291,8 @@ def _attention_picture(
 def draw_explanations(model: Model, subject: Subject) -> Picture:
     probabilities, _ = look(model, subject)
     targets = target_classes(model, subject, probabilities)
-    image = model.normalize(subject.pixels[None])[0]
-    maps = explain.explanations(model.vit, image, targets)
+    images = model.normalize(subject.pixels.expand(len(targets), *subject.pixels.shape))
+    maps = explain.explanations(model.vit, images, torch.tensor(targets, device=model.device))
     maps = {method: values.cpu().numpy() for method, values in maps.items()}
     figure = figures.explanations(
         to_picture(subject.pixels),
@@ -595,6 +601,122 @@ def sheet_names(model: Model) -> list[str]:
     return [model.classes[k] for k in model.probe.predictions[:SHEET_IMAGES]]
 
 
+# ---------------------------------------------------------------------------- evidence
+
+SHARES = 8  # of the patches, at which a curve is measured
+RANDOM_ORDERS = 10
+HEAD_IMAGES = 500
+RANDOM = "random order"
+
+
+def draw_faithfulness(model: Model) -> Picture:
+    """Deletion and insertion curves of every map, and of random orders."""
+    if model.config.patches < 2:
+        raise NotApplicable("with a single patch there is nothing to order")
+    rows = model.sample(model.split, model.options.images)
+    parts: dict[str, list[Tensor]] = {}
+    batches = model.split.batches(rows.split(PROBE_BATCH))
+    for batch in tqdm(batches, total=-(-len(rows) // PROBE_BATCH), disable=None, leave=False):
+        for name, curves in faithfulness_of(model, batch).items():
+            parts.setdefault(name, []).append(curves.cpu())
+    measured = {name: torch.cat(part, dim=1) for name, part in parts.items()}  # (4, n, SHARES)
+    numbers = {name: areas_of(curves) for name, curves in measured.items()}
+    print("\n".join(faithfulness_table(numbers)))
+    best = min((name for name in numbers if name != RANDOM), key=lambda n: numbers[n]["deletion"])
+    title = f"Which patches matter: {len(rows)} {model.of_split}"
+    lost = {"drop": "dropped", "mean": "painted in the mean color", "black": "painted black"}
+    figure = figures.perturbation(
+        {name: curves[:2].mean(dim=1).numpy() for name, curves in measured.items()},
+        {name: values["deletion_interval"] for name, values in numbers.items()},
+        title=title,
+        caption=(
+            "Probability of the class that the whole image is given, as patches are "
+            f"{lost[model.options.removal]}, in the order of each map and in {RANDOM_ORDERS} "
+            "random orders (gray). Left, the most important are removed first: lower is better, "
+            f"and lowest for {best}. Right, the most important alone are left: higher is better."
+        ),
+    )
+    arrays = {name.replace(" ", "_"): curves.numpy() for name, curves in measured.items()}
+    return Picture(figure, arrays, {"images": len(rows), "areas": numbers})
+
+
+def faithfulness_of(model: Model, batch: Batch) -> dict[str, Tensor]:
+    """For each map (4, B, SHARES): probability by deletion and insertion, then accuracy by both."""
+    images = model.normalize(batch.images)
+    with torch.no_grad():
+        targets = model.vit(images).argmax(dim=1)
+    maps = explain.explanations(model.vit, images, targets)
+    maps = {name: values.flatten(1) for name, values in maps.items()}
+    maps["gradient x input"] = explain.gradient_times_input(model.vit, images, targets)
+    orders = {name: [values.argsort(dim=1, descending=True)] for name, values in maps.items()}
+    generator = torch.Generator().manual_seed(model.options.seed)
+    draws = torch.rand(RANDOM_ORDERS, *maps["attention"].shape, generator=generator)
+    orders[RANDOM] = list(draws.argsort(dim=2).to(model.device))
+    paint = {"drop": None, "mean": "mean", "black": "black"}[model.options.removal]
+    fill = torch.zeros_like(images[:1]) if paint else None  # the mean, once normalized
+    if paint == "black":
+        fill = model.normalize(torch.zeros_like(batch.images[:1]))
+    curves = {}
+    for name, several in orders.items():
+        found = []
+        for order in several:
+            arguments = (model.vit, images, targets)
+            inserted = explain.kept_probabilities(*arguments, order, SHARES, fill)
+            deleted = explain.kept_probabilities(*arguments, order.flip(1), SHARES, fill)
+            pairs = zip(deleted, inserted, strict=True)
+            found.append(torch.stack([x.float() for a, b in pairs for x in (a.flip(1), b)]))
+        curves[name] = torch.stack(found).mean(dim=0)  # over the random orders
+    return curves
+
+
+def draw_head_worth(model: Model) -> Picture:
+    """What each head is worth: the accuracy without it."""
+    rows = model.sample(model.split, HEAD_IMAGES)
+    images, labels = model.split.take(rows)
+    sampled = Split(images, labels)
+
+    def accuracy_and_loss() -> tuple[float, float]:
+        result = evaluate(model.vit, sampled, model.checkpoint.preprocessing)
+        return result.top1, result.loss
+
+    worth = explain.head_worth(model.vit, accuracy_and_loss)
+    lost = 100 * (worth.accuracy - worth.without)
+    figure = figures.head_worth(
+        lost.numpy(),
+        100 * worth.pruned.numpy(),
+        title=f"What a head is worth: {len(rows)} {model.of_split}",
+        caption=(
+            "Left: accuracy lost without one head, whose output is set to zero, from "
+            f"{worth.accuracy:.1%}. Right: without more and more heads, first those that are missed "
+            "least alone; heads that can replace each other are missed together."
+        ),
+    )
+    arrays = {"lost": lost.numpy(), "pruned": worth.pruned.numpy()}
+    return Picture(figure, arrays, {"accuracy": worth.accuracy, "most": float(lost.max())})
+
+
+def areas_of(curves: Tensor) -> dict[str, Any]:
+    """The mean height of a map's four curves (4, n, SHARES), with intervals over the images."""
+    names = ("deletion", "insertion", "deletion accuracy", "insertion accuracy")
+    areas = dict(zip(names, explain.area(curves), strict=True))
+    means = {name: values.mean().item() for name, values in areas.items()}
+    intervals = {f"{n}_interval": explain.bootstrap_interval(v) for n, v in areas.items()}
+    return means | intervals
+
+
+def faithfulness_table(numbers: dict[str, dict[str, Any]]) -> list[str]:
+    """The areas in Markdown, the lowest deletion first."""
+    names = ("deletion", "insertion", "deletion accuracy", "insertion accuracy")
+    lines = [f"| map | {' | '.join(names)} |", "|---" * 5 + "|"]
+    for map_name, values in sorted(numbers.items(), key=lambda item: item[1]["deletion"]):
+        cells = []
+        for name in names:
+            low, high = values[f"{name}_interval"]
+            cells.append(f"{values[name]:.3f} ({low:.3f} to {high:.3f})")
+        lines.append(f"| {map_name} | {' | '.join(cells)} |")
+    return lines
+
+
 # ---------------------------------------------------------------------------- figures of the run
 
 
@@ -673,6 +795,7 @@ OF_THE_MODEL: dict[str, dict[str, Callable[[Model], Picture]]] = {
         "layer-similarity": draw_cka,
         "class-tokens": draw_class_tokens,
     },
+    "faithfulness": {"maps": draw_faithfulness, "heads": draw_head_worth},
     "run": {
         "curves": draw_curves,
         "confusion": draw_confusion,

@@ -4,14 +4,19 @@
     z    tokens after one block, (n, T, D), of n images
     N    patches, g_h down times g_w across; T is N + 1 with a class token, which stands first
 
-A `Trace` has both, of every block. Three ways to combine the blocks' attention into one map:
+A `Trace` has both, of every block. Ways to combine the blocks' attention into one map:
 
     rollout             product over the blocks of A, mean over heads: where information can flow
     gradient rollout    the same of max(A * dy_c/dA, 0), which raises class c: class-specific
     relevance           the same weights, accumulated block by block: class-specific
+    LeGrad              max(dy_c/dA, 0) of the class score after each block, summed over the blocks
+
+How faithful a map is to the model, `kept_probabilities` tells: remove patches in the map's order.
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -102,21 +107,26 @@ def walk(model: ViT, image: Tensor, block: int) -> Walk:
 
 
 def attention_gradients(
-    model: ViT, image: Tensor, targets: list[int]
+    model: ViT, images: Tensor, targets: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Attention of an image, and the gradient of each target class's logit with respect to it.
+    """Attention of images, and the gradient of a class's logit with respect to it.
 
     Args:
-        image: (C, H, W), normalized.
+        images: (B, C, H, W), normalized.
+        targets: (B,), the class of each.
 
     Returns:
-        Two lists of L tensors (len(targets), h, T, T): A, and dy_c/dA through all later blocks.
+        Two lists of L tensors (B, h, T, T): A, and dy_c/dA through all later blocks.
     """
     trace = Trace()
-    logits = model(image.expand(len(targets), *image.shape), trace=trace)  # (len(targets), K)
-    total = sum(logits[row, target] for row, target in enumerate(targets))
-    gradients = torch.autograd.grad(total, trace.attention)
+    logits = model(images, trace=trace)  # (B, K)
+    gradients = torch.autograd.grad(score(logits, targets), trace.attention)
     return [A.detach() for A in trace.attention], list(gradients)
+
+
+def score(logits: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the targets' logits, of which each image's gradient is that of its own."""
+    return logits.gather(1, targets[:, None]).sum()
 
 
 def rollout(attention: list[Tensor]) -> Tensor:
@@ -175,6 +185,36 @@ def relevance(attention: list[Tensor], gradients: list[Tensor]) -> Tensor:
     return R
 
 
+def legrad(model: ViT, images: Tensor, targets: Tensor) -> Tensor:
+    """LeGrad (Bousselham et al., arXiv 2404.03214), without its scaling to the range 0 to 1.
+
+    For each block, the gradient of the class score of that block's own pooled token with respect to
+    its attention: the positive part, its mean over heads and queries; then the sum over the blocks.
+
+    Args:
+        images: (B, C, H, W), normalized.
+        targets: (B,)
+
+    Returns:
+        (B, N)
+    """
+    trace = Trace()
+    model(images, trace=trace)
+    total = images.new_zeros(len(images), model.config.patches)
+    for A, z in zip(trace.attention, trace.tokens[1:], strict=True):
+        of_block = score(model.head(model.norm(model.pool(z))), targets)
+        (gradient,) = torch.autograd.grad(of_block, A, retain_graph=True)
+        total += gradient.clamp(min=0).mean(dim=(1, 2))[:, -model.config.patches :]
+    return total
+
+
+def gradient_times_input(model: ViT, images: Tensor, targets: Tensor) -> Tensor:
+    """The sum over each patch of pixel times gradient of the class's logit: (B, N), of any sign."""
+    images = images.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(score(model(images), targets), images)
+    return patchify(images.detach() * gradient, model.config.patch_size).sum(dim=-1)
+
+
 def _helpful(attention: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
     """E_h[max(A * dy_c/dA, 0)] of each block: the attention in favor of a class, (..., T, T)."""
     pairs = zip(attention, gradients, strict=True)
@@ -194,18 +234,19 @@ def _identity_like(M: Tensor) -> Tensor:
     return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)
 
 
-def explanations(model: ViT, image: Tensor, targets: list[int]) -> dict[str, Tensor]:
-    """Four maps over the patches for each target class, all relative to uniform.
+def explanations(model: ViT, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Five maps over the patches of images, each for a class, all relative to uniform.
 
     Args:
-        image: (C, H, W), normalized.
+        images: (B, C, H, W), normalized.
+        targets: (B,)
 
     Returns:
-        For each method (len(targets), g_h, g_w), scaled to a mean of 1, so that 1 is uniform.
-        "attention" is the last block's, mean over heads.
+        For each method (B, g_h, g_w), scaled to a mean of 1, so that 1 is uniform. "attention" is
+        the last block's, mean over heads.
     """
     pooling = model.config.pooling
-    A, gradients = attention_gradients(model, image, targets)
+    A, gradients = attention_gradients(model, images, targets)
     R = relevance(A, gradients)
     matrices = {
         "attention": A[-1].mean(dim=-3),
@@ -214,9 +255,11 @@ def explanations(model: ViT, image: Tensor, targets: list[int]) -> dict[str, Ten
         # R starts as the identity, which is no evidence; a class token's row does not contain it.
         "relevance": R - _identity_like(R),
     }
+    rows = {name: classifier_row(M, pooling) for name, M in matrices.items()}
+    rows["LeGrad"] = legrad(model, images, targets)
     return {
-        name: relative_to_uniform(classifier_row(M, pooling)).unflatten(-1, model.config.grid)
-        for name, M in matrices.items()
+        name: relative_to_uniform(row).unflatten(-1, model.config.grid)
+        for name, row in rows.items()
     }
 
 
@@ -238,6 +281,122 @@ def logit_lens(model: ViT, tokens: list[Tensor]) -> Tensor:
     """
     logits = torch.stack([model.head(model.norm(model.pool(z))) for z in tokens])
     return logits.softmax(dim=-1)
+
+
+# ---------------------------------------------------------------------------- evidence
+
+
+@torch.no_grad()
+def logits_of_kept(model: ViT, images: Tensor, kept: Tensor, fill: Tensor | None) -> Tensor:
+    """Logits (B, K) of images of which only some patches are left.
+
+    Args:
+        images: (B, C, H, W), normalized.
+        kept: (B, n), the rows of the patches that are left.
+        fill: what replaces the others, a normalized pixel (C, 1, 1); None drops their tokens.
+    """
+    config = model.config
+    if fill is None:
+        z = model.embed(images)  # (B, T, D)
+        first = z.shape[1] - config.patches  # the class token stays
+        rows = F.pad(kept + first, (first, 0))
+        z = z.take_along_dim(rows[:, :, None], dim=1)  # (B, first + n, D)
+        for block in model.blocks:
+            z = block(z)
+        return model.head(model.norm(model.pool(z)))
+    left = torch.zeros(len(images), config.patches, dtype=torch.bool, device=images.device)
+    left = left.scatter(1, kept, True).unflatten(1, config.grid)[:, None]  # (B, 1, H/P, W/P)
+    for dim in (2, 3):
+        left = left.repeat_interleave(config.patch_size, dim)
+    return model(torch.where(left, images, fill))
+
+
+def kept_probabilities(
+    model: ViT, images: Tensor, targets: Tensor, order: Tensor, shares: int, fill: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A class's probability when the first 1/n, 2/n, ..., n/n of an image's patches are left.
+
+    In a map's order this is its insertion curve. In the opposite order, read from its end, it is
+    the deletion curve: the patches that the map holds for most important are missing.
+
+    Args:
+        order: (B, N), the rows of all patches; the first are left the longest.
+        shares: n.
+
+    Returns:
+        (B, n) each: the probability of the target, and whether it is the prediction.
+    """
+    probabilities, hits = [], []
+    for number in range(1, shares + 1):
+        count = max(1, round(model.config.patches * number / shares))
+        logits = logits_of_kept(model, images, order[:, :count], fill)
+        probabilities.append(logits.softmax(dim=1).gather(1, targets[:, None])[:, 0])
+        hits.append(logits.argmax(dim=1) == targets)
+    return torch.stack(probabilities, dim=1), torch.stack(hits, dim=1)
+
+
+Head = tuple[int, int]  # a block and a head in it, counted from 0
+
+
+@contextmanager
+def without_heads(model: ViT, heads: Iterable[Head]) -> Iterator[None]:
+    """A block in which the outputs of these heads are zero before they are projected."""
+    hooks = []
+    for layer, head in heads:
+
+        def silenced(_: nn.Module, inputs: tuple[Tensor], head: int = head) -> tuple[Tensor]:
+            z = inputs[0].unflatten(-1, (model.config.heads, -1)).clone()  # (B, T, h, D_h)
+            z[:, :, head] = 0
+            return (z.flatten(2),)
+
+        hooks.append(model.blocks[layer].attn.proj.register_forward_pre_hook(silenced))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class HeadWorth(NamedTuple):
+    """What the accuracy on some images owes to the attention heads."""
+
+    accuracy: float  # with all heads
+    without: Tensor  # (L, h): without one of them
+    pruned: Tensor  # (L h + 1,): without the 0, 1, 2, ... least useful
+
+
+def head_worth(model: ViT, accuracy_and_loss: Callable[[], tuple[float, float]]) -> HeadWorth:
+    """Accuracy without each head, and without more and more of those that are missed the least.
+
+    Args:
+        accuracy_and_loss: of the model as it is now; the loss orders heads of equal accuracy.
+    """
+    L, h = model.config.depth, model.config.heads
+    found = {}
+    for head in ((layer, head) for layer in range(L) for head in range(h)):
+        with without_heads(model, [head]):
+            found[head] = accuracy_and_loss()
+    order = sorted(found, key=lambda head: (-found[head][0], found[head][1]))
+    pruned = [accuracy_and_loss()[0]]
+    for count in range(1, L * h + 1):
+        with without_heads(model, order[:count]):
+            pruned.append(accuracy_and_loss()[0])
+    without = torch.tensor([accuracy for accuracy, _ in found.values()]).reshape(L, h)
+    return HeadWorth(pruned[0], without, torch.tensor(pruned))
+
+
+def area(curves: Tensor) -> Tensor:
+    """Mean height (...,) of curves (..., n) between their ends, by the trapezoidal rule."""
+    inner = curves.sum(dim=-1) - (curves[..., 0] + curves[..., -1]) / 2
+    return inner / (curves.shape[-1] - 1)
+
+
+def bootstrap_interval(values: Tensor, draws: int = 2000) -> tuple[float, float]:
+    """The 95% interval of the mean of values (n,), by resampling them (Efron, 1979)."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(values), (draws, len(values)), generator=generator)
+    low, high = values.double()[rows].mean(dim=1).quantile(torch.tensor([0.025, 0.975]).double())
+    return low.item(), high.item()
 
 
 # ---------------------------------------------------------------------------- weights of the model

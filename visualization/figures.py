@@ -278,6 +278,69 @@ def explanations(
 
 
 @styled
+def head_worth(lost: np.ndarray, pruned: np.ndarray, *, title: str, caption: str) -> Figure:
+    """Points of accuracy lost without each head (L, h); accuracy without 0, 1, ... of them (%)."""
+    figure = new_figure(7.4, 2.8, title, caption)
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
+    most = max(float(np.abs(lost).max()), 1e-3)
+    image = left.imshow(lost, cmap=SIGNED, vmin=-most, vmax=most, aspect="auto")
+    for (row, column), value in np.ndenumerate(lost):
+        color = "white" if abs(value) > 0.6 * most else "black"
+        style = {"ha": "center", "va": "center", "color": color, "fontsize": SMALLEST}
+        left.text(column, row, f"{value:.1f}", **style)
+    layers, heads = lost.shape
+    left.set(xlabel="head", ylabel="layer", xticks=range(heads), yticks=range(layers))
+    left.set_xticklabels(range(1, heads + 1))
+    left.set_yticklabels(range(1, layers + 1))
+    figure.colorbar(image, ax=left, label="accuracy lost (points)")
+    right.plot(range(len(pruned)), pruned, marker=".")
+    right.set(xlabel="heads removed, least useful first", ylabel="accuracy (%)")
+    right.set_ylim(bottom=0)
+    return figure
+
+
+@styled
+def perturbation(
+    curves: dict[str, np.ndarray],
+    intervals: dict[str, tuple[float, float]],
+    *,
+    title: str,
+    caption: str,
+) -> Figure:
+    """Deletion and insertion curves of several maps.
+
+    Args:
+        curves: for each map (2, n): the probability as patches go, and as they come.
+        intervals: of each map's area under the deletion curve, for the legend.
+    """
+    figure = new_figure(7.4, 3.2, title, caption)
+    axes = figure.subplots(1, 2, sharey=True)
+    ordered = sorted(curves, key=lambda name: sum(intervals[name]))
+    for name in ordered:
+        n = curves[name].shape[1]
+        low, high = intervals[name]
+        style = {"marker": ".", "label": f"{name}: {low:.2f} to {high:.2f}"}
+        if name.startswith("random"):
+            style |= {"color": "0.6", "linestyle": "--"}
+        axes[0].plot(np.arange(n) / n, curves[name][0], **style)
+        axes[1].plot(
+            np.arange(1, n + 1) / n,
+            curves[name][1],
+            color=axes[0].lines[-1].get_color(),
+            marker=".",
+            linestyle=axes[0].lines[-1].get_linestyle(),
+        )
+    axes[0].set(xlabel="patches removed, most important first", ylabel="probability of the class")
+    axes[1].set(xlabel="patches present, most important first", ylim=(0, 1))
+    for each in axes:
+        each.xaxis.set_major_formatter(PercentFormatter(1))
+        each.set_xlim(0, 1)
+    legend = {"title": "area on the left, 95% interval", "title_fontsize": SMALLEST}
+    axes[1].legend(*axes[0].get_legend_handles_labels(), loc="lower right", **legend)
+    return figure
+
+
+@styled
 def logit_lens(
     picture: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], *, title: str
 ) -> Figure:

@@ -8,6 +8,7 @@
     python visualization/vis.py model --checkpoint F   the weights; needs no images
     python visualization/vis.py data                   augmentation; attention of 128 images
     python visualization/vis.py run                    curves, confusion, mistakes, calibration
+    python visualization/vis.py faithfulness           which maps find the patches that matter
 
 The figures are written to visualization/out/<run>/, with a manifest.json that states what made
 them. Layers, heads, patch rows and patch columns count from 1, images of a data set from 0.
@@ -55,6 +56,7 @@ from run import checkpoint_file
 
 OF_IMAGES = ("image", "steps", "explorer")
 GROUPS = (*OF_IMAGES, *OF_THE_MODEL)
+SLOW = ("faithfulness",)  # which `all` leaves out
 DEFAULT_IMAGES, EXPLORED_IMAGES = (0, 7), range(8)
 Drawing = Callable[[], Picture | Page]
 
@@ -155,7 +157,8 @@ def plan(model: Model) -> tuple[dict[str, Drawing], dict[str, str]]:
         UserError: an image that the command line names is not available.
     """
     options = model.options
-    groups = GROUPS if options.what == "all" else (options.what,)
+    of_all = [group for group in GROUPS if group not in SLOW]
+    groups = of_all if options.what == "all" else (options.what,)
     from_files = bool(options.image or options.dir)
     without_data = {"model", *OF_IMAGES} if from_files else {"model"}
     reason = None if without_data.issuperset(groups) else why_no_data(model)

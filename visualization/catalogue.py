@@ -687,8 +687,8 @@ def draw_head_worth(model: Model) -> Picture:
         title=f"What a head is worth: {len(rows)} {model.of_split}",
         caption=(
             "Left: accuracy lost without one head, whose output is set to zero, from "
-            f"{worth.accuracy:.1%}. Right: without more and more heads, first those that are missed "
-            "least alone; heads that can replace each other are missed together."
+            f"{worth.accuracy:.1%}. Right: without more and more heads, first those that are least "
+            "missed alone; heads that can replace each other are missed together."
         ),
     )
     arrays = {"lost": lost.numpy(), "pruned": worth.pruned.numpy()}

@@ -306,7 +306,7 @@ class Run:
     def keep_best(self) -> None:
         """Writes best.pt, a model without its optimizers, if no epoch was better on validation."""
         accuracies = [row.validation_accuracy or 0 for row in self.history]
-        if self.world.leads and accuracies[-1] == max(accuracies):
+        if self.world.leads and 0 < accuracies[-1] == max(accuracies):
             best = dataclasses.replace(self.checkpoint(), optimizers=None)
             try:
                 utils.save_checkpoint(self.folder / "best.pt", best)

@@ -219,8 +219,8 @@ EXPLANATIONS_CAPTION = (
     "Attention: last layer, mean over heads, {query}. Rollout combines all layers. Neither "
     "depends on the class, so their rows are equal. Gradient rollout and relevance weight "
     "attention by the gradient of the class logit, LeGrad is that gradient alone: evidence for the "
-    "class, not against it. None of the five proves a cause; `faithfulness` tests them. Maps are "
-    "smoothed (bicubic)."
+    "class, not against it. Each map is smoothed, has a scale of its own and is transparent where "
+    "it is at or below uniform. None of the five proves a cause; vis.py faithfulness tests them."
 )
 
 

@@ -8,13 +8,14 @@ their captions say so. The caller owns a figure: save it, then close it.
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
@@ -238,17 +239,17 @@ def explanations(
 ) -> Figure:
     """Maps of several methods (columns) for several classes (rows) over the grayed picture.
 
+    Each method has its own scale, from uniform, where it is transparent, to its maximum.
+
     Args:
         maps: for each method (classes, g_h, g_w), relative to uniform.
         classes: what to write beside each row.
     """
     width, rows = 1.32 * (len(maps) + 1) + 0.9, len(classes)
-    height = 1.32 * rows * picture.shape[0] / picture.shape[1] + 0.6
+    height = 1.32 * rows * picture.shape[0] / picture.shape[1] + 0.8
     figure = new_figure(width, height, title, caption)
     grid = figure.subplots(rows, len(maps) + 1, squeeze=False)
     gray = grayed(picture)
-    everything = np.concatenate([values.ravel() for values in maps.values()])
-    highest = max(float(np.quantile(everything, 0.97)), 1.0)
     H, W = gray.shape
     for row, name in enumerate(classes):
         show_picture(grid[row, 0], picture)
@@ -256,24 +257,22 @@ def explanations(
             -0.08, 0.5, name, rotation=90, ha="right", va="center", transform=grid[row, 0].transAxes
         )
         for axes, (method, values) in zip(grid[row, 1:], maps.items(), strict=True):
-            show_picture(axes, gray, method if row == 0 else "")
+            highest = max(float(values.max()), 1 + 1e-6)  # of all classes
+            head = f"{method}\nup to {highest:.1f}"
+            show_picture(axes, gray, head if row == 0 else "")
+            share = ((values[row] - 1) / (highest - 1)).clip(0, 1)  # 0 at uniform and below
             axes.imshow(
-                values[row],
+                share,
                 cmap=ATTENTION,
                 vmin=0,
-                vmax=highest,
-                alpha=(0.2 + 0.8 * values[row] / highest).clip(0, 0.85),
+                vmax=1,
+                alpha=0.9 * share**0.5,
                 interpolation="bicubic",
                 extent=(-0.5, W - 0.5, H - 0.5, -0.5),
             )
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(0, highest), ATTENTION),
-        ax=grid,
-        label="weight relative to uniform",
-        extend="max" if everything.max() > highest else "neither",
-        pad=0.02,
-    )
-    bar.ax.axhline(1, color=MARK, linewidth=1.2)
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), ATTENTION), ax=grid, pad=0.02)
+    bar.set_ticks([0, 1], labels=["1", "max"])
+    bar.set_label("weight relative to uniform")
     return figure
 
 
@@ -385,7 +384,7 @@ def filters(components: np.ndarray, singular_values: np.ndarray, *, title: str) 
     rows = -(-k // columns)
     caption = (
         f"The first {k} principal components of the patch embedding's filters: the pixel patterns "
-        "that tokens distinguish. Gray is 0; all have length 1 and share one scale. Signs are "
+        "that tokens distinguish. Gray is 0; each has a scale of its own. Signs are "
         f"arbitrary. Together they explain {share[:k].sum():.1%} of the variance."
     )
     figure = new_figure(7.2, 0.6 * rows + 1.0, title, caption)
@@ -395,13 +394,20 @@ def filters(components: np.ndarray, singular_values: np.ndarray, *, title: str) 
     else:
         colored = np.repeat(components.mean(axis=1)[..., None], 3, axis=-1)
     sheet = np.ones((rows * columns, *colored.shape[1:]))  # the rest stays white
-    sheet[:k] = 0.5 + 0.5 * colored / np.abs(colored).max()
+    sheet[:k] = 0.5 + 0.5 * colored / np.abs(colored).max(axis=(1, 2, 3), keepdims=True)
     tiles(left, sheet.reshape(rows, columns, *colored.shape[1:]), [], [])
     right.plot(range(1, len(share) + 1), 100 * share.cumsum(), color="0.2")
     right.axvline(k, color=MARK, linewidth=1, label="shown on the left")
     right.legend(loc="lower right")
     right.set(xlabel="component", ylabel="cumulative variance (%)", ylim=(0, 102))
     return figure
+
+
+def similarity_scale(similarity: np.ndarray) -> dict[str, Any]:
+    """How to draw cosines: from 0 where none is negative, else with white at 0."""
+    if similarity.min() >= 0:
+        return {"cmap": "viridis", "vmin": 0, "vmax": 1}
+    return {"cmap": SIGNED, "vmin": -1, "vmax": 1}
 
 
 @styled
@@ -421,9 +427,7 @@ def position_similarity(similarity: np.ndarray, *, title: str, caption: str) -> 
         similarity,
         [str(row + 1) for row in range(g_h)],
         [str(column + 1) for column in range(g_w)],
-        cmap=SIGNED,
-        vmin=-1,
-        vmax=1,
+        **similarity_scale(similarity),
     )
     axes.set(xlabel="patch column", ylabel="patch row")
     figure.colorbar(image, ax=axes, label="cosine similarity", pad=0.02)
@@ -472,9 +476,9 @@ def token_norms(patches: np.ndarray, class_token: np.ndarray | None, *, title: s
         class_token: (L + 1, n), or None.
     """
     caption = (
-        "Median over all patch tokens of all images; the shaded band holds the middle 90%. Layer 0 "
-        "is the embedding. A few tokens of far larger norm would be the artifacts of Darcet et al. "
-        "(arXiv 2309.16588)."
+        "Median over all patch tokens of all images; the shaded band holds the middle 90%, the "
+        "dotted lines are the 99% quantile and the maximum. Layer 0 is the embedding. A few tokens "
+        "of far larger norm are the artifacts of Darcet et al. (arXiv 2309.16588)."
     )
     figure = new_figure(4.6, 3.2, title, caption)
     axes = figure.subplots()
@@ -484,6 +488,9 @@ def token_norms(patches: np.ndarray, class_token: np.ndarray | None, *, title: s
             low, middle, high = np.quantile(values, (0.05, 0.5, 0.95), axis=1)
             axes.fill_between(layers, low, high, alpha=0.2, color=color, linewidth=0)
             axes.plot(layers, middle, marker=".", color=color, label=f"{name} tokens")
+            for quantile in (0.99, 1):
+                high = np.quantile(values, quantile, axis=1)
+                axes.plot(layers, high, linestyle=":", linewidth=0.8, color=color)
     axes.set(xlabel="layer", ylabel="token norm |z|", xticks=layers)
     axes.set_ylim(bottom=0)
     axes.legend(loc="upper left")
@@ -584,13 +591,14 @@ def confusion_matrix(counts: np.ndarray, classes: Sequence[str], *, title: str) 
     side = float(np.clip(0.42 * K, 3, 12))
     figure = new_figure(side + 1.6, side + 1, title, caption)
     axes = figure.subplots()
-    image = axes.imshow(share, cmap="magma", vmin=0, vmax=100)
+    norm = PowerNorm(0.4, 0, 100)  # or the mistakes would all be black
+    image = axes.imshow(share, cmap="magma", norm=norm)
     if K <= 20:
         for row, column in np.ndindex(K, K):
             value = share[row, column]
             axes.text(
-                column, row, f"{value:.0f}" if value >= 0.5 else "·", ha="center", va="center",
-                fontsize=SMALLEST, color="black" if value > 60 else "white",
+                column, row, f"{value:.0f}" if round(value) else "·", ha="center", va="center",
+                fontsize=SMALLEST, color="black" if norm(value) > 0.6 else "white",
             )  # fmt: skip
         axes.set_xticks(range(K), classes, rotation=45, ha="right")
         axes.set_yticks(range(K), classes)

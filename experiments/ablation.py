@@ -8,6 +8,7 @@
               patches, none on all of them; an hour on two cores
     shape     width, depth and patch dropout at equal operations, on a CPU; two hours
     size      the width at a third of these operations; 15 minutes
+    trend     what could make the cpu recipe better, one seed; two hours
     speed94   options of the speed94 recipe, for a GPU; not yet run
 
 Each run is one of trainer.py, judged on the validation images (--no-test); on a CPU it has one
@@ -99,6 +100,27 @@ STUDIES = {
             "width-64": "--width 64 --heads 2 --epochs 15",
             "width-96": "--width 96 --heads 3 --epochs 7",
         },
+    ),
+    # Equal time, about: ten minutes of two cores, or less.
+    "trend": Study(
+        ROOT / "results/trend",
+        f"{_SHORT} --width 96 --heads 3 --epochs 42 --patch-dropout 0.75 --whole-epochs 0"
+        " --validate-every 7",
+        {
+            "none": "",
+            "trivial": "--policy trivial --policy-epochs 0.8",
+            "crop-4": "--crop-padding 4",
+            "batch-500": "--batch-size 500",
+            "muon-low": "--muon-learning-rate 0.01",
+            "decay-high": "--weight-decay 0.2",
+            "decay-low": "--weight-decay 0.01",
+            "muon-low-decay-low": "--muon-learning-rate 0.01 --weight-decay 0.02",
+            "width-64": "--width 64 --heads 2 --epochs 70",
+            "width-64-long": "--width 64 --heads 2 --epochs 92 --batch-size 500",
+            "depth-6": "--depth 6 --epochs 28",
+            "eighth": "--patch-dropout 0.875 --epochs 74",
+        },
+        seeds=(0,),
     ),
     # The first five are at equal operations too.
     "speed94": Study(

@@ -16,7 +16,18 @@ import explain
 import figures
 from base import GELU
 from explain import Walk
-from figures import ATTENTION, SIGNED, SMALLEST, by, grayed, in_color, outline, show_picture, styled
+from figures import (
+    ATTENTION,
+    MARK,
+    SIGNED,
+    SMALLEST,
+    by,
+    grayed,
+    in_color,
+    outline,
+    show_picture,
+    styled,
+)
 from ViT import ViT, ViTConfig
 
 WIDTH = 7.4  # inches, of every step
@@ -131,8 +142,11 @@ def _matrix(axes: Axes, values: np.ndarray, title: str, x: str, y: str = "") -> 
     axes.set(xlabel=x, ylabel=y, title=title, xticks=[], yticks=[])
 
 
-def _mark_row(axes: Axes, row: int, columns: int) -> None:
-    outline(axes, row - 0.5, -0.5, 1, columns)
+def _mark_row(axes: Axes, row: int) -> None:
+    """Arrowheads at both ends of a row, which a box around it would hide."""
+    style = {"transform": axes.get_yaxis_transform(), "clip_on": False, "color": MARK, "ms": 4}
+    axes.plot(-0.02, row, marker=">", **style)
+    axes.plot(1.02, row, marker="<", **style)
 
 
 def _mark_in_picture(axes: Axes, scene: Scene) -> None:
@@ -261,7 +275,7 @@ def embedding(scene: Scene) -> Figure:
     (N, inputs), D = x.shape, z.shape[1]
     title = f"3. One linear map turns every patch into a token of {D} numbers"
     caption = (
-        "Each row is a patch; the same one is outlined on both sides. Blue is negative, red "
+        "Each row is a patch; arrowheads mark the same one on both sides. Blue is negative, red "
         "positive. The bias is not shown."
     )
     ratios = [inputs / D, 0.08, 0.9, 0.08, 1]
@@ -271,8 +285,8 @@ def embedding(scene: Scene) -> Figure:
     _matrix(axes[2], E, "E", f"{D}", f"{inputs}")
     _sign(axes[3], "=")
     _matrix(axes[4], z, "tokens before positions", f"{D} numbers", f"{N} tokens")
-    _mark_row(axes[0], scene.number, inputs)
-    _mark_row(axes[4], scene.number, D)
+    _mark_row(axes[0], scene.number)
+    _mark_row(axes[4], scene.number)
     return figure
 
 
@@ -296,7 +310,7 @@ def positions(scene: Scene) -> Figure:
     _map(axes[4], similar, "cosine similarity", vmin=similar.min(), vmax=similar.max())
     _mark_in_map(axes[4], scene)
     for axis in (axes[0], axes[2]):
-        _mark_row(axis, scene.token, D)
+        _mark_row(axis, scene.token)
     return figure
 
 
@@ -308,12 +322,12 @@ def queries(scene: Scene) -> Figure:
     title = f"5. Queries, keys and values: {scene.where}"
     caption = (
         f"Three linear maps turn each token into a query, a key and a value of {D_h} numbers. Step "
-        "6 compares the outlined query with all keys."
+        "6 compares the marked query with all keys."
     )
     figure, axes = _row(title, [1, 1, 1], 1.7, caption)
     for axis, values, name in zip(axes, parts, ("queries q", "keys k", "values v"), strict=True):
         _matrix(axis, values, name, f"{D_h} numbers", f"{T} tokens" if axis is axes[0] else "")
-    _mark_row(axes[0], scene.token, D_h)
+    _mark_row(axes[0], scene.token)
     return figure
 
 
@@ -326,7 +340,7 @@ def attention(scene: Scene) -> Figure:
     caption = (
         "Products of the outlined patch's query with every key, relative to their mean: red above, "
         "blue below. The softmax turns them into weights that sum to 1. Right: the weights of all "
-        "query tokens, with this one's row outlined."
+        "query tokens; arrowheads mark the row of this one."
     )
     figure, axes = _row(title, [1, 0.12, 1, 0.25, 1, 0.12, 1], 1.5, caption)
     show_picture(axes[0], scene.picture, "query patch")
@@ -340,7 +354,7 @@ def attention(scene: Scene) -> Figure:
     highest = float(A.quantile(0.995))
     axes[6].imshow(A.numpy(), cmap=ATTENTION, vmin=0, vmax=highest, interpolation_stage="data")
     axes[6].set(title="A", xlabel="key token", ylabel="query token", xticks=[], yticks=[])
-    _mark_row(axes[6], scene.token, len(A))
+    _mark_row(axes[6], scene.token)
     for axis in (axes[2], axes[4]):
         _mark_in_map(axis, scene)
     return figure
@@ -386,7 +400,7 @@ def mlp(scene: Scene) -> Figure:
     axes[0].axhline(0, color="0.5", linewidth=0.5)
     axes[0].set(xlabel="input", ylabel="output", title="GELU")
     _matrix(axes[1], after, "after the GELU", f"{width} numbers", f"{T} tokens")
-    _mark_row(axes[1], scene.token, width)
+    _mark_row(axes[1], scene.token)
     return figure
 
 
@@ -429,8 +443,10 @@ def classifier(scene: Scene) -> Figure:
     )
     figure, axes = _row(title, [0.8, 1.7, 1.2], 1.9, caption)
     show_picture(axes[0], scene.picture, "input")
-    for k in np.argsort(-lens[-1], kind="stable")[:3]:
-        axes[1].plot(range(len(lens)), 100 * lens[:, k], marker=".", label=scene.classes[k])
+    layers, best = range(len(lens)), np.argsort(-lens[-1], kind="stable")[:3]
+    axes[1].plot(layers, 100 * lens, color="0.8", linewidth=0.8)  # all classes
+    for k in best:
+        axes[1].plot(layers, 100 * lens[:, k], marker=".", label=scene.classes[k])
     axes[1].set(xlabel="layer", ylabel="probability (%)", ylim=(0, 102), xticks=range(len(lens)))
     axes[1].legend(loc="upper left")
     _bars(axes[2], scene, "prediction")

@@ -169,7 +169,8 @@ class Split:
         return Split(self._images.to(device), self.labels.to(device))
 
 
-class Pictures(NamedTuple):
+@dataclass(frozen=True)
+class Pictures:
     """Images that are decoded when they are asked for."""
 
     items: Sequence[Any]
@@ -195,7 +196,7 @@ class StreamedSplit(Split):
 
     def subset(self, rows: Tensor) -> "StreamedSplit":
         items = Subset(self.pictures.items, rows.tolist())
-        return StreamedSplit(self.pictures._replace(items=items), self.labels[rows])
+        return StreamedSplit(Pictures(items, self.pictures.read), self.labels[rows])
 
     def to(self, device: torch.device | str) -> "StreamedSplit":
         return StreamedSplit(self.pictures, self.labels.to(device))
@@ -283,8 +284,8 @@ def stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
     quotas[rounded_up[: held_out - int(quotas.sum())]] += 1
     if held_out < 0 or ((quotas >= counts) & (counts > 0)).any():
         raise DataError(
-            f"validation_images {held_out} must be from 0 to less than the {len(labels):,} "
-            "training images, and leave some of each class"
+            f"the number of held-out images, {held_out}, must be from 0 to less than the "
+            f"{len(labels):,} images, and leave some of each class"
         )
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     shuffled = torch.randperm(len(labels), generator=generator)

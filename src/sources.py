@@ -132,8 +132,7 @@ def _folder(path: Path, wanted: Preprocessing) -> Source:
         DataError: the folder has another layout, or a class without a readable picture.
     """
     train = path / "train" if (path / "train").is_dir() else path
-    classes = class_folders(train)
-    notes: list[str] = []
+    classes = tuple(class_folders(train))
 
     def split(folder: Path) -> Split | None:
         if not folder.is_dir():
@@ -147,17 +146,12 @@ def _folder(path: Path, wanted: Preprocessing) -> Source:
                 files, labels = files + found, labels + [label] * len(found)
         return StreamedSplit(Pictures(files, wanted.read), torch.tensor(labels))
 
-    test = None
-    if train == path:
-        whole = split(path)
-        kept, out = stratified_split(whole.labels, round(TEST_SHARE * len(whole)))
-        train_split, validation, test = whole.subset(kept), None, whole.subset(out)
-        notes += [
-            f"{path} has no train and test folder: {len(out)} of its pictures are the test set"
-        ]
-    else:
-        train_split, validation, test = split(train), split(path / "val"), split(path / "test")
-    return Source(tuple(classes), train_split, validation, test, tuple(notes))
+    if train != path:
+        return Source(classes, split(train), split(path / "val"), split(path / "test"))
+    whole = split(path)
+    kept, out = stratified_split(whole.labels, round(TEST_SHARE * len(whole)))
+    note = f"{path} has no folder train: {len(out)} of its pictures are the test set"
+    return Source(classes, whole.subset(kept), None, whole.subset(out), (note,))
 
 
 def class_folders(path: Path) -> list[str]:

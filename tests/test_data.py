@@ -221,7 +221,7 @@ def test_unequal_classes_give_their_shares_and_the_largest_remainders_one_more()
 )
 def test_an_impossible_split_is_refused_with_its_number(counts, held_out):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    with pytest.raises(DataError, match=f"{held_out} must be .* less than the {len(labels):,}"):
+    with pytest.raises(DataError, match=f"{held_out}, must be .* less than the {len(labels):,}"):
         stratified_split(labels, held_out)
 
 

@@ -1,12 +1,9 @@
 """visualization/vis.py: what it draws and prints, and the errors for what cannot be drawn."""
 
-import base64
 import dataclasses
 import hashlib
-import io
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -457,44 +454,6 @@ def test_a_scene_points_at_the_chosen_patch(small_shapes):
     assert np.array_equal(scene.pieces()[1, 2], picture[8:16, 16:24])
     sharpest = [scene.of_patch(A).max() for A in scene.walk.attention[1]]
     assert scene.head == int(np.argmax(sharpest))
-
-
-# ---------------------------------------------------------------------------- the explorer
-
-
-def test_the_explorer_is_one_page_that_holds_every_weight(draw, tmp_path, small_shapes):
-    write_checkpoint(tmp_path / "run/last.pt", small_shapes)
-    assert draw("explorer --index 3,4") == 0
-    page = (tmp_path / "out/explorer.html").read_text()
-    assert "@DATA@" not in page and not re.search(r"(src|href)=|https?:", page)
-    (text,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page)
-    content = json.loads(text)
-    sizes = [content[name] for name in ("grid", "tokens", "layers", "heads")]
-    assert sizes == [[4, 4], 17, 2, 2]
-    model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
-    pixels, _ = small_shapes.validation.take(torch.tensor([4]))
-    logits, trace = traced(model, checkpoint, pixels)
-    image = content["images"][1]
-    weights = np.frombuffer(base64.b64decode(image["attention"]), "<u2") / 65535
-    expected = torch.cat(trace.attention).numpy()
-    np.testing.assert_allclose(weights.reshape(2, 2, 17, 17), expected, atol=1e-5)
-    with Image.open(io.BytesIO(base64.b64decode(image["picture"].split(",")[1]))) as picture:
-        assert np.array_equal(np.array(picture), pixels[0].permute(1, 2, 0).numpy())
-    predicted = logits[0].softmax(dim=0).max(dim=0)
-    assert image["classes"][0][0] == small_shapes.classes[predicted.indices]
-    assert image["classes"][0][1] == pytest.approx(predicted.values.item())
-
-
-def test_a_name_cannot_end_the_explorers_script(draw, tmp_path, small_shapes):
-    named = dataclasses.replace(small_shapes, classes=("</script>", *small_shapes.classes[1:]))
-    write_checkpoint(tmp_path / "run/last.pt", named)
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
-    assert draw(f"explorer --image {tmp_path / 'red.png'} --target </script>") == 0
-    page = (tmp_path / "out/explorer.html").read_text()
-    assert page.count("</script>") == 2
-    (text,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page)
-    names = [name for image in json.loads(text)["images"] for name, _ in image["classes"]]
-    assert len(names) == 3
 
 
 # ---------------------------------------------------------------------------- errors

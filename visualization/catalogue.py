@@ -33,12 +33,13 @@ from evaluation import evaluate, predict
 from run import RUN_FILES, check_fit
 from sources import load_dataset
 from utils import EpochRecord
-from ViT import Trace, patchify
+from ViT import Trace, parameters_of, patchify
 
 PROBE_IMAGES = 128  # of the figures of many images
 PROBE_BATCH = 32
 SHEET_IMAGES = 8
 MISTAKES = 24
+LARGEST_IN_PAGE = 10_000_000  # weights of the explorer
 
 
 class NotApplicable(Exception):
@@ -367,38 +368,44 @@ def draw_step(model: Model, subject: Subject, name: str) -> Picture:
 
 
 def draw_explorer(model: Model, subjects: list[Subject]) -> Page:
-    """The interactive attention viewer, with all attention weights of some images."""
-    config = model.config
+    """The model itself in one page: its weights in half precision, and some images."""
+    config, preprocessing = model.config, model.checkpoint.preprocessing
+    if (count := parameters_of(model.vit)) > LARGEST_IN_PAGE:
+        raise NotApplicable(f"{count:,} weights are too many for a page, {LARGEST_IN_PAGE:,}")
+    if config.channels not in (1, 3):
+        raise NotApplicable(f"a page shows images of 1 or 3 channels, not {config.channels}")
+    weights = model.vit.state_dict() | {"embed.pos_embed": model.vit.embed.pos_embed}
+    halves = [weight.detach().cpu().half().numpy().astype("<f2") for weight in weights.values()]
     colors = matplotlib.colormaps[figures.ATTENTION](np.linspace(0, 1, 256))
     content = {
-        "about": f"{model.run}: {config.depth} layers, {config.heads} heads, patches of "
-        f"{figures.by(config.patch_size, config.patch_size)} pixels.",
+        "about": f"{model.run}: {config.depth} layers, {config.heads} heads, {count:,} weights. "
+        "This page computes the model for each picture, in your browser.",
+        "model": config.to_plain(),
         "grid": config.grid,
-        "tokens": config.tokens,
-        "layers": config.depth,
-        "heads": config.heads,
+        **{name: getattr(preprocessing, name) for name in ("mean", "std", "interpolation", "crop")},
+        "classes": model.classes,
+        "layout": [(name, weight.shape) for name, weight in weights.items()],
+        "weights": base64_of(b"".join(half.tobytes() for half in halves)),
         "colors": "".join(matplotlib.colors.to_hex(color)[1:] for color in colors),
-        "images": [explored(model, subject) for subject in subjects],
+        "images": [
+            {"title": describe(model, each), "picture": png_of(to_picture(each.pixels))}
+            for each in subjects
+        ],
     }
     template = (Path(__file__).parent / "explorer.html").read_text()
     text = json.dumps(content).replace("</", "<\\/")  # a name must not end the script
     return Page(template.replace("@DATA@", text), {"images": [each.title for each in subjects]})
 
 
-def explored(model: Model, subject: Subject) -> dict[str, Any]:
-    """An image as explorer.html reads it; its attention (L, h, T, T) in units of 1/65535."""
-    probabilities, trace = look(model, subject)
-    attention = torch.cat(trace.attention).cpu().double()
-    whole = (65535 * attention).round().numpy().astype("<u2")
+def base64_of(content: bytes | memoryview) -> str:
+    return base64.b64encode(content).decode()
+
+
+def png_of(picture: np.ndarray) -> str:
+    """A picture as the address of an image."""
     png = io.BytesIO()
-    Image.fromarray(to_picture(subject.pixels)).save(png, "png")
-    likely = probabilities.argsort(descending=True)[:3]
-    return {
-        "title": describe(model, subject),
-        "picture": "data:image/png;base64," + base64.b64encode(png.getbuffer()).decode(),
-        "attention": base64.b64encode(whole.tobytes()).decode(),
-        "classes": [(model.classes[k], float(probabilities[k])) for k in likely],
-    }
+    Image.fromarray(picture).save(png, "png")
+    return "data:image/png;base64," + base64_of(png.getbuffer())
 
 
 # ---------------------------------------------------------------------------- figures of the model

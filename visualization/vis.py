@@ -4,7 +4,7 @@
     python visualization/vis.py image --index 0,7      attention and relevance in images of its data
     python visualization/vis.py image --image cat.jpg  the same for an image file
     python visualization/vis.py steps --index 7        from the image to its class in ten steps
-    python visualization/vis.py explorer               interactive attention viewer, one HTML page
+    python visualization/vis.py explorer               the model itself, alive in one HTML page
     python visualization/vis.py model --checkpoint F   the weights; needs no images
     python visualization/vis.py data                   augmentation; attention of 128 images
     python visualization/vis.py run                    curves, confusion, mistakes, calibration
@@ -57,7 +57,7 @@ from run import checkpoint_file
 OF_IMAGES = ("image", "steps", "explorer")
 GROUPS = (*OF_IMAGES, *OF_THE_MODEL)
 SLOW = ("faithfulness",)  # which `all` leaves out
-DEFAULT_IMAGES, EXPLORED_IMAGES = (0, 7), range(8)
+DEFAULT_IMAGES, EXPLORED_IMAGES = (0, 7), (7, *range(7))
 Drawing = Callable[[], Picture | Page]
 
 

@@ -128,6 +128,8 @@ STUDIES = {
             "width-128": "--width 128 --heads 4 --epochs 28",
             "depth-3": "--depth 3 --epochs 54",
             "batch-125": "--batch-size 125 --epochs 39",
+            "combined-batch-500": "--label-smoothing 0 --heads 6 --batch-size 500",
+            "combined-muon-low": "--label-smoothing 0 --heads 6 --muon-learning-rate 0.01",
         },
         seeds=(0,),
     ),

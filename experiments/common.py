@@ -143,6 +143,8 @@ def step_of(run: Run, forward: Forward, optimize: bool = True) -> Callable[[], N
     patch_dropout = run.config.patch_dropout
 
     def step() -> None:
+        if run.config.compile == "graphs":
+            torch.compiler.cudagraph_mark_step_begin()
         inputs = run.preprocessing.normalize(batch.images)
         add_gradients(lambda x: forward(x, patch_dropout), inputs, targets, run.precision)
         for optimizer in run.optimizers:

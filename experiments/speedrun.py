@@ -1,4 +1,4 @@
-"""What a GPU makes of the recipes for one, in half an hour, with a report to paste into an issue.
+"""Measures the recipes for a GPU in half an hour, and writes a report to paste into an issue.
 
     python experiments/speedrun.py              the parts below without the last, and the report
     python experiments/speedrun.py best         one part
@@ -99,10 +99,10 @@ def throughput(plan: Plan, setting: Setting) -> None:
     path = plan.folder / "throughput.csv"
     rows = rows_of(path) if path.exists() else []
     measured = {(row["recipe"], row["mode"]) for row in rows}
-    rate = matrix_rate(setting.device, setting.precision)
-    for name, mode in ((name, mode) for name, modes in plan.steps.items() for mode in modes):
-        if (name, mode) in measured:
-            continue
+    wanted = [(name, mode) for name, modes in plan.steps.items() for mode in modes]
+    missing = [pair for pair in wanted if pair not in measured]
+    rate = matrix_rate(setting.device, setting.precision) if missing else 0.0
+    for name, mode in missing:
         images = images_per_second(RECIPES[name], mode, setting)
         flops = training_flops(RECIPES[name].model, RECIPES[name].train.patch_dropout)
         row = {"recipe": name, "mode": mode, "images_per_second": images and round(images)}
@@ -143,11 +143,15 @@ def pace_of(row: dict[str, Any]) -> str:
     return f"{int(row['images_per_second']):,} images/s, {share}"
 
 
+def flags_of(plan: Plan, part: str, setting: Setting, more: str = "") -> list[str]:
+    return f"{plan.flags[part]} --device {setting.device} {more}".split()
+
+
 def trained(
     plan: Plan, part: str, setting: Setting, name: str = "", more: str = ""
 ) -> dict[str, Any] | None:
     """The result.json of a run, which is trained now unless it exists; None: not to its end."""
-    flags = f"{plan.flags[part]} --device {setting.device} {more}".split()
+    flags = flags_of(plan, part, setting, more)
     kept = plan.folder / (name or part)
     result = kept_result(kept, flags) or train_and_keep(flags, kept, {}, plan.limit)
     said = summary_of(result) if result else "stopped; the next call resumes it"
@@ -156,13 +160,12 @@ def trained(
 
 
 def seeds(plan: Plan, setting: Setting) -> None:
-    flags = f"{plan.flags['curve']} --device {setting.device}".split()
-    curve = kept_result(plan.folder / "curve", flags)
+    curve = kept_result(plan.folder / "curve", flags_of(plan, "curve", setting))
     if not curve:
         raise UserError("the part `curve` comes before `seeds`: its times give the epochs")
-    # Times vary from run to run.
-    share = 0.98 * plan.seconds / curve["seconds"]["first_step_to_end"]
-    epochs = max(1, math.floor(share * curve["epochs"]))
+    times = curve["seconds"]
+    taken = times["first_step_to_end"] or times["training"]  # the former of a run in one go
+    epochs = max(1, math.floor(0.98 * plan.seconds / taken * curve["epochs"]))  # times vary
     for seed in range(plan.seeds):
         more = f"--epochs {epochs} --seed {seed}"
         trained(plan, "seeds", setting, f"seed{seed}", more)
@@ -192,7 +195,8 @@ def report(plan: Plan, setting: Setting) -> None:
         lines += ["| recipe | mode | training steps |", "|---|---|---|"]
         lines += [f"| {row['recipe']} | {row['mode']} | {pace_of(row)} |" for row in rows_of(path)]
         lines += [""]
-    results = {path.parent.name: json.loads(path.read_text()) for path in results_in(plan.folder)}
+    found = sorted(plan.folder.glob("*/result.json"))
+    results = {path.parent.name: json.loads(path.read_text()) for path in found}
     lines += [f"- {name}: {summary_of(result)}" for name, result in results.items()]
     if "curve" in results:
         lines += [f"- {time_to(0.94, plan.folder / 'curve/metrics.csv')}"]
@@ -203,10 +207,6 @@ def report(plan: Plan, setting: Setting) -> None:
     text = "\n".join(lines)
     utils.write_whole(plan.folder / "report.md", f"{text}\n".encode())
     print(f"\n{text}")
-
-
-def results_in(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/result.json"))
 
 
 def time_to(accuracy: float, metrics: Path) -> str:

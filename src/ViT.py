@@ -213,7 +213,7 @@ class MultiHeadSelfAttention(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.heads = config.heads
-        self.kind = config.attention
+        self.implementation = config.attention
         self.attention_dropout = config.attention_dropout
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)  # U_qkv
         self.proj = nn.Linear(config.width, config.width)  # U_msa
@@ -223,9 +223,8 @@ class MultiHeadSelfAttention(nn.Module):
         qkv = self.qkv(z).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, h, D_h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 of (B, h, T, D_h)  Eq. 5
         rate = self.attention_dropout if self.training else 0.0
-        plain = self.kind == "plain" or (
-            self.kind == "auto" and z.device.type == "cpu" and z.shape[1] <= PLAIN_TOKENS
-        )
+        short = z.device.type == "cpu" and z.shape[1] <= PLAIN_TOKENS
+        plain = self.implementation == "plain" or (self.implementation == "auto" and short)
         if plain or trace is not None:
             # With entries of variance 1 in q and k, their product has variance D_h; dividing by
             # sqrt(D_h) brings it back to 1, or the softmax would saturate.
@@ -309,7 +308,7 @@ class ViT(nn.Module):
         if trace is not None:
             trace.tokens.append(z)
         for block in self.blocks:
-            if self.config.checkpoint_activations and self.training:
+            if self.config.checkpoint_activations and self.training:  # the same, in less memory
                 z = checkpoint(block, z, trace, use_reentrant=False)
             else:
                 z = block(z, trace)  # (B, T, D)  Eqs. 2-3

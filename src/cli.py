@@ -15,7 +15,7 @@ from config import Config, UserError
 from device import best_device
 from recipes import RECIPES, TrainConfig
 from run import RunOptions
-from utils import ROOT
+from utils import ROOT, existing_path
 from ViT import MODELS, ViTConfig
 
 # ---------------------------------------------------------------------------- programs
@@ -110,12 +110,6 @@ def _height_and_width(text: str) -> tuple[int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32 or 32x48") from None
     return height, width
-
-
-def existing_path(text: str) -> Path:
-    """A path as given, or, where there is nothing, the same inside the repository."""
-    path = Path(text)
-    return path if path.exists() else ROOT / text
 
 
 # ---------------------------------------------------------------------------- trainer.py

@@ -189,7 +189,7 @@ class StreamedSplit(Split):
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
         """As of a `Split`, in the same order; raises DataError where a file cannot be read."""
         rows, device = list(rows), self.labels.device
-        loader = _loader(self.pictures, [each.tolist() for each in rows], torch.stack)
+        loader = _loader(self.pictures, rows, torch.stack)
         for each, images in zip(rows, loader, strict=True):
             images = images.pin_memory() if device.type == "cuda" else images
             yield Batch(images.to(device, non_blocking=True), self.labels[each])
@@ -210,9 +210,8 @@ class StreamedSplit(Split):
         attempts = Pictures(range(len(self)), partial(_attempt, self.pictures))
         images, failed = [], {}
         rows = torch.arange(len(self)).split(64)
-        for each, (found, errors) in zip(
-            rows, _loader(attempts, [each.tolist() for each in rows], _collate), strict=True
-        ):
+        loader = _loader(attempts, rows, _collate)
+        for each, (found, errors) in zip(rows, loader, strict=True):
             failed |= {int(each[row]): message for row, message in errors.items()}
             if keep:
                 images.append(found.clone())  # out of the memory shared with a worker
@@ -223,12 +222,14 @@ class StreamedSplit(Split):
         return split, list(failed.values())
 
 
-def _loader(pictures: Pictures, rows: list[list[int]], collate: Callable) -> Iterator[Any]:
+def _loader(pictures: Pictures, rows: Sequence[Tensor], collate: Callable) -> Iterator[Any]:
     """A DataLoader of the batches of given rows; an error in a worker is raised as its own line."""
-    workers = min(WORKERS, len(rows) - 1)
-    own = torch.Generator()  # or it would draw from torch's
     loader = DataLoader(
-        pictures, batch_sampler=rows, num_workers=workers, collate_fn=collate, generator=own
+        pictures,
+        batch_sampler=[each.tolist() for each in rows],
+        num_workers=min(WORKERS, len(rows) - 1),
+        collate_fn=collate,
+        generator=torch.Generator(),  # or it would draw from torch's
     )
     try:
         yield from loader

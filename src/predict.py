@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE|FOLDER")
     default = utils.ROOT / "checkpoints/vit_cifar10.pt"
     help_text = f"a checkpoint or a run's folder ({default.relative_to(utils.ROOT)})"
-    parser.add_argument("--checkpoint", type=cli.existing_path, default=default, help=help_text)
+    parser.add_argument("--checkpoint", type=utils.existing_path, default=default, help=help_text)
     parser.add_argument("--top", type=int, default=1, help="classes of each file (1)")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.add_argument("--device", help="cuda, mps or cpu (the best available)")

@@ -54,8 +54,14 @@ REFUSED = {
     r"norm_pre": "a norm before the blocks",
     r"attn_pool": "attention pooling",
 }
-FREE = ("image_size", "dropout", "attention_dropout", "drop_path", "attention")  # of a model config
-FREE += ("checkpoint_activations",)
+FREE = (  # fields of a model's config that its weights do not settle
+    "image_size",
+    "dropout",
+    "attention_dropout",
+    "drop_path",
+    "attention",
+    "checkpoint_activations",
+)
 
 
 @dataclass(frozen=True)
@@ -87,14 +93,14 @@ class Pretrained:
             free["image_size"] = wanted.image_size
         return replace(self.config, **free)
 
-    def initialize(self, model: ViT, classes: tuple[str, ...]) -> list[str]:
+    def initialize(self, model: ViT, classes: tuple[str, ...]) -> str:
         """Gives a model these weights; another image size or set of classes is provided for.
 
         Learned positions are interpolated to another grid (paper, 3.2). A head for other classes
         keeps its initial weights, which are zero.
 
         Returns:
-            What was done, in lines.
+            What was done, in a line.
         """
         weights, done = dict(self.weights), []
         config, old, new = model.config, self.config.grid, model.config.grid
@@ -106,7 +112,7 @@ class Pretrained:
             weights |= {f"head.{name}": weight for name, weight in model.head.state_dict().items()}
             done.append(f"a new head for {len(classes)} classes")
         model.load_state_dict(weights)
-        return [f"weights of {self.origin}: {', '.join(['loaded', *done])}"]
+        return f"weights of {self.origin}: {', '.join(['loaded', *done])}"
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -141,8 +147,7 @@ def load_pretrained(origin: str, heads: int | None = None) -> Pretrained:
         return _from_timm(origin, name)
     if library == "torchvision" and name:
         return _from_torchvision(origin, *name.split(":")[:2])
-    path = Path(origin).expanduser()
-    path = path if path.exists() else utils.ROOT / origin
+    path = utils.existing_path(origin)
     weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if weights is None:  # a checkpoint of ours
         checkpoint = utils.load_checkpoint(path)
@@ -189,11 +194,12 @@ def from_state_dict(
     except UserError as error:
         raise UserError(f"{origin}: {error}") from error
     if preprocessing is None:
-        half, C = 0.5, config.channels
-        timms = {"mean": (half,) * C, "std": (half,) * C, "crop": 0.9}
-        torchs = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop": 224 / 256}
-        torchs["interpolation"] = "bilinear"
-        preprocessing = Preprocessing(size=config.image_size, **(timms if of_timm else torchs))
+        half = (0.5,) * config.channels
+        usual = {"mean": half, "std": half, "crop": 0.9}
+        if not of_timm:
+            usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop": 224 / 256}
+            usual["interpolation"] = "bilinear"
+        preprocessing = Preprocessing(size=config.image_size, **usual)
     return Pretrained(origin, config, ours, preprocessing, classes)
 
 

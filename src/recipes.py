@@ -44,7 +44,9 @@ class TrainConfig(Config):
     learning_rate: Annotated[float, "peak learning rate of AdamW or SGD", "[0, inf)"] = 1e-3
     muon_learning_rate: Annotated[float, "Muon's peak learning rate", "[0, inf)"] = 0.02
     layer_decay: Annotated[
-        float, "learning rate of a block over that of the next; the head has the full one", "(0, 1]"
+        float,
+        "learning rate of each block relative to the next one; 1: all alike",
+        "(0, 1]",
     ] = 1.0
     weight_decay: Annotated[float, "decoupled, of the weight matrices", "[0, inf)"] = 0.05
     warmup_epochs: Annotated[float, "epochs of linear warm-up from 0", "[0, inf)"] = 5.0
@@ -243,6 +245,7 @@ RECIPES = {
         about="""Fine-tune weights on other data: AdamW, a lower rate for lower layers.
 
         Command   python src/trainer.py --recipe finetune --init-from WEIGHTS --dataset folder:PATH
+        Expect    not known: not tuned yet
         """,
         model=ViTConfig(),
         train=_FINETUNE,
@@ -252,6 +255,7 @@ RECIPES = {
 
         Command   python src/trainer.py --recipe finetune-paper --init-from WEIGHTS
         Steps     10,000 on CIFAR-10, as in the paper's Table 4
+        Expect    not known: not run yet
         """,
         model=ViTConfig(),
         train=replace(
@@ -270,6 +274,7 @@ RECIPES = {
         about="""A linear classifier on the frozen weights' features, which it standardizes as MAE.
 
         Command   python src/trainer.py --recipe linear-probe --init-from WEIGHTS --dataset NAME
+        Expect    not known: not tuned yet
         """,
         model=ViTConfig(),
         train=replace(

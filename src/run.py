@@ -408,7 +408,7 @@ def new_run(
     torch.manual_seed(config.seed)
     model, notes = ViT(model_config), [*dataset.notes]
     if start:
-        notes += start.initialize(model, dataset.classes)
+        notes.append(start.initialize(model, dataset.classes))
     elif config.initialization == "mimetic":
         mimetic(model)
     if config.freeze:

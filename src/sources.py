@@ -256,7 +256,7 @@ def load_dataset(
     Raises:
         DataError: the data set cannot be loaded or split.
     """
-    default = preprocessing_for(name)
+    default = preprocessing_for(name)  # which refuses a name that is not known
     wanted = preprocessing or default
     if name.startswith(FOLDER):
         source = _folder(Path(name.removeprefix(FOLDER)).expanduser(), wanted)

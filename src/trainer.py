@@ -14,7 +14,6 @@ row an epoch), at its end curves.png and result.json. The test set is evaluated 
 a run. Ctrl-C and SIGTERM save first and say how to resume.
 """
 
-import io
 import json
 import math
 import os
@@ -440,9 +439,7 @@ def export(path: Path, library: str | None, overwrite: bool) -> None:
     checkpoint = utils.load_checkpoint(path)
     try:
         if library:
-            buffer = io.BytesIO()
-            torch.save(state_dict_for(library, checkpoint), buffer)
-            utils.write_whole(target, buffer.getbuffer())
+            utils.write_torch(target, state_dict_for(library, checkpoint))
         else:
             utils.save_model(target, checkpoint)
     except OSError as error:
@@ -490,8 +487,8 @@ def main(argv: list[str]) -> int:
                 return 0
             if job.world.leads and (unusable := devices.unusable_gpu()):
                 print(unusable)
-            changes = command.model_changes | command.training_changes
             if command.task == "resume":
+                changes = command.model_changes | command.training_changes
                 run = resumed_run(command.path, changes, options, device, job)
             else:
                 configs = command.model, command.training

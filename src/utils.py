@@ -126,9 +126,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         OSError: the file cannot be written; one that was there is still there.
     """
-    buffer = io.BytesIO()
-    torch.save({"format": CHECKPOINT_FORMAT, **checkpoint.to_plain()}, buffer)
-    write_whole(path, buffer.getbuffer())
+    write_torch(path, {"format": CHECKPOINT_FORMAT, **checkpoint.to_plain()})
 
 
 def save_model(path: Path, checkpoint: Checkpoint) -> None:
@@ -277,6 +275,19 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """Writes a file of torch.save, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getbuffer())
+
+
+def existing_path(text: str) -> Path:
+    """A path as given, or, where there is nothing, the same inside the repository."""
+    path = Path(text).expanduser()
+    return path if path.exists() else ROOT / path
 
 
 def _flush_folder(folder: Path) -> None:

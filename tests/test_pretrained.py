@@ -246,7 +246,7 @@ def test_the_same_classes_keep_their_head_and_positions_go_to_a_larger_grid(tiny
     start = dataclasses.replace(from_state_dict("x", tiny.state_dict()), classes=CLASSES)
     config = start.adapted(ViTConfig(image_size=(48, 64)), ("image_size",))
     model = ViT(config)
-    (line,) = start.initialize(model, CLASSES)
+    line = start.initialize(model, CLASSES)
     assert line == "weights of x: loaded, positions interpolated from 4x4 to 6x8"
     assert torch.equal(model.head.weight, tiny.head.weight)
     assert model.embed.pos_embed.shape == (1, 1 + 6 * 8, 192)
@@ -268,7 +268,7 @@ def test_a_state_dict_without_a_head_gets_a_new_one():
     assert isinstance(theirs.head, nn.Identity)
     start = from_state_dict("x", theirs.state_dict())
     model = ViT(dataclasses.replace(start.config, classes=2))
-    (line,) = start.initialize(model, ("cat", "dog"))
+    line = start.initialize(model, ("cat", "dog"))
     assert line.endswith("a new head for 2 classes")
 
 

@@ -52,6 +52,16 @@ def test_seeds_are_as_long_as_fits_by_the_times_of_the_curve(measure, tmp_path, 
     assert (tmp_path / "report.md").read_text().rstrip() in text
 
 
+@pytest.mark.parametrize(("whole", "epochs"), [(40.0, 147), (None, 294)])
+def test_after_a_resumed_curve_its_training_seconds_give_the_epochs(monkeypatch, whole, epochs):
+    times = {"first_step_to_end": whole, "training": 20.0, "evaluation": 1.0}
+    curve, asked = {"seconds": times, "epochs": 100}, []
+    monkeypatch.setattr(speedrun, "kept_result", lambda *_: curve)
+    monkeypatch.setattr(speedrun, "trained", lambda *arguments: asked.append(arguments[-1]))
+    speedrun.seeds(DRY._replace(seconds=60), speedrun.Setting("cpu", "fp32", 1))
+    assert asked == [f"--epochs {epochs} --seed {seed}" for seed in (0, 1)]
+
+
 def test_a_run_that_takes_too_long_is_stopped(measure, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(speedrun, "DRY_PLAN", DRY._replace(limit=0.01))
     assert measure("best") == 0

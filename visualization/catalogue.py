@@ -614,6 +614,7 @@ SHARES = 8  # of the patches, at which a curve is measured
 RANDOM_ORDERS = 10
 HEAD_IMAGES = 500
 RANDOM = "random order"
+CURVES = ("deletion", "insertion", "deletion accuracy", "insertion accuracy")
 
 
 def draw_faithfulness(model: Model) -> Picture:
@@ -659,17 +660,17 @@ def faithfulness_of(model: Model, batch: Batch) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(model.options.seed)
     draws = torch.rand(RANDOM_ORDERS, *maps["attention"].shape, generator=generator)
     orders[RANDOM] = list(draws.argsort(dim=2).to(model.device))
-    paint = {"drop": None, "mean": "mean", "black": "black"}[model.options.removal]
-    fill = torch.zeros_like(images[:1]) if paint else None  # the mean, once normalized
-    if paint == "black":
-        fill = model.normalize(torch.zeros_like(batch.images[:1]))
+    black = model.normalize(torch.zeros_like(batch.images[:1]))
+    mean = torch.zeros_like(black)  # once normalized
+    fill = {"drop": None, "mean": mean, "black": black}[model.options.removal]
     curves = {}
     for name, several in orders.items():
         found = []
         for order in several:
-            arguments = (model.vit, images, targets)
-            inserted = explain.kept_probabilities(*arguments, order, SHARES, fill)
-            deleted = explain.kept_probabilities(*arguments, order.flip(1), SHARES, fill)
+            inserted, deleted = (
+                explain.kept_probabilities(model.vit, images, targets, each, SHARES, fill)
+                for each in (order, order.flip(1))
+            )
             pairs = zip(deleted, inserted, strict=True)
             found.append(torch.stack([x.float() for a, b in pairs for x in (a.flip(1), b)]))
         curves[name] = torch.stack(found).mean(dim=0)  # over the random orders
@@ -704,8 +705,7 @@ def draw_head_worth(model: Model) -> Picture:
 
 def areas_of(curves: Tensor) -> dict[str, Any]:
     """The mean height of a map's four curves (4, n, SHARES), with intervals over the images."""
-    names = ("deletion", "insertion", "deletion accuracy", "insertion accuracy")
-    areas = dict(zip(names, explain.area(curves), strict=True))
+    areas = dict(zip(CURVES, explain.area(curves), strict=True))
     means = {name: values.mean().item() for name, values in areas.items()}
     intervals = {f"{n}_interval": explain.bootstrap_interval(v) for n, v in areas.items()}
     return means | intervals
@@ -713,11 +713,10 @@ def areas_of(curves: Tensor) -> dict[str, Any]:
 
 def faithfulness_table(numbers: dict[str, dict[str, Any]]) -> list[str]:
     """The areas in Markdown, the lowest deletion first."""
-    names = ("deletion", "insertion", "deletion accuracy", "insertion accuracy")
-    lines = [f"| map | {' | '.join(names)} |", "|---" * 5 + "|"]
+    lines = [f"| map | {' | '.join(CURVES)} |", "|---" * (1 + len(CURVES)) + "|"]
     for map_name, values in sorted(numbers.items(), key=lambda item: item[1]["deletion"]):
         cells = []
-        for name in names:
+        for name in CURVES:
             low, high = values[f"{name}_interval"]
             cells.append(f"{values[name]:.3f} ({low:.3f} to {high:.3f})")
         lines.append(f"| {map_name} | {' | '.join(cells)} |")

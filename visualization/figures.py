@@ -478,7 +478,7 @@ def token_norms(patches: np.ndarray, class_token: np.ndarray | None, *, title: s
     caption = (
         "Median over all patch tokens of all images; the shaded band holds the middle 90%, the "
         "dotted lines are the 99% quantile and the maximum. Layer 0 is the embedding. A few tokens "
-        "of far larger norm are the artifacts of Darcet et al. (arXiv 2309.16588)."
+        "of far larger norm would be the artifacts of Darcet et al. (arXiv 2309.16588)."
     )
     figure = new_figure(4.6, 3.2, title, caption)
     axes = figure.subplots()

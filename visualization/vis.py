@@ -4,7 +4,7 @@
     python visualization/vis.py image --index 0,7      attention and relevance in images of its data
     python visualization/vis.py image --image cat.jpg  the same for an image file
     python visualization/vis.py steps --index 7        from the image to its class in ten steps
-    python visualization/vis.py explorer               the model itself, alive in one HTML page
+    python visualization/vis.py explorer               the model itself, running in an HTML page
     python visualization/vis.py model --checkpoint F   the weights; needs no images
     python visualization/vis.py data                   augmentation; attention of 128 images
     python visualization/vis.py run                    curves, confusion, mistakes, calibration
@@ -324,7 +324,7 @@ def choose_backend(show: bool) -> None:
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
     choose_backend(options.show)
-    named = options.checkpoint and cli.existing_path(str(options.checkpoint))
+    named = options.checkpoint and utils.existing_path(str(options.checkpoint))
     path = checkpoint_file(named or newest_checkpoint())
     model = Model(path, choose_device(options.device), options)
     check_options(model)

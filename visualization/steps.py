@@ -147,6 +147,7 @@ def _mark_row(axes: Axes, row: int) -> None:
     style = {"transform": axes.get_yaxis_transform(), "clip_on": False, "color": MARK, "ms": 4}
     axes.plot(-0.02, row, marker=">", **style)
     axes.plot(1.02, row, marker="<", **style)
+    axes.yaxis.labelpad = 9  # room for the one on the left
 
 
 def _mark_in_picture(axes: Axes, scene: Scene) -> None:

@@ -70,7 +70,6 @@ STUDIES = {
             "trivial": "--policy trivial",
             "alternating": "--flip alternating",
             "drop-path": "--drop-path 0.1",
-            "averaging": "--averaging 0.99",
         },
     ),
     # Equal `training_flops` to 4%: a model that is wider or deeper, or sees more patches, has fewer
@@ -120,7 +119,6 @@ STUDIES = {
             "depth-6": "--depth 6 --epochs 28",
             "eighth": "--patch-dropout 0.875 --epochs 74",
             "smoothing": "--label-smoothing 0",
-            "averaging": "--averaging 0.998",
             "rate-high": "--learning-rate 1e-2",
             "cutmix": "--cutmix 1 --mixed-epochs 0.7",
             "alternating": "--flip alternating",
@@ -148,10 +146,8 @@ STUDIES = {
             "muon-high": "--muon-learning-rate 0.04",
             "rate": "--learning-rate 1e-3",
             "no-cutmix": "--cutmix 0",
-            "no-color": "--color 0",
             "less-crop": "--crop-padding 2",
             "trivial": "--policy trivial --policy-epochs 0.8",
-            "averaging": "--averaging 0.999",
         },
     ),
 }

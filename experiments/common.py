@@ -25,7 +25,7 @@ import utils
 from config import UserError
 from data import CIFAR10_MEAN, CIFAR10_STD, Dataset, Preprocessing, Split
 from device import autocast
-from recipes import Recipe, TrainConfig
+from recipes import REMOVED, Recipe, TrainConfig
 from run import Run, RunOptions
 from trainer import Forward, compile_model
 from ViT import ViT, ViTConfig
@@ -174,6 +174,9 @@ def kept_result(kept: Path, flags: list[str]) -> dict[str, Any] | None:
     # An option that was added after a run had its default.
     for key, config in (("model", ViTConfig()), ("training", TrainConfig())):
         result[key] = config.to_plain() | result[key]
+    for name, off in REMOVED.items():
+        if result["training"].get(name) == off:
+            del result["training"][name]
     if result["training"]["validation_images"] in (1000, 5000):  # a tenth, as older results say it
         result["training"]["validation_images"] = 0.1
     wanted = {"model": command.model.to_plain(), "training": command.training.to_plain()}

@@ -12,11 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import utils
-from policy import gray, rand_augment, trivial_augment
+from policy import trivial_augment
 from recipes import TrainConfig
-
-ERASED_AREA, ERASED_ASPECT = (0.02, 0.33), (0.3, 3.3)  # of Zhong et al., arXiv 1708.04896
-
 
 # ---------------------------------------------------------------------------- place
 
@@ -89,63 +86,13 @@ def boxes(
     return (inside_y[:, :, None] & inside_x[:, None, :])[:, None]  # (B, 1, H, W)
 
 
-def random_erase(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    """Random erasing (Zhong et al., arXiv 1708.04896): fills a box of some images with noise.
-
-    Its area is 2% to 33% of the image's and its height 0.3 to 3.3 times its width, clipped to the
-    image.
-    """
-    B, _, H, W = images.shape
-
-    def uniform(low: float, high: float) -> Tensor:
-        draw = torch.rand(B, generator=generator, device=images.device)
-        return low + (high - low) * draw
-
-    area = H * W * uniform(*ERASED_AREA)
-    aspect = uniform(*np.log(ERASED_ASPECT)).exp()
-    height = (area * aspect).sqrt().round().clamp(1, H).long()
-    width = (area / aspect).sqrt().round().clamp(1, W).long()
-    top = (uniform(0, 1) * (H - height + 1)).long()
-    left = (uniform(0, 1) * (W - width + 1)).long()
-    erased = boxes(top, left, height, width, (H, W))
-    erased &= (uniform(0, 1) < probability)[:, None, None, None]
-    noise = torch.randint(256, images.shape, generator=generator, device=images.device)
-    return torch.where(erased, noise.to(torch.uint8), images)
-
-
-# ---------------------------------------------------------------------------- color
+# ---------------------------------------------------------------------------- mixing
 
 
 def blend(images: Tensor, other: Tensor | float, factors: Tensor) -> Tensor:
     """factor x image + (1 - factor) x other, clipped to 0 to 255; factors (B,) may exceed 1."""
     factors = factors[:, None, None, None]
     return (factors * images + (1 - factors) * other).clamp(0, 255).to(torch.uint8)
-
-
-def adjust_brightness(images: Tensor, factors: Tensor) -> Tensor:
-    """Factor 0 is black, 1 the image, and above 1 is brighter."""
-    return blend(images, 0.0, factors)
-
-
-def adjust_contrast(images: Tensor, factors: Tensor) -> Tensor:
-    """Factor 0 is the mean gray of the image, 1 the image, and above 1 has more contrast."""
-    return blend(images, gray(images).mean(dim=(1, 2, 3), keepdim=True), factors)
-
-
-def adjust_saturation(images: Tensor, factors: Tensor) -> Tensor:
-    """Factor 0 is the image in gray, 1 the image, and above 1 is more saturated."""
-    return blend(images, gray(images), factors)
-
-
-def random_color(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation, each by a factor from 1 - strength to 1 + strength."""
-    for adjust in (adjust_brightness, adjust_contrast, adjust_saturation):
-        draw = torch.rand(len(images), generator=generator, device=images.device)
-        images = adjust(images, 1 + strength * (2 * draw - 1))
-    return images
-
-
-# ---------------------------------------------------------------------------- mixing
 
 
 def mixup(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,15 +154,8 @@ def augment(
         images = random_crop(images, config.crop_padding, generator)
     if config.resized_crop:
         images = random_resized_crop(images, config.resized_crop, generator)
-    if config.policy != "off" and epoch < config.policy_epochs * config.epochs:
-        if config.policy == "trivial":
-            images = trivial_augment(images, generator)
-        else:
-            images = rand_augment(images, config.magnitude, generator)
-    if config.color:
-        images = random_color(images, config.color, generator)
-    if config.erase:
-        images = random_erase(images, config.erase, generator)
+    if config.policy == "trivial" and epoch < config.policy_epochs * config.epochs:
+        images = trivial_augment(images, generator)
     if (config.mixup or config.cutmix) and epoch < config.mixed_epochs * config.epochs:
         images, targets = _mix(images, targets, config, seed, generator)
     return images, targets

@@ -1,9 +1,9 @@
-"""TrivialAugment (arXiv 2103.10158) and RandAugment (arXiv 1909.13719) with a draw for each image.
+"""TrivialAugment (Müller and Hutter, arXiv 2103.10158) with a draw for each image.
 
-Operations, magnitudes and results are those of torchvision: TrivialAugmentWide and RandAugment,
-except for pixels whose source lies halfway between two, such as the diagonals at 45 degrees.
-torchvision draws once for all images of a call and makes the host wait for a GPU; here nothing
-does: on a GPU each operation is computed for all images, and each image keeps the one it drew.
+Operations, magnitudes and results are those of torchvision's TrivialAugmentWide, except for pixels
+whose source lies halfway between two, such as the diagonals at 45 degrees. torchvision draws once
+for all images of a call and makes the host wait for a GPU; here nothing does: on a GPU each
+operation is computed for all images, and each image keeps the one it drew.
 
 Images are uint8 (B, C, H, W), RGB or gray; op (B,) int64 indexes OPS; magnitude is (B,).
 """
@@ -163,53 +163,25 @@ def _drawn(op: Tensor) -> tuple[Tensor, ...]:
 
 
 @cache
-def trivial_space(device: torch.device) -> Tensor:
-    """The magnitudes of TrivialAugment: (sign, operation, bin)."""
-    return _space(0.99, 32.0, 32.0, 135.0, 0.99, 6, device)
+def magnitudes(device: torch.device) -> Tensor:
+    """The wide space of TrivialAugment: (sign, operation, bin)."""
 
-
-@cache
-def rand_space(device: torch.device, height: int, width: int) -> Tensor:
-    """The magnitudes of RandAugment, whose shifts grow with the image: (sign, operation, bin)."""
-    return _space(0.3, 150.0 / 331.0 * width, 150.0 / 331.0 * height, 30.0, 0.9, 4, device)
-
-
-def _space(
-    shear: float, x: float, y: float, degrees: float, color: float, bits: int, device: torch.device
-) -> Tensor:
     def ramp(start: float, end: float) -> Tensor:
         return torch.linspace(start, end, BINS, device=device)
 
-    signed = [shear, shear, x, y, degrees, color, color, color, color]
-    signed = torch.stack([ramp(0, end) for end in signed])
     none = ramp(0, 0)
-    kept_bits = (8 - torch.arange(BINS, device=device) / ((BINS - 1) / bits)).round()
+    signed = torch.stack(
+        [ramp(0, end) for end in (0.99, 0.99, 32, 32, 135, 0.99, 0.99, 0.99, 0.99)]
+    )
+    kept_bits = (8 - torch.arange(BINS, device=device) / ((BINS - 1) / 6)).round()
     unsigned = torch.stack([kept_bits, ramp(1, 0), none, none])
     return torch.stack([torch.cat([none[None], s, unsigned]) for s in (signed, -signed)])
 
 
-# ---------------------------------------------------------------------------- policies
-
-
 def trivial_augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """One operation for each image, of any magnitude of the wide space."""
-    bins = torch.randint(BINS, (len(images),), generator=generator, device=images.device)
-    return _augment(images, trivial_space(images.device), bins, generator)
-
-
-def rand_augment(
-    images: Tensor, magnitude: int, generator: torch.Generator, num_ops: int = 2
-) -> Tensor:
-    """`num_ops` operations in a row for each image, all of the same magnitude, 0 to 30."""
-    space = rand_space(images.device, *images.shape[2:])
-    bins = torch.full((len(images),), magnitude, device=images.device)
-    for _ in range(num_ops):
-        images = _augment(images, space, bins, generator)
-    return images
-
-
-def _augment(images: Tensor, space: Tensor, bins: Tensor, generator: torch.Generator) -> Tensor:
     B, device = len(images), images.device
+    bins = torch.randint(BINS, (B,), generator=generator, device=device)
     op = torch.randint(len(OPS), (B,), generator=generator, device=device)
     sign = torch.randint(2, (B,), generator=generator, device=device)
-    return apply(images, op, space[sign, op, bins])
+    return apply(images, op, magnitudes(device)[sign, op, bins])

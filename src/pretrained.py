@@ -152,8 +152,8 @@ def load_pretrained(origin: str, heads: int | None = None) -> Pretrained:
     if weights is None:  # a checkpoint of ours
         checkpoint = utils.load_checkpoint(path)
         config, expected = checkpoint.model, checkpoint.preprocessing
-        evaluated = {name: weight.float() for name, weight in checkpoint.evaluated.items()}
-        return Pretrained(origin, config, evaluated, expected, tuple(checkpoint.classes))
+        weights = {name: weight.float() for name, weight in checkpoint.weights.items()}
+        return Pretrained(origin, config, weights, expected, tuple(checkpoint.classes))
     return from_state_dict(origin, weights, heads)
 
 
@@ -329,7 +329,7 @@ def _from_torchvision(origin: str, name: str, weights: str = "DEFAULT") -> Pretr
 
 
 def state_dict_for(library: str, checkpoint: utils.Checkpoint) -> dict[str, Tensor]:
-    """The evaluated weights of a checkpoint as timm's or torchvision's model loads them.
+    """The weights of a checkpoint as timm's or torchvision's model loads them.
 
     Raises:
         UserError: the library has no such model.
@@ -337,7 +337,7 @@ def state_dict_for(library: str, checkpoint: utils.Checkpoint) -> dict[str, Tens
     config = checkpoint.model
     if library == "torchvision" and config.pooling == "mean":
         raise UserError("torchvision has no ViT with mean pooling; timm has")
-    weights = dict(ViT(config).state_dict() | checkpoint.evaluated)
+    weights = dict(ViT(config).state_dict() | checkpoint.weights)
     shape = (config.width, config.channels, config.patch_size, config.patch_size)
     weights["embed.proj.weight"] = weights["embed.proj.weight"].reshape(shape)
     if "embed.pos_embed" not in weights:  # fixed ones, which are learned ones there

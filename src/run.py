@@ -4,7 +4,6 @@ The training loop of trainer.py moves a `Run` from step to step; here is what it
 to save it, and to bring it back where it was.
 """
 
-import copy
 import dataclasses
 import gc
 import math
@@ -110,8 +109,6 @@ class Run:
         if config.freeze:
             for name, weight in model.named_parameters():
                 weight.requires_grad_(name.startswith("head."))
-        # Holds the exponential moving average of the weights; evaluation uses it.
-        self.averaged = copy.deepcopy(model).requires_grad_(False) if config.averaging else None
         self.parallel = self.world.parallel(model)  # the model, over all ranks
         self.optimizers = make_optimizers(model, config, self.precision)
         self.class_weights = None
@@ -171,11 +168,6 @@ class Run:
             schedule=self.config.schedule,
         )
 
-    @property
-    def evaluated(self) -> ViT:
-        """The model whose accuracy counts."""
-        return self.averaged or self.model
-
     def flops(self, phase: Phase) -> float:
         """Floating-point operations of the training in a phase."""
         of_an_image = training_flops(
@@ -194,19 +186,6 @@ class Run:
             with without_averaging(self.parallel):
                 yield part
         yield last
-
-    @torch.no_grad()
-    def average_weights(self) -> None:
-        """Moves the averaged weights toward those of the step just done.
-
-        The decay rises from 0.1, as in TensorFlow's ExponentialMovingAverage, so that the first
-        weights are soon forgotten. Call it before the step is counted.
-        """
-        if self.averaged is None:
-            return
-        decay = min(self.config.averaging, (1 + self.step) / (10 + self.step))
-        averages, weights = list(self.averaged.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def begin_epoch(self) -> None:
         losses = torch.zeros(self.steps_per_epoch, device=self.device)
@@ -294,7 +273,6 @@ class Run:
             preprocessing=self.preprocessing,
             classes=list(self.dataset.classes),
             weights=on_cpu(dict(self.model.state_dict())),
-            averaged=on_cpu(dict(self.averaged.state_dict())) if self.averaged else None,
             optimizers=[on_cpu(optimizer.state_dict()["state"]) for optimizer in self.optimizers],
             history=self.history,
             partial=partial,
@@ -323,13 +301,7 @@ class Run:
         """
         if not checkpoint.optimizers:
             raise UserError("it holds a model without its optimizers, for sharing")
-        if bool(self.averaged) != bool(checkpoint.averaged):
-            raise UserError(
-                f"averaging is {self.config.averaging}, but its averaged weights disagree"
-            )
         self.model.load_state_dict(checkpoint.weights)
-        if self.averaged:
-            self.averaged.load_state_dict(checkpoint.averaged)
         load_optimizers(self.optimizers, checkpoint.optimizers)
         self.history, self.preprocessing = checkpoint.history, checkpoint.preprocessing
         self.compile_seconds = checkpoint.compile_seconds

@@ -111,7 +111,6 @@ def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord
             for optimizer in run.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            run.average_weights()
 
             progress.steps += 1
             progress.seconds = time.perf_counter() - started
@@ -266,7 +265,7 @@ def train(run: Run, command: str = "") -> dict[str, Any] | None:
 
     started, test = time.perf_counter(), None
     if run.options.test and run.dataset.test:
-        test = evaluate(run.evaluated, run.dataset.test, run.preprocessing, run.world)
+        test = evaluate(run.model, run.dataset.test, run.preprocessing, run.world)
     ended = time.perf_counter()
     if run.save_failed:
         run.save(last=True)
@@ -317,7 +316,7 @@ def validate(run: Run) -> bool:
     record, split = run.history[-1], run.dataset.validation
     if not split or record.validation_loss is not None:
         return False
-    result = evaluate(run.evaluated, split, run.preprocessing, run.world, run.precision)
+    result = evaluate(run.model, split, run.preprocessing, run.world, run.precision)
     figures = {"validation_loss": result.loss, "validation_accuracy": result.top1}
     run.history[-1] = replace(record, **figures)
     return True

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from config import Config, UserError
 from data import Preprocessing
-from recipes import TrainConfig
+from recipes import REMOVED, TrainConfig
 from ViT import ViT, ViTConfig
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the current folder is
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the cu
 
 # ---------------------------------------------------------------------------- checkpoints
 
-CHECKPOINT_FORMAT = 4
+CHECKPOINT_FORMAT = 5
 
 
 class CheckpointError(UserError):
@@ -75,7 +75,6 @@ class Checkpoint(Config):
     preprocessing: Preprocessing  # of the images that the model expects
     classes: list[str]  # their names, in the order of the logits
     weights: dict[str, Tensor]  # float32, or float16 in an exported model
-    averaged: dict[str, Tensor] | None = None  # EMA weights, where the recipe keeps them
     optimizers: list[dict[int, dict[str, Tensor]]] | None = None  # parameter's number to its state
     history: list[EpochRecord]
     partial: Partial | None = None  # of the epoch under way
@@ -96,13 +95,7 @@ class Checkpoint(Config):
             raise UserError("history must have a row for each epoch, in their order")
         if self.partial and self.partial.losses.shape != (self.partial.steps,):
             raise UserError("partial must have one loss for each step")
-        for weights in filter(None, (self.weights, self.averaged)):
-            check_weights(self.model, weights)
-
-    @property
-    def evaluated(self) -> dict[str, Tensor]:
-        """The weights whose accuracy counts: the averaged ones where there are any."""
-        return self.averaged or self.weights
+        check_weights(self.model, self.weights)
 
 
 def check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
@@ -130,7 +123,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def save_model(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes the model of a checkpoint alone: the evaluated weights, in half precision.
+    """Writes the model of a checkpoint alone, in half precision.
 
     `load_model` reads it like any other, into float32; a run cannot resume from it.
 
@@ -138,11 +131,10 @@ def save_model(path: Path, checkpoint: Checkpoint) -> None:
         OSError: as in `save_checkpoint`.
         CheckpointError: a weight is too large for half precision.
     """
-    halves = {name: weight.half() for name, weight in checkpoint.evaluated.items()}
+    halves = {name: weight.half() for name, weight in checkpoint.weights.items()}
     if not all(half.isfinite().all() for half in halves.values()):
         raise CheckpointError(f"{path} cannot hold weights above 65,504 in half precision")
-    none = dict.fromkeys(("averaged", "optimizers", "partial"))
-    save_checkpoint(path, replace(checkpoint, weights=halves, **none))
+    save_checkpoint(path, replace(checkpoint, weights=halves, optimizers=None, partial=None))
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -177,9 +169,11 @@ def _migrated(plain: Any) -> dict[str, Any]:
         raise UserError("src/trainer.py did not write it")
     if plain["format"] == 3:
         plain = _from_format_3(plain)
+    if plain["format"] == 4:
+        plain = _from_format_4(plain)
     if plain["format"] != CHECKPOINT_FORMAT:
         raise UserError(
-            f"it has checkpoint format {plain['format']}, this code reads 3 and {CHECKPOINT_FORMAT}"
+            f"it has checkpoint format {plain['format']}, this code reads 3 to {CHECKPOINT_FORMAT}"
         )
     return {name: value for name, value in plain.items() if name != "format"}
 
@@ -218,11 +212,25 @@ def _from_format_3(plain: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _from_format_4(plain: dict[str, Any]) -> dict[str, Any]:
+    """Format 5 lacks the `REMOVED` options; a run that used one can be evaluated, not resumed."""
+    training, changed = dict(plain["training"]), {"format": 5}
+    used = [training.pop(name, off) != off for name, off in REMOVED.items()]
+    if training.get("policy") == "rand":
+        used, training["policy"] = [True], "off"
+    if any(used):
+        changed |= {"optimizers": None, "partial": None}
+    if plain.get("averaged"):  # the weights that were evaluated
+        changed["weights"] = plain["averaged"]
+    kept = {name: value for name, value in plain.items() if name != "averaged"}
+    return kept | changed | {"training": training}
+
+
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[ViT, Checkpoint]:
     """Rebuilds the model that a checkpoint holds, from the file alone.
 
     Returns:
-        The model with the evaluated weights, in evaluation mode on `device`, and the checkpoint,
+        The model, in evaluation mode on `device`, and the checkpoint,
         whose `preprocessing` and `classes` say what goes in and what comes out.
 
     Raises:
@@ -233,7 +241,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Vi
         model = ViT(checkpoint.model)
     except (RuntimeError, MemoryError) as error:  # fixed positions of an image too large for memory
         raise CheckpointError(f"{path} is not a usable checkpoint: out of memory") from error
-    model.load_state_dict(checkpoint.evaluated)
+    model.load_state_dict(checkpoint.weights)
     return model.to(device).eval(), checkpoint
 
 

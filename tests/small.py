@@ -95,7 +95,7 @@ def same_weights(first, second):
 def differing(first, second):
     """How many numbers differ between two runs' ends: weights, optimizers, metrics and result."""
     ends = [utils.load_checkpoint(folder / "last.pt") for folder in (first, second)]
-    a, b = ([end.weights, end.averaged or {}, *flat(end.optimizers)] for end in ends)
+    a, b = ([end.weights, *flat(end.optimizers)] for end in ends)
     count = sum(int((x[key] != y[key]).sum()) for x, y in zip(a, b, strict=True) for key in x)
     count += rows_of(first / "metrics.csv") != rows_of(second / "metrics.csv")
     return count + (result_of(first / "result.json") != result_of(second / "result.json"))

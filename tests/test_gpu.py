@@ -37,8 +37,8 @@ from ViT import ViT
 
 GPU = torch.device("cuda:0")
 OPTIONS = (
-    "demo --policy rand --erase 0.2 --accumulate 3",
-    "demo --cutmix 1 --mixup 0.8 --color 0.2 --averaging 0.99",
+    "demo --policy trivial --accumulate 3",
+    "demo --cutmix 1 --mixup 0.8 --resized-crop 0.5",
     "demo --flip alternating",
     "demo --pooling class --positions learned --patch-dropout 0.5",
     "demo --optimizer adamw",
@@ -283,7 +283,7 @@ def test_the_compiled_model_gives_the_same_logits(mode):
 def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(tmp_path):
     """In processes of their own, since cuBLAS reads its setting once, when it starts."""
     flags = "--recipe demo --epochs 2 --depth 2 --deterministic --no-test --policy trivial "
-    flags += f"--patch-dropout 0.5 --dropout 0.1 --averaging 0.99 --output-dir {tmp_path} --name "
+    flags += f"--patch-dropout 0.5 --dropout 0.1 --output-dir {tmp_path} --name "
 
     def start(flags):
         program = str(small.ROOT / "src/trainer.py")

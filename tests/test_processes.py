@@ -76,9 +76,9 @@ def test_a_run_stopped_within_epochs_resumes_to_the_same_end(
     assert stop_and_resume(train, signal_at, tmp_path, flags, [3, 5, 6, 13, 15]) == 0
 
 
-def test_averaged_weights_and_every_augmentation_resume_to_the_same_end(train, signal_at, tmp_path):
-    flags = "--epochs 3 --averaging 0.9 --flip alternating --policy trivial --color 0.2"
-    flags += " --erase 0.3 --mixup 0.4 --cutmix 1 --mixed-epochs 0.7"
+def test_every_augmentation_resumes_to_the_same_end(train, signal_at, tmp_path):
+    flags = "--epochs 3 --flip alternating --policy trivial --resized-crop 0.5"
+    flags += " --mixup 0.4 --cutmix 1 --mixed-epochs 0.7"
     assert stop_and_resume(train, signal_at, tmp_path, flags, [3, 6, 13]) == 0
 
 
@@ -423,7 +423,7 @@ def greatest_difference(first, second):
 JOINT = "--epochs 4 --batch-size 45 --precision fp32 --optimizer adamw --gradient-clip 1"
 
 
-@pytest.mark.parametrize("flags", ["", "--accumulate 3", "--averaging 0.9 --cutmix 1 --erase 1"])
+@pytest.mark.parametrize("flags", ["", "--accumulate 3", "--policy trivial --cutmix 1"])
 def test_two_ranks_train_as_one_does(train, tmp_path, flags):
     """20 steps in float64; neither 45 nor the last batch's 20 images, nor 50, divide evenly."""
     with small.default_dtype(torch.float64):

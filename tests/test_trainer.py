@@ -48,39 +48,6 @@ def test_a_run_leaves_its_files_and_the_figures_agree(train, tmp_path, capsys):
     assert float(rows[1]["validation_accuracy"]) == pytest.approx(result["validation_accuracy"])
 
 
-def test_averaged_weights_follow_the_formula_and_are_what_is_evaluated(
-    train, tmp_path, monkeypatch
-):
-    """The averages worked out again from the weights after each of the 10 steps."""
-    seen, evaluated = [], []
-    average, predict = run.Run.average_weights, evaluation.predict
-
-    def watched(this):
-        average(this)
-        seen.append([weight.detach().clone() for weight in this.model.parameters()])
-
-    monkeypatch.setattr(run.Run, "average_weights", watched)
-    monkeypatch.setattr(
-        evaluation, "predict", lambda model, *rest: evaluated.append(model) or predict(model, *rest)
-    )
-    assert train("--name a --epochs 2 --averaging 0.6 --seed 4") == 0
-    checkpoint = utils.load_checkpoint(tmp_path / "a/last.pt")
-    torch.manual_seed(4)
-    start = ViT(checkpoint.model)
-    averages = list(start.parameters())
-    for step, weights in enumerate(seen):
-        decay = min(0.6, (1 + step) / (10 + step))
-        averages = [decay * a + (1 - decay) * w for a, w in zip(averages, weights, strict=True)]
-    assert len(seen) == 10
-    for (name, _), average in zip(start.named_parameters(), averages, strict=True):
-        torch.testing.assert_close(checkpoint.averaged[name], average.detach())
-        assert not torch.equal(checkpoint.averaged[name], checkpoint.weights[name])
-    model, _ = utils.load_model(tmp_path / "a/last.pt")
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, checkpoint.averaged[name])
-        assert torch.equal(weight, dict(evaluated[-1].named_parameters())[name])
-
-
 def watch_tokens(monkeypatch):
     """A list that gets the number of tokens in each call of a block."""
     tokens, forward = [], EncoderBlock.forward

@@ -39,17 +39,17 @@ def test_a_checkpoint_alone_gives_back_the_model(checkpoint, small_shapes):
 
 
 def test_a_model_alone_is_a_small_checkpoint_of_half_precision(train, tmp_path, capsys):
-    """Of the averaged weights, which are those that count; loaded in full precision."""
-    assert train("--name a --epochs 2 --averaging 0.9 --optimizer muon") == 0
+    """Loaded in full precision."""
+    assert train("--name a --epochs 2 --optimizer muon") == 0
     assert train(f"--export {tmp_path / 'a'}") == 0
     last, alone = tmp_path / "a/last.pt", tmp_path / "a/model.pt"
     assert f"wrote {alone}" in capsys.readouterr().out
-    averaged = load_checkpoint(last).averaged
+    weights = load_checkpoint(last).weights
     plain = torch.load(alone, weights_only=True)
     model, content = load_model(alone)
     for name, weight in model.state_dict().items():
         assert plain["weights"][name].dtype == torch.float16 and weight.dtype == torch.float32
-        assert torch.equal(weight, averaged[name].half().float())
+        assert torch.equal(weight, weights[name].half().float())
     assert content.history[1].epoch == 2 and content.classes == plain["classes"]
     assert alone.stat().st_size < last.stat().st_size / 3
 
@@ -146,7 +146,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(name, che
 # Places in a checkpoint, as the keys that lead there, what to put there, and what the line names.
 GONE = object()
 LIES = [
-    ("format", 99, "format 99, this code reads 3 and 4"),
+    ("format", 99, "format 99, this code reads 3 to 5"),
     ("format", 2, "format 2"),
     ("format", True, "src/trainer.py did not write it"),
     ("format", GONE, "src/trainer.py did not write it"),
@@ -172,9 +172,7 @@ LIES = [
     ("weights.head.bias", torch.zeros(10).to_sparse(), "weights must be"),
     ("weights.head.bias", torch.zeros(10, device="meta"), "weights must be"),
     ("weights.head.bias", [0.0] * 10, "weights must be"),
-    ("averaged", GONE, "averaging is 0.9, but its averaged weights disagree"),
-    ("averaged", {}, "averaging is 0.9, but its averaged weights disagree"),
-    ("averaged.head", torch.zeros(10), 'Unexpected key(s) in state_dict: "head"'),
+    ("averaged", {}, "Checkpoint has no field 'averaged'"),
     ("history", {}, "history must be"),
     ("history.0.epoch", 7, "history must have a row for each epoch"),
     ("history.0.train_loss", math.nan, "train_loss must be a finite number"),
@@ -209,9 +207,9 @@ LIES = [
 
 @pytest.fixture(scope="module")
 def half_way(tmp_path_factory):
-    """A checkpoint from within an epoch, by both optimizers, with averaged weights."""
+    """A checkpoint from within an epoch, by both optimizers."""
     folder = tmp_path_factory.mktemp("half_way")
-    flags = "--name a --epochs 2 --optimizer muon --averaging 0.9 --save-minutes 0"
+    flags = "--name a --epochs 2 --optimizer muon --save-minutes 0"
     start = small.start(flags, folder)
     assert small.finished(start) == 0
     whole = torch.load(folder / "a/last.pt", weights_only=True)
@@ -255,11 +253,11 @@ def test_fields_that_a_file_lacks_have_their_defaults(train, half_way, tmp_path)
     """It is also shown that the checkpoint the lies are put into is a good one."""
     content = torch.load(half_way, weights_only=True)
     whole = resumed(train, content, tmp_path / "whole")
-    for fields, name in ((content, "total_seconds"), (content["training"], "erase")):
+    for fields, name in ((content, "total_seconds"), (content["training"], "cutmix")):
         del fields[name]
     del content["model"]["drop_path"]
     loaded = load_checkpoint(save(content, tmp_path / "lacking.pt"))
-    assert (loaded.total_seconds, loaded.training.erase, loaded.model.drop_path) == (0.0, 0.0, 0.0)
+    assert (loaded.total_seconds, loaded.training.cutmix, loaded.model.drop_path) == (0.0, 0.0, 0.0)
     assert small.differing(whole, resumed(train, content, tmp_path / "lacking")) == 0
 
 
@@ -294,14 +292,14 @@ def in_format_3(new):
 
     training = dict(new["training"])
     training["initialisation"] = training.pop("initialization")
-    training["colour"] = training.pop("color")
+    training |= {"colour": 0.0, "averaging": 0.0, "erase": 0.0, "magnitude": 9}
     return {
         "format": 3,
         "model_config": new["model"],
         "train_config": training,
         "recipe": new["recipe"],
         "weights": renamed(new["weights"]),
-        "averaged": renamed(new["averaged"]),
+        "averaged": {},
         "optimizers": new["optimizers"] or [],
         "epoch": len(new["history"]),
         "partial": new["partial"] or {},
@@ -316,10 +314,10 @@ def in_format_3(new):
 
 @pytest.mark.parametrize("flags", [None, "--optimizer adamw --patch-dropout 0.5"])
 def test_a_run_of_format_3_resumes_to_the_same_end(train, half_way, tmp_path, flags):
-    """From within an epoch, with averages and both optimizers, or between epochs without."""
+    """From within an epoch, by both optimizers, or between epochs."""
     path = half_way
     if flags:
-        options = "--pooling class --positions learned --color 0.1 --initialization mimetic"
+        options = "--pooling class --positions learned --initialization mimetic"
         assert train(f"--name start --epochs 1 {flags} {options}") == 0
         path = tmp_path / "start/last.pt"
     new = torch.load(path, weights_only=True)
@@ -328,7 +326,25 @@ def test_a_run_of_format_3_resumes_to_the_same_end(train, half_way, tmp_path, fl
     assert not old["weights"].keys() & {name for name in new["weights"] if "attn" in name}
     ends = [resumed(train, each, tmp_path / name) for name, each in (("new", new), ("old", old))]
     assert small.differing(*ends) == 0
-    assert load_checkpoint(tmp_path / "old/last.pt").training.color == (0.1 if flags else 0.0)
+
+
+def test_a_run_of_format_4_that_used_a_removed_option_is_evaluated_but_not_resumed(
+    train, half_way, tmp_path, capsys
+):
+    """Its averaged weights are those that were evaluated."""
+    new = torch.load(half_way, weights_only=True)
+    averaged = {name: weight + 1 for name, weight in new["weights"].items()}
+    for used in ({"averaging": 0.9}, {"color": 0.1}, {"erase": 0.5}, {"policy": "rand"}):
+        training = new["training"] | {"averaging": 0.0, "erase": 0.0, "magnitude": 9} | used
+        old = new | {"format": 4, "training": training}
+        old["averaged"] = averaged if "averaging" in used else None
+        path = save(old, tmp_path / "old.pt")
+        model, checkpoint = load_model(path)
+        added = 1 if "averaging" in used else 0
+        assert torch.equal(model.head.bias, new["weights"]["head.bias"] + added)
+        assert checkpoint.training == load_checkpoint(half_way).training
+        assert train(f"--resume {path}") == 2
+        assert "without its optimizers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["mean", "seconds", "weights", "model_config"])
@@ -347,7 +363,7 @@ def test_the_committed_model_is_of_format_3_and_loads_with_todays_names():
     names = set(model.state_dict())
     assert names == set(checkpoint.weights)
     assert {"embed.proj.weight", "blocks.5.attn.proj.bias", "blocks.0.mlp.fc2.weight"} <= names
-    assert checkpoint.training.initialization == "mimetic" and checkpoint.training.color == 0.0
+    assert checkpoint.training.initialization == "mimetic"
     assert checkpoint.classes[3] == "cat" and checkpoint.preprocessing.size == (32, 32)
     assert checkpoint.history[-1].epoch == 46 and checkpoint.optimizers is None
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
@@ -380,7 +396,7 @@ def parts_of_archive(path):
 
 
 def tensors_of(checkpoint):
-    return [checkpoint.weights, checkpoint.averaged, *small.flat(checkpoint.optimizers)]
+    return [checkpoint.weights, *small.flat(checkpoint.optimizers)]
 
 
 def fuzz(half_way, tmp_path, each, seed):

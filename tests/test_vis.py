@@ -246,11 +246,11 @@ def test_augmentation_has_a_row_for_each_operation_of_the_recipe(
         "OF_THE_MODEL",
         {"data": {"augmentation": catalogue.OF_THE_MODEL["data"]["augmentation"]}},
     )
-    used = {"crop_padding": 2, "erase": 1.0, "mixup": 0.8}
+    used = {"crop_padding": 2, "cutmix": 1.0, "mixup": 0.8}
     write_checkpoint(tmp_path / "run/last.pt", small_shapes, used)
     assert draw("data --save-data --seed 3") == 0
     saved = {k: torch.from_numpy(v) for k, v in load(tmp_path, "data/augmentation").items()}
-    operations = ["random_flip", "random_crop", "random_erasing", "Mixup"]
+    operations = ["random_flip", "random_crop", "Mixup", "CutMix"]
     assert list(saved) == ["original", *operations, "whole_recipe"]
 
     def generator():
@@ -260,7 +260,6 @@ def test_augmentation_has_a_row_for_each_operation_of_the_recipe(
     flipped = augment.random_flip(images, generator())
     assert torch.equal(saved["random_flip"], flipped) and not torch.equal(flipped, images)
     assert torch.equal(saved["random_crop"], augment.random_crop(images, 2, generator()))
-    assert torch.equal(saved["random_erasing"], augment.random_erase(images, 1.0, generator()))
     recipe, coins = TrainConfig(**used), torch.zeros(8, dtype=torch.bool)
     expected, _ = augment.augment(images, torch.eye(10)[:8], recipe, 3, coins, 0)
     assert torch.equal(saved["whole_recipe"], expected)

@@ -443,9 +443,8 @@ def draw_augmentation(model: Model) -> Picture:
     names = {  # of the operations, by the field that turns each on
         "flip": f"{config.flip} flip",
         "crop_padding": "random crop",
-        "policy": {"trivial": "TrivialAugment", "rand": "RandAugment"}.get(config.policy),
-        "color": "color",
-        "erase": "random erasing",
+        "resized_crop": "random resized crop",
+        "policy": "TrivialAugment",
         "mixup": "Mixup",
         "cutmix": "CutMix",
     }

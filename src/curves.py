@@ -7,13 +7,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from recipes import TrainConfig
 from utils import EpochRecord, write_whole
 
 
-def write_curves(path: Path, history: list[EpochRecord], title: str) -> None:
+def write_curves(path: Path, history: list[EpochRecord], training: TrainConfig, title: str) -> None:
     figure = Figure(figsize=(10, 3.2), layout="constrained", dpi=150)
     figure.suptitle(title)
-    draw_curves(figure, history)
+    draw_curves(figure, history, training)
     write_figure(path, figure)
 
 
@@ -24,10 +25,22 @@ def write_figure(path: Path, figure: Figure, **options: Any) -> None:
     write_whole(path, buffer.getbuffer())
 
 
-def draw_curves(figure: Figure, history: list[EpochRecord]) -> None:
+def changes(training: TrainConfig) -> dict[str, float]:
+    """What ends before the last epoch, and after how many epochs."""
+    epochs = training.epochs
+    ends = {
+        "TrivialAugment": training.policy_epochs * epochs * (training.policy != "off"),
+        "mixing": training.mixed_epochs * epochs * bool(training.mixup or training.cutmix),
+        "patch dropout": (epochs - training.whole_epochs) * bool(training.patch_dropout),
+    }
+    return {name: after for name, after in ends.items() if 0 < after < epochs}
+
+
+def draw_curves(figure: Figure, history: list[EpochRecord], training: TrainConfig) -> None:
     """Draws into an empty figure.
 
-    The training curves are of augmented images and smoothed labels, as the model met them.
+    The training curves are of augmented images and smoothed labels, as the model met them; vertical
+    lines mark where an augmentation ends.
     """
     losses, accuracies, rates = figure.subplots(1, 3)
 
@@ -37,7 +50,8 @@ def draw_curves(figure: Figure, history: list[EpochRecord]) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
 
-    curve(losses, "train_loss", "training, as augmented", marker=".")
+    smoothed = "smoothed labels" if training.label_smoothing else "augmented"
+    curve(losses, "train_loss", f"training, {smoothed}", marker=".")
     curve(accuracies, "train_accuracy", "training", 100, marker=".")
     curve(rates, "learning_rate", color="tab:gray")
     curve(losses, "validation_loss", "validation", marker=".")
@@ -47,4 +61,6 @@ def draw_curves(figure: Figure, history: list[EpochRecord]) -> None:
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
+        for (name, after), style in zip(changes(training).items(), (":", "--", "-."), strict=False):
+            axes.axvline(after, color="0.5", linewidth=1, linestyle=style, label=f"{name} ends")
     losses.legend(frameon=False)

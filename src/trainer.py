@@ -379,7 +379,8 @@ def write_result(run: Run, result: dict[str, Any]) -> dict[str, Any] | None:
         outcome = f"test loss {loss:.4f}   test accuracy {accuracy:.2%}"
     print(f"{outcome}   {seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all")
     try:
-        write_curves(run.folder / "curves.png", run.history, f"{run.folder.name}: {outcome}")
+        title = f"{run.folder.name}: {outcome}"
+        write_curves(run.folder / "curves.png", run.history, run.config, title)
         utils.write_json(run.folder / "result.json", result)
     except OSError as error:
         complain(f"cannot write the result to {run.folder}: {error.strerror or error}")

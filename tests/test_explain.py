@@ -422,14 +422,6 @@ def test_tokens_that_differ_along_one_axis_get_colors_along_it():
     torch.testing.assert_close(colors[..., 0].flatten(), expected, atol=1e-3, rtol=0)
 
 
-def test_masks_run_from_0_to_1_at_the_pictures_size():
-    masks = explain.picture_masks(torch.rand(3, 2, 4), (16, 32))
-    assert masks.shape == (3, 16, 32)
-    torch.testing.assert_close(masks.amin(dim=(1, 2)), torch.zeros(3))
-    torch.testing.assert_close(masks.amax(dim=(1, 2)), torch.ones(3))
-    assert torch.equal(explain.picture_masks(torch.zeros(1, 2, 4), (4, 8)), torch.zeros(1, 4, 8))
-
-
 # ---------------------------------------------------------------------------- many images
 
 

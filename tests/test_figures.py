@@ -8,6 +8,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 import figures
+from recipes import RECIPES
 from utils import EpochRecord
 
 matplotlib.use("Agg")
@@ -29,7 +30,7 @@ def attention_maps(layers=3, heads=2, grid=(2, 3), **options):
     return figures.attention_maps(
         picture(),
         DRAW.random((layers, heads, *grid)),
-        layers=[str(layer + 1) for layer in range(layers)],
+        layers=[f"layer {layer + 1}" for layer in range(layers)],
         heads=[str(head + 1) for head in range(heads)],
         tokens=7,
         title="title",
@@ -59,7 +60,7 @@ FIGURES = {
         ),
         [],
     ),
-    "attention_maps": (attention_maps, ["layer", "head", "attention weight"]),
+    "attention_maps": (attention_maps, ["layer 1", "head", "weight relative to uniform"]),
     "explanations": (
         lambda: figures.explanations(
             picture(),
@@ -85,10 +86,6 @@ FIGURES = {
         ),
         ["patches removed, most important first", "probability of the class"],
     ),
-    "logit_lens": (
-        lambda: figures.logit_lens(picture(), DRAW.random((4, 10)), CLASSES, title="title"),
-        ["layer", "probability"],
-    ),
     "filters": (
         lambda: figures.filters(
             DRAW.normal(size=(9, 3, 4, 4)), np.arange(20.0)[::-1], title="title"
@@ -103,9 +100,11 @@ FIGURES = {
     ),
     "by_layer_and_head": (
         lambda: figures.by_layer_and_head(
-            DRAW.random((3, 2)), label="pixels", title="title", caption="caption"
+            [(DRAW.random((3, 2)), "pixels", 0.5), (DRAW.random((3, 2)), "entropy", 1.0)],
+            title="title",
+            caption="caption",
         ),
-        ["layer", "pixels"],
+        ["layer", "pixels", "entropy", "uniform"],
     ),
     "token_norms": (
         lambda: figures.token_norms(DRAW.random((4, 50)), DRAW.random((4, 5)), title="title"),
@@ -117,8 +116,10 @@ FIGURES = {
             names=CLASSES[:3],
             title="title",
             caption="caption",
+            wrong=[True, False, False],
+            weights=True,
         ),
-        ["input", "rollout"],
+        ["input", "rollout", "weight relative to uniform"],
     ),
     "layer_similarity": (
         lambda: figures.layer_similarity(DRAW.random((4, 4)), title="title", caption="caption"),
@@ -136,7 +137,7 @@ FIGURES = {
         ["principal component 1 (50% of the variance)"],
     ),
     "training_curves": (
-        lambda: figures.training_curves(HISTORY, title="title"),
+        lambda: figures.training_curves(HISTORY, RECIPES["shipped"].train, title="title"),
         ["epoch", "loss (nats)", "accuracy (%)"],
     ),
     "confusion_matrix": (
@@ -226,7 +227,7 @@ def test_attention_maps_stand_with_layers_down_and_heads_across():
         title="",
         caption="",
     )
-    lit = [image for image in figure.axes[1].get_images() if image.get_array().max() == 1]
+    lit = [image for image in figure.axes[1].get_images() if image.get_array().max() == 2]
     x0, _, _, y0 = lit[0].get_extent()
     assert len(lit) == 1 and y0 == 0 and x0 == pytest.approx(2 * (1 + figures.GAP))
     scales = {image.norm.vmax for image in figure.axes[1].get_images()}

@@ -164,7 +164,7 @@ def train_and_predict(watch, flags):
         trainer.train_epoch(run, run.parallel, run.config.patch_dropout)
     assert run.progress.steps == len(watch.after_step) == 3
     for precision in ("fp32", "bf16"):
-        logits = predict(run.evaluated, split, run.preprocessing, precision=precision)
+        logits = predict(run.model, split, run.preprocessing, precision=precision)
         assert (logits.device, logits.shape, logits.dtype) == (GPU, (600, 10), torch.float32)
     assert watch.waits[watch.after_step[0] :] == []
     return run
@@ -177,7 +177,7 @@ def test_a_step_stays_on_the_gpu_and_does_not_wait_for_it(watch, flags):
     run = train_and_predict(watch, flags)
     states = [optimizer.state[weight] for optimizer in run.optimizers for weight in optimizer.state]
     assert len(states) == sum(weight.requires_grad for weight in run.model.parameters())
-    kept = [run.progress.losses, run.progress.correct, run.coins, *run.evaluated.parameters()]
+    kept = [run.progress.losses, run.progress.correct, run.coins, *run.model.parameters()]
     kept += [*run.model.parameters(), *run.model.buffers(), *tree_leaves(states)]
     assert {tensor.device for tensor in kept} == {GPU}
 
@@ -250,7 +250,7 @@ def test_three_steps_of_a_recipe(name, mode):
     record = trainer.train_epoch(run, forward, run.config.patch_dropout)
     assert record.step == 3
     assert record.train_loss == pytest.approx(math.log(10), abs=1)
-    logits = predict(run.evaluated, run.dataset.train, run.preprocessing)
+    logits = predict(run.model, run.dataset.train, run.preprocessing)
     assert logits.device == GPU and logits.isfinite().all()
     assert logits.std() > 0  # the head starts at zero
 

@@ -40,13 +40,12 @@ STEPS = {
     "10-classifier",
 }
 KINDS = {
-    "image": {"patches", "attention", "attention-of-patch", "explanations", "logit-lens"},
+    "image": {"patches", "attention", "attention-of-patch", "explanations"},
     "model": {"filters", "positions"},
     "data": {
         "augmentation",
         "attention-examples",
         "attention-distance",
-        "attention-entropy",
         "token-norms",
         "token-pca",
         "layer-similarity",
@@ -193,7 +192,7 @@ def test_saved_arrays_are_what_the_functions_give(train, draw, tmp_path, small_s
     assert entries["run/confusion"]["accuracy"] == pytest.approx(accuracy)
     assert accuracy == pytest.approx(checkpoint.history[-1].validation_accuracy, abs=1e-9)
     saved = load(tmp_path, "data/attention-distance")["distance"]
-    assert saved.shape == (2, 2)
+    assert saved.shape == load(tmp_path, "data/attention-distance")["entropy"].shape == (2, 2)
     assert entries["data/attention-distance"]["mean px"] == pytest.approx(saved.mean())
 
 
@@ -394,7 +393,7 @@ def test_non_square_images_have_a_wide_grid(draw, monkeypatch, tmp_path, small_s
     assert draw("--index 1 --query 2,3 --save-data") == 0
     assert load(tmp_path, "image/validation-1/attention-of-patch")["attention"].shape[2:] == (2, 3)
     assert load(tmp_path, "data/attention-examples")["rollout"].shape == (50, 2, 3)
-    assert len(manifest(tmp_path)["figures"]) == 4 + 11 + 1 + 2 + 8 + 3
+    assert len(manifest(tmp_path)["figures"]) == 3 + 11 + 1 + 2 + 7 + 3
 
 
 def test_a_single_patch_and_a_single_channel_can_be_drawn(
@@ -404,7 +403,7 @@ def test_a_single_patch_and_a_single_channel_can_be_drawn(
     monkeypatch.setattr(catalogue, "load_dataset", lambda *_, **__: dataset)
     write_checkpoint(tmp_path / "run/last.pt", dataset, pooling="mean")
     assert draw("") == 0
-    assert set(manifest(tmp_path)["not_applicable"]) == {"data/attention-entropy", "run/curves"}
+    assert set(manifest(tmp_path)["not_applicable"]) == {"data/attention-distance", "run/curves"}
 
 
 # ---------------------------------------------------------------------------- the ten steps

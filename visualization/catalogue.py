@@ -37,7 +37,7 @@ from ViT import Trace, parameters_of, patchify
 
 PROBE_IMAGES = 128  # of the figures of many images
 PROBE_BATCH = 32
-SHEET_IMAGES = 8
+SHEET_IMAGES, SHEET_CLASSES = 8, 10
 MISTAKES = 24
 LARGEST_IN_PAGE = 10_000_000  # weights of the explorer
 
@@ -212,9 +212,9 @@ QUERY_OF_CLASSIFIER = {
     "mean": "averaged over all query patches (mean pooling)",
 }
 ATTENTION_CAPTION = (
-    "Attention to each patch, {query}, by layer and head, after the softmax. Blue on the bar: "
-    "1/T, uniform attention. Attention shows where values are read from, not what they contribute "
-    "to the decision, and does not depend on a class."
+    "Attention to each patch, {query}, by layer and head, after the softmax, times the number of "
+    "tokens, so that 1 is uniform attention. Attention shows where values are read from, not what "
+    "they contribute to the decision, and does not depend on a class."
 )
 EXPLANATIONS_CAPTION = (
     "Attention: last layer, mean over heads, {query}. Rollout combines all layers. Neither "
@@ -265,9 +265,9 @@ def _attention_picture(
 ) -> Picture:
     """Attention maps of the chosen layers and heads."""
     layers, heads = model.options.layer, model.options.head
-    names = [str(layer + 1) for layer in range(len(rows))]
+    names = [f"layer {layer + 1}" for layer in range(len(rows))]
     if layers != "all":
-        rows, names = rows[layers - 1 : layers], [str(layers)]
+        rows, names = rows[layers - 1 : layers], names[layers - 1 : layers]
     if isinstance(heads, int):
         rows, columns = rows[:, heads - 1 : heads], [str(heads)]
     elif heads == "all":
@@ -304,14 +304,6 @@ def draw_explanations(model: Model, subject: Subject) -> Picture:
     )
     arrays = {method.replace(" ", "_"): values for method, values in maps.items()}
     return Picture(figure, arrays, {"targets": [model.classes[k] for k in targets]})
-
-
-def draw_logit_lens(model: Model, subject: Subject) -> Picture:
-    _, trace = look(model, subject)
-    probabilities = explain.logit_lens(model.vit, trace.tokens)[:, 0].cpu().numpy()
-    picture, title = to_picture(subject.pixels), describe(model, subject)
-    figure = figures.logit_lens(picture, probabilities, model.classes, title=title)
-    return Picture(figure, {"probabilities": probabilities})
 
 
 @torch.no_grad()
@@ -471,33 +463,25 @@ def draw_augmentation(model: Model) -> Picture:
 
 
 def draw_distance(model: Model) -> Picture:
-    distance = model.probe.distance.mean(dim=0)  # (L, h)
+    if model.config.tokens == 1:
+        raise NotApplicable("with a single token, attention has no reach")
+    distance, entropy = (  # (L, h)
+        values.mean(dim=0) for values in (model.probe.distance, model.probe.entropy)
+    )
     reach = explain.patch_distances(model.config.grid, model.config.patch_size).mean().item()
     figure = figures.by_layer_and_head(
-        distance.numpy(),
-        label="mean attention distance (pixels)",
-        title="Mean attention distance per head",
+        [
+            (distance.numpy(), "mean attention distance (pixels)", reach),
+            (entropy.numpy(), "attention entropy / ln T", 1.0),
+        ],
+        title=f"Reach of attention by layer: {probed(model)}",
         caption=(
-            f"{probed(model)}; attention between patches only, renormalized. Low is local, like a "
-            "small convolution; near the dashed line or above it is global."
+            "Left: between patches only, renormalized; low is local, like a small convolution. "
+            "Right: 0 where all weight is on one token."
         ),
-        reference=(reach, "uniform"),
     )
-    return Picture(figure, {"distance": distance.numpy()}, {"mean px": distance.mean().item()})
-
-
-def draw_entropy(model: Model) -> Picture:
-    if model.config.tokens == 1:
-        raise NotApplicable("with a single token, attention has no entropy")
-    entropy = model.probe.entropy.mean(dim=0)  # (L, h)
-    figure = figures.by_layer_and_head(
-        entropy.numpy(),
-        label="attention entropy / ln T",
-        title="Attention entropy per head",
-        caption=f"{probed(model)}. 0: all weight is on one token. 1: uniform.",
-        reference=(1.0, "uniform"),
-    )
-    return Picture(figure, {"entropy": entropy.numpy()}, {"mean": entropy.mean().item()})
+    numbers = {"mean px": distance.mean().item(), "mean entropy": entropy.mean().item()}
+    return Picture(figure, {"distance": distance.numpy(), "entropy": entropy.numpy()}, numbers)
 
 
 def draw_norms(model: Model) -> Picture:
@@ -522,40 +506,38 @@ def draw_token_pca(model: Model) -> Picture:
         patches = model.probe.tokens[:, layer, -model.config.patches :]  # (n, N, D)
         colors = explain.tokens_as_colors(patches).unflatten(1, model.config.grid).numpy()
         arrays[f"layer_{layer}"] = colors
-        rows[f"layer {layer}" if layer else "embedding"] = list(colors[:SHEET_IMAGES])
+        rows[f"layer {layer}" if layer else "embedding"] = list(colors[shown(model)])
     figure = figures.sheet(
         rows,
-        names=sheet_names(model),
+        **sheet_names(model),
         title="Patch tokens as colors",
         caption=(
             "Red, green and blue are the first three principal components of the patch tokens of "
             f"{probed(model)}, with a separate PCA for each layer: compare colors within a row, "
             "not between rows. Similar colors mean similar tokens; the hue itself is arbitrary. "
-            "Above each image: the prediction."
+            "Above each image: the prediction, red where it is wrong."
         ),
     )
     return Picture(figure, arrays)
 
 
 def draw_attention_examples(model: Model) -> Picture:
-    masks = explain.picture_masks(model.probe.rollout, model.config.image_size).numpy()
-    pictures = sheet_pictures(model)
-    lit = [
-        figures.in_color(picture) / 255 * mask[..., None]
-        for picture, mask in zip(pictures, masks, strict=False)
-    ]
+    rollout = model.probe.rollout.numpy()
+    relative = figures.RELATIVE(model.config.patches * rollout[shown(model)])
     figure = figures.sheet(
-        {"input": pictures, "rollout": lit},
-        names=sheet_names(model),
+        {
+            "input": sheet_pictures(model),
+            "rollout": list(matplotlib.colormaps[figures.ATTENTION](relative)[..., :3]),
+        },
+        **sheet_names(model),
         title="Attention rollout",
         caption=(
-            f"Rollout over all layers, {QUERY_OF_CLASSIFIER[model.config.pooling]}, as the "
-            "brightness of the image (the paper's Fig. 6): from black for its minimum in each "
-            "image to full brightness for its maximum (bicubic). Above each image: the prediction, "
-            "on which rollout does not depend."
+            f"Over all layers, {QUERY_OF_CLASSIFIER[model.config.pooling]}. Above each image: the "
+            "prediction, red where it is wrong; rollout does not depend on it."
         ),
+        weights=True,
     )
-    return Picture(figure, {"rollout": model.probe.rollout.numpy()})
+    return Picture(figure, {"rollout": rollout})
 
 
 def draw_cka(model: Model) -> Picture:
@@ -599,12 +581,21 @@ def probed(model: Model) -> str:
     return f"{len(model.probe.labels)} {model.of_split}"
 
 
+def shown(model: Model) -> list[int]:
+    """Rows of the probe: the first image of each of up to ten classes."""
+    labels = model.probe.labels.tolist()
+    return [labels.index(label) for label in sorted(set(labels))[:SHEET_CLASSES]]
+
+
 def sheet_pictures(model: Model) -> list[np.ndarray]:
-    return [to_picture(image) for image in model.probe.pixels[:SHEET_IMAGES]]
+    return [to_picture(image) for image in model.probe.pixels[shown(model)]]
 
 
-def sheet_names(model: Model) -> list[str]:
-    return [model.classes[k] for k in model.probe.predictions[:SHEET_IMAGES]]
+def sheet_names(model: Model) -> dict[str, Any]:
+    """What `figures.sheet` writes above the pictures."""
+    predictions = model.probe.predictions[shown(model)]
+    wrong = (predictions != model.probe.labels[shown(model)]).tolist()
+    return {"names": [model.classes[k] for k in predictions], "wrong": wrong}
 
 
 # ---------------------------------------------------------------------------- evidence
@@ -733,7 +724,7 @@ def draw_curves(model: Model) -> Picture:
         name: np.array([getattr(row, name) for row in history], dtype=float)
         for name in EpochRecord.fields()
     }
-    figure = figures.training_curves(history, title="Training")
+    figure = figures.training_curves(history, model.checkpoint.training, title="Training")
     return Picture(figure, arrays, {"epochs": len(history)})
 
 
@@ -783,7 +774,6 @@ OF_AN_IMAGE: dict[str, Callable[[Model, Subject], Picture]] = {
     "attention": draw_class_attention,
     "attention-of-patch": draw_patch_attention,
     "explanations": draw_explanations,
-    "logit-lens": draw_logit_lens,
 }
 STEPS: dict[str, Callable[[Model, Subject], Picture]] = {
     name: partial(draw_step, name=name) for name in steps.STEPS
@@ -794,7 +784,6 @@ OF_THE_MODEL: dict[str, dict[str, Callable[[Model], Picture]]] = {
         "augmentation": draw_augmentation,
         "attention-examples": draw_attention_examples,
         "attention-distance": draw_distance,
-        "attention-entropy": draw_entropy,
         "token-norms": draw_norms,
         "token-pca": draw_token_pca,
         "layer-similarity": draw_cka,

@@ -499,13 +499,6 @@ def tokens_as_colors(patches: Tensor) -> Tensor:
     return colors.unflatten(0, patches.shape[:2])
 
 
-def picture_masks(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (n, g_h, g_w) resized to (n, H, W), bicubic, each scaled to the range 0 to 1."""
-    masks = F.interpolate(maps[:, None], size, mode="bicubic", align_corners=False)[:, 0]
-    low, high = masks.amin(dim=(1, 2), keepdim=True), masks.amax(dim=(1, 2), keepdim=True)
-    return (masks - low) / (high - low).clamp(min=1e-12)
-
-
 def linear_cka(layers: list[Tensor]) -> Tensor:
     """Linear centered kernel alignment of every two of m representations of the same images.
 

@@ -21,10 +21,13 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 import curves
+from recipes import TrainConfig
 from utils import EpochRecord
 
 ATTENTION = "inferno"  # color map of weights, which start at 0
 SIGNED = "RdBu_r"  # color map of values of both signs; 0 is white
+# Of attention weights times T, so that 1 is uniform attention: one scale for all figures of them.
+RELATIVE = PowerNorm(0.5, 0, 10, clip=True)
 MARK = "#00c2ff"  # the chosen patch: visible on dark, on light and on inferno
 SMALLEST = 7  # points
 
@@ -131,6 +134,13 @@ def corner(maps: np.ndarray, row: int, column: int) -> tuple[float, float]:
     return row * h * (1 + GAP), column * w * (1 + GAP)
 
 
+def attention_bar(figure: Figure, axes: Any, **options: Any) -> None:
+    """The color bar of `RELATIVE`."""
+    bar = figure.colorbar(ScalarMappable(RELATIVE, ATTENTION), ax=axes, extend="max", **options)
+    bar.set_ticks([0, 1, 3, 10])
+    bar.set_label("weight relative to uniform")
+
+
 # ---------------------------------------------------------------------------- one image
 
 
@@ -145,7 +155,7 @@ def patches(
 ) -> Figure:
     """The picture with its patch grid, and the N patches in the order of their tokens."""
     (g_h, g_w), P, N = grid, len(patches[0]), len(patches)
-    across = max(8, round((2.5 * N) ** 0.5))  # wider than high
+    across = g_w if g_w >= 8 else max(8, round((2.5 * N) ** 0.5))
     down = -(-(N + class_token) // across)
     caption = (
         f"{by(g_h, g_w)} patches of {by(P, P)} pixels, row by row; each is flattened and mapped to "
@@ -196,29 +206,19 @@ def attention_maps(
 
     Args:
         maps: (layers, heads, g_h, g_w) attention weights.
-        tokens: T; 1 / T, which is uniform attention, is marked on the color bar.
+        tokens: T, as uniform attention is 1 / T.
         query: row and column of the query patch, counted from 0, to outline it.
     """
     g_h, g_w = maps.shape[2:]
     cell = float(np.clip(7 / len(heads), 0.45, 1.1))
-    width = 2.9 + cell * len(heads) * g_w / max(g_h, g_w)
+    width = 2.6 + cell * len(heads) * g_w / max(g_h, g_w)
     height = max(2.4, 0.4 + cell * len(layers) * g_h / max(g_h, g_w))
     figure = new_figure(width, height + 0.3, title, caption)
-    left, right = figure.subplots(1, 2, width_ratios=(1.9, width - 2.9))
+    left, right = figure.subplots(1, 2, width_ratios=(1.3, width - 2.3))
     show_picture(left, picture)
-    # With the maximum as the limit, a few very large weights would leave all other maps black.
-    highest = max(float(np.quantile(maps, 0.995)), 1e-12)
-    image = tiles(right, maps, layers, heads, cmap=ATTENTION, vmin=0, vmax=highest)
-    right.set(xlabel="head", ylabel="layer")
-    bar = figure.colorbar(
-        image,
-        ax=right,
-        label="attention weight",
-        extend="max" if maps.max() > highest else "neither",
-        shrink=min(1.0, 2.2 / height),
-        pad=0.02,
-    )
-    bar.ax.axhline(1 / tokens, color=MARK, linewidth=1.2)
+    tiles(right, tokens * maps, layers, heads, cmap=ATTENTION, norm=RELATIVE)
+    right.set(xlabel="head")
+    attention_bar(figure, right, shrink=min(1.0, 2.2 / height), pad=0.02)
     if query:
         P_h, P_w = picture.shape[0] // g_h, picture.shape[1] // g_w
         outline(left, query[0] * P_h - 0.5, query[1] * P_w - 0.5, P_h, P_w)
@@ -339,35 +339,6 @@ def perturbation(
     return figure
 
 
-@styled
-def logit_lens(
-    picture: np.ndarray, probabilities: np.ndarray, classes: Sequence[str], *, title: str
-) -> Figure:
-    """Probability of each class after each layer; the most probable one is outlined.
-
-    Args:
-        probabilities: (L + 1, K); at most 12 classes are drawn, the most probable of the output.
-    """
-    shown = np.sort(np.argsort(-probabilities[-1], kind="stable")[:12])
-    values = probabilities[:, shown].T  # (classes, L + 1)
-    caption = (
-        "Final norm and head applied to the tokens after each layer; 0 is the embedding. Blue "
-        "outline: the most probable class. Early layers are not trained to be read this way and "
-        "may represent the class in another form."
-    )
-    width = 3.6 + 0.34 * values.shape[1]
-    figure = new_figure(width, 1.2 + 0.2 * len(shown), title, caption)
-    left, right = figure.subplots(1, 2, width_ratios=(1.7, width - 2.6))
-    show_picture(left, picture)
-    image = right.imshow(values, cmap="magma", vmin=0, vmax=1, aspect="auto")
-    for layer, row in enumerate(values.argmax(axis=0)):
-        outline(right, row - 0.5, layer - 0.5)
-    right.set(xlabel="layer", xticks=range(values.shape[1]))
-    right.set_yticks(range(len(shown)), [classes[k] for k in shown])
-    figure.colorbar(image, ax=right, label="probability", pad=0.02)
-    return figure
-
-
 # ---------------------------------------------------------------------------- the model's weights
 
 
@@ -439,31 +410,27 @@ def position_similarity(similarity: np.ndarray, *, title: str, caption: str) -> 
 
 @styled
 def by_layer_and_head(
-    values: np.ndarray,
-    *,
-    label: str,
-    title: str,
-    caption: str,
-    reference: tuple[float, str] | None = None,
+    panels: Sequence[tuple[np.ndarray, str, float]], *, title: str, caption: str
 ) -> Figure:
     """One dot per head and layer, and the mean over heads as a line (the paper's Fig. 7, right).
 
     Args:
-        values: (L, h), already averaged over images.
-        reference: a value to mark by a line, and its name.
+        panels: values (L, h), already averaged over images; their label; their value for uniform
+            attention, which a dashed line marks.
     """
-    figure = new_figure(4.6, 3.2, title, caption)
-    axes = figure.subplots()
-    layers = np.arange(1, len(values) + 1)
-    for head in range(values.shape[1]):
-        name = "one head" if head == 0 else None
-        axes.plot(layers, values[:, head], "o", color="tab:blue", alpha=0.6, ms=4, label=name)
-    axes.plot(layers, values.mean(axis=1), color="0.2", linewidth=1, label="mean over heads")
-    if reference:
-        axes.axhline(reference[0], color="tab:orange", linestyle="--", lw=1, label=reference[1])
-    axes.set(xlabel="layer", ylabel=label, xticks=layers, xlim=(0.5, len(values) + 0.5))
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="best")
+    figure = new_figure(7.4, 2.7, title, caption)
+    for axes, (values, label, uniform) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        layers = np.arange(1, len(values) + 1)
+        for head in range(values.shape[1]):
+            name = "one head" if head == 0 else None
+            axes.plot(layers, values[:, head], "o", color="tab:blue", alpha=0.6, ms=4, label=name)
+        axes.plot(layers, values.mean(axis=1), color="0.2", linewidth=1, label="mean over heads")
+        axes.axhline(uniform, color="tab:orange", linestyle="--", lw=1, label="uniform")
+        axes.set(xlabel="layer", ylabel=label, xticks=layers, xlim=(0.5, len(values) + 0.5))
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="best")
     return figure
 
 
@@ -499,13 +466,21 @@ def token_norms(patches: np.ndarray, class_token: np.ndarray | None, *, title: s
 
 @styled
 def sheet(
-    rows: dict[str, Sequence[np.ndarray]], *, names: Sequence[str], title: str, caption: str
+    rows: dict[str, Sequence[np.ndarray]],
+    *,
+    names: Sequence[str],
+    title: str,
+    caption: str,
+    wrong: Sequence[bool] = (),
+    weights: bool = False,
 ) -> Figure:
     """Rows of pictures, with the label of each row at its left.
 
     Args:
         rows: for each label n pictures, or RGB arrays (h, w, 3) from 0 to 1.
         names: n, for the columns.
+        wrong: n, whether a name is a wrong prediction, which is written in red.
+        weights: whether to add the color bar of `RELATIVE`.
     """
     H, W = next(iter(rows.values()))[0].shape[:2]
     cell, margin = 0.85, 1.1  # inches
@@ -520,6 +495,10 @@ def sheet(
         line[0].set_ylabel(label, rotation="horizontal", ha="right", va="center")
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title(name)
+    for axes in grid[0][list(wrong)] if len(wrong) else ():
+        axes.title.set_color("tab:red")
+    if weights:
+        attention_bar(figure, grid, pad=0.02, shrink=0.9)
     return figure
 
 
@@ -571,10 +550,10 @@ def class_scatter(
 
 
 @styled
-def training_curves(history: list[EpochRecord], *, title: str) -> Figure:
+def training_curves(history: list[EpochRecord], training: TrainConfig, *, title: str) -> Figure:
     """Loss, accuracy and learning rate against the epoch, as the trainer draws them."""
     figure = new_figure(10, 3.2, title)
-    curves.draw_curves(figure, history)
+    curves.draw_curves(figure, history, training)
     return figure
 
 
@@ -625,6 +604,15 @@ def contact_sheet(
     return figure
 
 
+def wilson_interval(share: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of the 95% intervals of shares of so many images (Wilson, 1927)."""
+    z2 = 1.96**2
+    n = np.maximum(counts, 1)
+    center = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n**2))) / (1 + z2 / n)
+    return center - half, center + half
+
+
 @styled
 def reliability(
     accuracy: np.ndarray, confidence: np.ndarray, counts: np.ndarray, *, error: float, title: str
@@ -638,14 +626,17 @@ def reliability(
     edges = np.linspace(0, 1, bins + 1)
     caption = (
         f"ECE {error:.2%}: the mean distance of the {bins} bins' dots from the diagonal, weighted "
-        "by the images in each bin. Below the diagonal the model is overconfident. Bins with few "
-        "images are uncertain."
+        "by the images in each bin. Below the diagonal the model is overconfident. Bars: 95% "
+        "Wilson intervals."
     )
+    low, high = wilson_interval(accuracy, counts)
+    filled = counts > 0
     figure = new_figure(3.8, 4.4, title, caption)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="calibrated")
-    above.bar(edges[:-1], accuracy, 1 / bins, align="edge", color="tab:blue", alpha=0.35)
-    above.plot(confidence, accuracy, "o", ms=4, color="tab:blue", label="one bin")
+    x, y = confidence[filled], accuracy[filled]
+    bars = np.stack([y - low[filled], high[filled] - y]).clip(min=0)
+    above.errorbar(x, y, bars, fmt="o", ms=4, color="tab:blue", elinewidth=1, label="one bin")
     above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
     above.legend(loc="upper left")
     below.bar(edges[:-1], counts, 1 / bins, align="edge", color="0.6")

@@ -4,12 +4,12 @@ Each function takes a `Scene` and returns a Figure; `STEPS` lists them in order.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 from torch import Tensor
 
 import explain
@@ -22,7 +22,6 @@ from figures import (
     SIGNED,
     SMALLEST,
     by,
-    grayed,
     in_color,
     outline,
     show_picture,
@@ -34,6 +33,7 @@ WIDTH = 7.4  # inches, of every step
 CHANNELS = (("red", "tab:red"), ("green", "tab:green"), ("blue", "tab:blue"))
 GRAY = (("values", "0.2"),)
 MOST_TILES = 8  # heads or layers side by side
+MOST_COLUMNS = 192  # of a matrix, so that each is a pixel or more
 
 
 class Scene(NamedTuple):
@@ -161,20 +161,14 @@ def _mark_in_map(axes: Axes, scene: Scene) -> None:
 
 def _map(axes: Axes, values: np.ndarray, title: str, **style) -> None:
     """Values (g_h, g_w), one per patch."""
-    axes.imshow(values, **({"cmap": ATTENTION, "vmin": 0} | style))
+    axes.imshow(values, **({"cmap": ATTENTION} | style))
     axes.set(title=title, xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def _over_picture(axes: Axes, scene: Scene, values: np.ndarray, title: str) -> None:
-    """Values (g_h, g_w), one per patch, over the grayed picture, with the chosen one outlined."""
-    H, W = scene.picture.shape[:2]
-    share = values / max(float(values.max()), 1e-12)
-    show_picture(axes, grayed(scene.picture), title)
-    color = colormaps[ATTENTION](share)
-    color[..., 3] = 0.15 + 0.7 * share  # a small weight is transparent
-    axes.imshow(color, extent=(-0.5, W - 0.5, H - 0.5, -0.5))
-    _mark_in_picture(axes, scene)
+def _weights(axes: Axes, scene: Scene, values: np.ndarray, title: str) -> None:
+    """Attention weights (g_h, g_w), one per patch, on the scale of all figures."""
+    _map(axes, values * scene.config.tokens, title, norm=figures.RELATIVE)
 
 
 def _exploded(axes: Axes, scene: Scene) -> None:
@@ -199,27 +193,166 @@ def _bars(axes: Axes, scene: Scene, title: str, most: int = 10) -> None:
 # ---------------------------------------------------------------------------- overview
 
 
+class Canvas:
+    """A figure whose parts are placed in inches from its lower left corner."""
+
+    def __init__(self, width: float, height: float):
+        self.figure = figures.new_figure(width, height, "")
+        self.figure.set_layout_engine(None)
+        self.size = width, height
+        self.whole = self.axes(0, 0, width, height)
+        self.whole.set(xlim=(0, width), ylim=(0, height))
+        self.whole.set_axis_off()
+
+    def axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        W, H = self.size
+        return self.figure.add_axes((x / W, y / H, width / W, height / H))
+
+    def text(self, x: float, y: float, text: str, size: float = 8, **options: Any) -> None:
+        style = {"ha": "center", "va": "center", "fontsize": size} | options
+        self.whole.text(x, y, text, **style)
+
+    def arrow(self, *points: tuple[float, float]) -> None:
+        """A line through the points, with a head at the last."""
+        xs, ys = zip(*points, strict=True)
+        self.whole.plot(xs[:-1], ys[:-1], color="0.35", linewidth=1, solid_capstyle="butt")
+        style = {"arrowstyle": "-|>", "color": "0.35", "shrinkA": 0, "shrinkB": 0}
+        self.whole.annotate("", points[-1], points[-2], arrowprops=style)
+
+    def box(
+        self, x: float, y: float, width: float, height: float, text: str, fill="0.95", **options
+    ) -> None:
+        """A rounded box with text in it; the options are of the text."""
+        style = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 0.8}
+        style |= {"facecolor": fill, "edgecolor": "0.35"}
+        self.whole.add_patch(FancyBboxPatch((x, y), width, height, **style))
+        self.text(x + width / 2, y + height / 2, text, **options)
+
+
+ROWS = 5  # patches whose tokens the overview shows, the chosen one among them
+CODE = {"family": "monospace", "size": SMALLEST}
+
+
 @styled
 def overview(scene: Scene) -> Figure:
-    """From the image to its class in one row, with the attention of the outlined patch."""
-    attention, depth = scene.walk.attention, scene.config.depth
-    layers = sorted({0, depth // 2, depth - 1})
-    figure = figures.new_figure(WIDTH + 1.6, 1.75, "")
-    ratios = [1, 0.16, 1.15, 0.16, *[1] * len(layers), 0.16, 0.85]
-    axes = list(figure.subplots(1, len(ratios), width_ratios=ratios))
-    show_picture(axes[0], scene.picture, "input")
-    _sign(axes[1], "→")
-    _exploded(axes[2], scene)
-    axes[2].set_title(f"{scene.config.patches} patches")
-    _sign(axes[3], "→")
-    for axis, layer in zip(axes[4:], layers, strict=False):
-        values = scene.of_patch(attention[layer].mean(dim=0))
-        _over_picture(axis, scene, values, f"attention,\nlayer {layer + 1}")
-    _mark_in_picture(axes[0], scene)
-    _sign(axes[-2], "→")
-    _bars(axes[-1], scene, "prediction", most=3)
-    axes[-1].set(xticks=[0, 100], xlabel="%")
-    return figure
+    """The paper's Fig. 1 with real values: from the image to its class, and the block inside."""
+    canvas = Canvas(9, 4.2)
+    show_picture(picture := canvas.axes(0.1, 2.5, 1.3, 1.3), scene.picture)
+    _mark_in_picture(picture, scene)
+    canvas.text(0.75, 3.95, f"image, {by(*scene.picture.shape)}")
+    canvas.arrow((1.43, 3.15), (1.62, 3.15))
+    _exploded(canvas.axes(1.65, 2.45, 1.4, 1.4), scene)
+    canvas.text(2.35, 3.95, f"{scene.config.patches} patches")
+    _draw_tokens(canvas, scene)
+    _draw_output(canvas, scene)
+    _draw_block(canvas, scene)
+    _draw_attention(canvas, scene)
+    return canvas.figure
+
+
+def _draw_tokens(canvas: Canvas, scene: Scene) -> None:
+    """Some patches, what makes tokens of them, and the tokens before and after all blocks."""
+    N, D = scene.config.patches, scene.config.width
+    rows = sorted({*np.linspace(0, N - 1, ROWS).round().astype(int).tolist(), scene.number})
+    while len(rows) > ROWS:  # without the one that is nearest to the chosen patch
+        rows.remove(min(rows, key=lambda row: abs(row - scene.number) or N))
+    pieces = scene.pieces().reshape(N, *scene.pieces().shape[2:])
+    first = int(scene.config.pooling == "class")  # the class token is not drawn
+    before, after = (scene.walk.tokens[layer].numpy()[first:] for layer in (0, -1))
+    canvas.arrow((3.07, 3.15), (3.3, 3.15))
+    for place, row in enumerate(rows):
+        y = 3.6 - 0.27 * place
+        show_picture(axes := canvas.axes(3.5, y, 0.22, 0.22), pieces[row])
+        canvas.text(3.46, y + 0.11, str(row + 1), SMALLEST, ha="right")
+        for x, tokens in ((4.58, before), (6.27, after)):
+            _strip(canvas.axes(x, y + 0.02, 0.62, 0.18), tokens[row : row + 1], tokens)
+        for x in (3.75, 4.46, 5.22, 6.12, 6.91):
+            canvas.arrow((x, y + 0.11), (x + 0.11, y + 0.11))
+        if row == scene.number:
+            P = scene.config.patch_size
+            outline(axes, -0.5, -0.5, P, P)
+    canvas.text(3.61, 3.95, "in a row")
+    canvas.box(3.89, 2.47, 0.55, 1.38, "linear map\n$E$ and\npositions", size=SMALLEST)
+    canvas.text(4.89, 3.95, f"tokens $z_0$, {D} numbers")
+    canvas.box(5.36, 2.47, 0.73, 1.38, f"encoder\nblock\n\n$\\times$ {scene.config.depth}")
+    canvas.text(6.58, 3.95, "tokens $z_L$")
+
+
+def _strip(axes: Axes, values: np.ndarray, among: np.ndarray) -> None:
+    """A token's numbers (1, D), on a scale for all tokens (N, D)."""
+    most = float(np.quantile(np.abs(among), 0.95)) or 1.0
+    axes.imshow(values, aspect="auto", cmap=SIGNED, vmin=-most, vmax=most)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set(visible=True, linewidth=0.5, color="0.5")
+
+
+def _draw_output(canvas: Canvas, scene: Scene) -> None:
+    """Pooling, the last norm and the head, and the three most probable classes."""
+    pooled = {"class": "class\ntoken", "mean": "mean"}[scene.config.pooling]
+    canvas.box(7.06, 2.47, 0.52, 1.38, f"{pooled},\nnorm,\nhead", size=SMALLEST)
+    canvas.arrow((7.6, 3.15), (7.75, 3.15))
+    probabilities = scene.walk.lens[-1].numpy()
+    best = np.argsort(-probabilities, kind="stable")[:3]
+    axes = canvas.axes(7.8, 2.6, 1.1, 1.1)
+    axes.barh(range(len(best)), probabilities[best], 0.3, color="tab:blue")
+    for place, k in enumerate(best):
+        axes.text(0, place - 0.38, f"{scene.classes[k]} {probabilities[k]:.1%}", fontsize=SMALLEST)
+    axes.set(xlim=(0, 1), ylim=(2.5, -0.7))
+    axes.set_axis_off()
+    canvas.text(8.35, 3.95, "prediction")
+
+
+def _draw_block(canvas: Canvas, scene: Scene) -> None:
+    """The inside of a block, in the code's names, with Eqs. 2 and 3."""
+    canvas.whole.add_patch(Rectangle((0.1, 0.12), 5.15, 2.05, facecolor="0.98", edgecolor="0.8"))
+    canvas.whole.plot([5.36, 0.1], [2.47, 2.17], color="0.8", linewidth=0.8, linestyle=":")
+    canvas.whole.plot([6.09, 5.25], [2.47, 2.17], color="0.8", linewidth=0.8, linestyle=":")
+    canvas.text(0.2, 2.02, f"encoder block: {scene.config.heads} heads, MLP of width "
+                f"{scene.config.hidden}", ha="left")  # fmt: skip
+    y = 1.1
+    canvas.text(0.4, y, "$z_{l-1}$", 9)
+    canvas.text(4.95, y, "$z_l$", 9)
+    boxes = (
+        (0.8, "norm1", "0.95"),
+        (1.5, "attn", "#fde8d0"),
+        (2.95, "norm2", "0.95"),
+        (3.65, "mlp", "#d9e8f6"),
+    )
+    for x, name, color in boxes:
+        canvas.box(x, y - 0.26, 0.52, 0.52, name, color, **CODE)
+    for plus, start in ((2.33, 0.66), (4.48, 2.66)):
+        canvas.arrow((start, y), (start, y + 0.5), (plus, y + 0.5), (plus, y + 0.12))
+        canvas.whole.add_patch(Circle((plus, y), 0.1, facecolor="white", edgecolor="0.35"))
+        canvas.text(plus, y, "+", 9)
+    for start, end in (
+        (0.57, 0.8),
+        (1.32, 1.5),
+        (2.02, 2.22),
+        (2.43, 2.95),
+        (3.47, 3.65),
+        (4.17, 4.37),
+        (4.58, 4.8),
+    ):
+        canvas.arrow((start, y), (end, y))
+    canvas.text(1.76, y - 0.42, "mixes tokens", SMALLEST, color="0.35")
+    canvas.text(3.91, y - 0.42, "acts on each token", SMALLEST, color="0.35")
+    canvas.text(1.45, 0.33, r"$z'_l = \mathrm{MSA}(\mathrm{LN}(z_{l-1})) + z_{l-1}$   (2)")
+    canvas.text(3.85, 0.33, r"$z_l = \mathrm{MLP}(\mathrm{LN}(z'_l)) + z'_l$   (3)")
+
+
+def _draw_attention(canvas: Canvas, scene: Scene) -> None:
+    """Attention of the outlined patch in up to four layers, mean over heads, on one scale."""
+    depth = scene.config.depth
+    layers = sorted({round(layer) for layer in np.linspace(1, depth, min(depth, 4))})
+    canvas.text(7.0, 2.02, "attention of the outlined patch, mean over heads")
+    for place, layer in enumerate(layers):
+        axes = canvas.axes(5.42 + 0.8 * place, 0.75, 0.74, 0.74)
+        _weights(axes, scene, scene.of_patch(scene.walk.attention[layer - 1].mean(dim=0)), "")
+        _mark_in_map(axes, scene)
+        canvas.text(5.79 + 0.8 * place, 1.62, f"layer {layer}", SMALLEST)
+    figures.attention_bar(
+        canvas.figure, None, cax=canvas.axes(5.42, 0.47, 3.14, 0.1), orientation="horizontal"
+    )
 
 
 # ---------------------------------------------------------------------------- the ten steps
@@ -302,15 +435,17 @@ def positions(scene: Scene) -> Figure:
         "Right: cosine similarity between the position embeddings of the outlined patch and of "
         f"every patch, from {similarity[scene.patch].min():.2f}, black, to 1."
     )
-    figure, axes = _row(title, [1, 0.08, 1, 0.25, 0.62], 1.7, caption)
-    _matrix(axes[0], added.numpy(), "positions $E_{pos}$", f"{D} numbers", f"{T} tokens")
-    _sign(axes[1], "→")
-    _matrix(axes[2], z, "tokens with positions, $z_0$", f"{D} numbers")
-    axes[3].set_axis_off()
-    similar = similarity[scene.patch].numpy()
-    _map(axes[4], similar, "cosine similarity", vmin=similar.min(), vmax=similar.max())
-    _mark_in_map(axes[4], scene)
-    for axis in (axes[0], axes[2]):
+    figure, axes = _row(title, [1, 0.08, 1, 0.08, 1, 0.1, 0.8], 1.5, caption)
+    tokens = z - added.numpy()  # with the class token, where there is one
+    _matrix(axes[0], tokens, "tokens", f"{D} numbers", f"{T} tokens")
+    _sign(axes[1], "+")
+    _matrix(axes[2], added.numpy(), "positions $E_{pos}$", f"{D} numbers")
+    _sign(axes[3], "=")
+    _matrix(axes[4], z, "$z_0$", f"{D} numbers")
+    axes[5].set_axis_off()
+    _map(axes[6], similarity[scene.patch].numpy(), "cosine similarity")
+    _mark_in_map(axes[6], scene)
+    for axis in (axes[0], axes[2], axes[4]):
         _mark_row(axis, scene.token)
     return figure
 
@@ -340,8 +475,8 @@ def attention(scene: Scene) -> Figure:
     title = f"6. A softmax turns query-key products into attention weights: {scene.where}"
     caption = (
         "Products of the outlined patch's query with every key, relative to their mean: red above, "
-        "blue below. The softmax turns them into weights that sum to 1. Right: the weights of all "
-        "query tokens; arrowheads mark the row of this one."
+        "blue below. The softmax turns them into weights that sum to 1, here relative to uniform "
+        "attention. Right: those of all query tokens; arrowheads mark the row of this one."
     )
     figure, axes = _row(title, [1, 0.12, 1, 0.25, 1, 0.12, 1], 1.5, caption)
     show_picture(axes[0], scene.picture, "query patch")
@@ -350,10 +485,10 @@ def attention(scene: Scene) -> Figure:
     most = float(np.abs(scores).max()) or 1.0
     _map(axes[2], scores, r"$q \cdot k / \sqrt{D_h}$", cmap=SIGNED, vmin=-most, vmax=most)
     _sign(axes[3], "softmax\n→", SMALLEST)
-    _map(axes[4], scene.of_patch(A), "its attention")
+    _weights(axes[4], scene, scene.of_patch(A), "its attention")
     axes[5].set_axis_off()
-    highest = float(A.quantile(0.995))
-    axes[6].imshow(A.numpy(), cmap=ATTENTION, vmin=0, vmax=highest, interpolation_stage="data")
+    style = {"cmap": ATTENTION, "norm": figures.RELATIVE, "interpolation_stage": "data"}
+    axes[6].imshow(len(A) * A.numpy(), **style)
     axes[6].set(title="A", xlabel="key token", ylabel="query token", xticks=[], yticks=[])
     _mark_row(axes[6], scene.token)
     for axis in (axes[2], axes[4]):
@@ -366,14 +501,15 @@ def heads(scene: Scene) -> Figure:
     maps = scene.of_patch(scene.walk.attention[scene.block])[:MOST_TILES]
     title = f"7. Several heads attend in parallel: layer {scene.block + 1}"
     caption = (
-        "Attention of the outlined patch in each head, each map on its own scale. The outputs of "
-        "the heads are concatenated and mixed by a linear map."
+        "Attention of the outlined patch in each head. The outputs of the heads are concatenated "
+        "and mixed by a linear map."
     )
     figure, axes = _row(title, [1] * (len(maps) + 1), 1.25, caption)
+    figures.attention_bar(figure, axes, pad=0.02)
     show_picture(axes[0], scene.picture, "query patch")
     _mark_in_picture(axes[0], scene)
     for head, (axis, values) in enumerate(zip(axes[1:], maps, strict=True), start=1):
-        _map(axis, values, f"head {head}")
+        _weights(axis, scene, values, f"head {head}")
         _mark_in_map(axis, scene)
     return figure
 
@@ -384,9 +520,10 @@ def mlp(scene: Scene) -> Figure:
     after = GELU()(hidden).numpy()
     T, width = after.shape
     title = f"8. An MLP acts on each token: {scene.config.width} numbers to {width}, GELU, and back"
+    active = np.sort(np.argsort(-np.abs(after).mean(axis=0))[:MOST_COLUMNS])
     caption = (
         "Left: GELU, and in gray the histogram of its inputs for this image. Right: its outputs, "
-        "most of them near 0."
+        f"most of them near 0; the {len(active)} columns with the largest mean magnitude are shown."
     )
     figure, axes = _row(title, [1, 2.6], 1.7, caption)
     x = np.linspace(-4, 4, 200)
@@ -400,7 +537,8 @@ def mlp(scene: Scene) -> Figure:
     axes[0].plot(x, GELU()(hidden.new_tensor(x)).numpy(), color="tab:blue")
     axes[0].axhline(0, color="0.5", linewidth=0.5)
     axes[0].set(xlabel="input", ylabel="output", title="GELU")
-    _matrix(axes[1], after, "after the GELU", f"{width} numbers", f"{T} tokens")
+    x_label = f"{len(active)} of {width} numbers"
+    _matrix(axes[1], after[:, active], "after the GELU", x_label, f"{T} tokens")
     _mark_row(axes[1], scene.token)
     return figure
 
@@ -413,10 +551,11 @@ def blocks(scene: Scene) -> Figure:
     caption = (
         "Above: the tokens after each layer, colored by their first three principal components in "
         "that layer. Similar colors mean similar tokens; the hue itself is arbitrary. Below: "
-        "attention of the classifier, mean over heads, each map on its own scale."
+        "attention of the classifier, mean over heads."
     )
     figure = figures.new_figure(WIDTH, 2.35, title, caption)
     axes = figure.subplots(2, len(layers) + 1)
+    figures.attention_bar(figure, axes[1, :], pad=0.02)
     show_picture(axes[0, 0], scene.picture, "input")
     _sign(axes[1, 0], "attention of\nthe classifier", SMALLEST)
     for column, layer in enumerate(layers, start=1):
@@ -426,7 +565,8 @@ def blocks(scene: Scene) -> Figure:
             colors = explain.tokens_as_colors(tokens[None])[0].unflatten(0, grid)
             _map(above, colors.numpy(), f"layer {layer}" if layer else "$z_0$")
         if layer:
-            _map(below, scene.of_classifier(scene.walk.attention[layer - 1].mean(dim=0)), "")
+            A = scene.walk.attention[layer - 1].mean(dim=0)
+            _weights(below, scene, scene.of_classifier(A), "")
         else:
             below.set_axis_off()
     return figure
@@ -460,7 +600,7 @@ class Step(NamedTuple):
 
 
 STEPS = {
-    "overview": Step(overview, ("attention", "lens")),
+    "overview": Step(overview, ("tokens", "attention", "lens")),
     "1-image": Step(image, ("patches",)),
     "2-patches": Step(patches, ("patches",)),
     "3-embedding": Step(embedding, ("patches", "embedded")),

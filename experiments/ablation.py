@@ -9,6 +9,8 @@
     shape     width, depth and patch dropout at equal operations, on a CPU; two hours
     size      the width at a third of these operations; 15 minutes
     trend     what could make the cpu recipe better, one seed; two hours
+    transfer  CIFAR-10 from scratch, and from a model of CIFAR-100: `python src/trainer.py --recipe
+              cpu --dataset cifar100 --name cifar100` makes it; half an hour
     speed94   options of the speed94 recipe, for a GPU; not yet run
 
 Each run is one of trainer.py, judged on the validation images (--no-test); on a CPU it has one
@@ -45,10 +47,19 @@ class Study(NamedTuple):
         return "--device cpu" in self.base
 
 
-_SHORT = "--recipe cpu --compile on --no-test --device cpu"
+# The studies began from an earlier cpu recipe.
+_SHORT = (
+    "--recipe cpu --compile on --no-test --device cpu --width 128 --heads 4 --label-smoothing 0.1"
+    " --muon-learning-rate 0.02"
+)
 _SHAPE = (
     f"{_SHORT} --epochs 12 --warmup-epochs 0.25 --patch-dropout 0.75 --whole-epochs 0"
     " --validate-every 100"
+)
+
+_FROM = "--init-from checkpoints/cifar100/last.pt"
+_FEW_PATCHES = (
+    "--patch-dropout 0.75 --batch-size 250 --learning-rate 1e-3 --resized-crop 0 --crop-padding 2"
 )
 
 STUDIES = {
@@ -130,6 +141,17 @@ STUDIES = {
             "combined-muon-low": "--label-smoothing 0 --heads 6 --muon-learning-rate 0.01",
         },
         seeds=(0,),
+    ),
+    # Equal seconds of training, about two minutes of one core; first train checkpoints/cifar100.
+    "transfer": Study(
+        ROOT / "results/transfer",
+        "--no-test --device cpu --compile on --dataset cifar10 --validate-every 5",
+        {
+            "scratch": "--recipe cpu --epochs 10",
+            "finetune": f"--recipe finetune {_FROM} --epochs 10 {_FEW_PATCHES}",
+            "finetune-alike": f"--recipe finetune {_FROM} --epochs 10 {_FEW_PATCHES} --layer-decay 1",
+            "linear-probe": f"--recipe linear-probe {_FROM} --epochs 4",
+        },
     ),
     # The first five are at equal operations too.
     "speed94": Study(

@@ -58,8 +58,9 @@ _SHAPE = (
 )
 
 _FROM = "--init-from checkpoints/cifar100/last.pt"
-_FEW_PATCHES = (
-    "--patch-dropout 0.75 --batch-size 250 --learning-rate 1e-3 --resized-crop 0 --crop-padding 2"
+_TUNED = (
+    f"--recipe finetune {_FROM} --epochs 10 --batch-size 250 --learning-rate 1e-3"
+    " --patch-dropout 0.75 --resized-crop 0 --crop-padding 2"
 )
 
 STUDIES = {
@@ -148,8 +149,8 @@ STUDIES = {
         "--no-test --device cpu --compile on --dataset cifar10 --validate-every 5",
         {
             "scratch": "--recipe cpu --epochs 10",
-            "finetune": f"--recipe finetune {_FROM} --epochs 10 {_FEW_PATCHES}",
-            "finetune-alike": f"--recipe finetune {_FROM} --epochs 10 {_FEW_PATCHES} --layer-decay 1",
+            "finetune": _TUNED,
+            "one-rate": f"{_TUNED} --layer-decay 1",
             "linear-probe": f"--recipe linear-probe {_FROM} --epochs 4",
         },
     ),

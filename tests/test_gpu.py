@@ -104,7 +104,7 @@ class Watch(TorchDispatchMode):
 def watch(monkeypatch):
     """A test on a fake GPU; what needs a CUDA driver has a stand-in."""
     watch, put, after_step = Watch(), monkeypatch.setattr, trainer.after_step
-    caches = (data._pixel_scale, policy.trivial_space, policy.rand_space)
+    caches = (data._pixel_scale, policy.magnitudes)
 
     def built_there(config):
         with GPU:

@@ -423,7 +423,7 @@ def greatest_difference(first, second):
 JOINT = "--epochs 4 --batch-size 45 --precision fp32 --optimizer adamw --gradient-clip 1"
 
 
-@pytest.mark.parametrize("flags", ["", "--accumulate 3", "--policy trivial --cutmix 1"])
+@pytest.mark.parametrize("flags", ["", "--accumulate 3", "--mixup 0.8 --cutmix 1"])
 def test_two_ranks_train_as_one_does(train, tmp_path, flags):
     """20 steps in float64; neither 45 nor the last batch's 20 images, nor 50, divide evenly."""
     with small.default_dtype(torch.float64):

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import run
+import trainer
 import utils
 from config import UserError
 from evaluation import Evaluation
@@ -77,12 +78,13 @@ def test_only_epochs_and_accumulation_can_change_on_resume(train, tmp_path, caps
 
 def test_a_run_saves_by_the_minute_and_at_its_end(train, tmp_path, monkeypatch):
     """Each of the 25 steps counts for 18 seconds: four of them are more than a minute."""
-    saved, save = [], Run.save
+    saved, save, after_step = [], Run.save, trainer.after_step
 
-    def aged(run):
+    def aged(run, bar):
         run.saved_at -= 18
+        after_step(run, bar)
 
-    monkeypatch.setattr(Run, "average_weights", aged)
+    monkeypatch.setattr(trainer, "after_step", aged)
     monkeypatch.setattr(Run, "save_is_due", SAVE_IS_DUE)
     monkeypatch.setattr(Run, "save", lambda run, **how: saved.append(run.step) or save(run, **how))
     assert train("--name a --epochs 5") == 0

@@ -356,16 +356,15 @@ def test_a_damaged_file_of_format_3_is_refused_in_one_line(half_way, tmp_path, n
         assert str(tmp_path / "old.pt") in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_committed_model_is_of_format_3_and_loads_with_todays_names():
+def test_the_committed_model_loads_with_todays_names():
     path = ROOT / "checkpoints/vit_cifar10.pt"
-    assert torch.load(path, weights_only=True)["format"] == 3
     model, checkpoint = load_model(path)
     names = set(model.state_dict())
     assert names == set(checkpoint.weights)
     assert {"embed.proj.weight", "blocks.5.attn.proj.bias", "blocks.0.mlp.fc2.weight"} <= names
     assert checkpoint.training.initialization == "mimetic"
     assert checkpoint.classes[3] == "cat" and checkpoint.preprocessing.size == (32, 32)
-    assert checkpoint.history[-1].epoch == 46 and checkpoint.optimizers is None
+    assert checkpoint.history[-1].epoch == 150 and checkpoint.optimizers is None
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 

@@ -333,7 +333,8 @@ RECIPES = {
 
         Command   python src/trainer.py --recipe shipped
         Hardware  two cores of an Intel Xeon with AMX, bfloat16; torch 2.14.1
-        Expect    being trained
+        Time      6719 s the whole process, 6518 s of it training steps, other work beside it
+        Expect    90.0% validation, 89.5% test accuracy (1 seed)
         """,
         model=ViTConfig(
             patch_size=4, width=160, depth=6, heads=5, pooling="mean", positions="sincos"

@@ -170,7 +170,7 @@ _FINETUNE = TrainConfig(
     init_from="checkpoints/vit_cifar10.pt",
     epochs=10,
     batch_size=50,
-    learning_rate=5e-4,
+    learning_rate=1e-3,
     layer_decay=0.75,
     warmup_epochs=1.0,
     crop_padding=0,
@@ -247,7 +247,7 @@ RECIPES = {
         about="""Fine-tune weights on other data: AdamW, a lower rate for lower layers.
 
         Command   python src/trainer.py --recipe finetune --init-from WEIGHTS --dataset folder:PATH
-        Expect    not known: not tuned yet
+        Expect    depends on the data; the rate alone was tuned, on one folder (docs/finetuning.md)
         """,
         model=ViTConfig(),
         train=_FINETUNE,

@@ -28,7 +28,12 @@ from ablation import STUDIES, Study, results_of
 # The best run at each budget that was searched. The law is fitted to the first three, which were
 # known before `shipped` was trained, so that `shipped` tests it.
 FITTED = {"size": "width-48", "shape": "width-64", "trend": "combined-muon-low"}
-RUNS = {"cpu, before": "cpu/earlier", "shipped, before": "shipped/before", "shipped": "shipped"}
+RUNS = {
+    "cpu, before": "cpu/earlier",
+    "shipped, before": "shipped/before",
+    "cpu": "cpu/seed0",
+    "shipped": "shipped",
+}
 
 
 class Point(NamedTuple):
@@ -67,7 +72,7 @@ def draw_operations(axes: Axes, studies: dict[str, dict[str, Point]]) -> None:
     for (name, points), color in zip(studies.items(), ("0.7", "0.5", "tab:blue"), strict=True):
         flops, errors = zip(*((p.flops, p.error) for p in points.values()), strict=True)
         axes.plot(flops, errors, "o", ms=3, color=color, label=f"ablation.py {name}")
-    for (name, folder), marker in zip(RUNS.items(), "sDv", strict=True):
+    for (name, folder), marker in zip(RUNS.items(), "sDv^", strict=True):
         result = json.loads((ROOT / "results" / folder / "result.json").read_text())
         point = point_of([result])
         axes.plot(point.flops, point.error, marker, ms=5, color="tab:orange", label=name)

@@ -66,7 +66,11 @@ def test_every_link_into_the_repository_resolves(page):
     inside = [link for link in links if not link.startswith("http")]
     assert inside
     for link in inside:
-        assert (page.parent / link).exists(), link
+        path, _, anchor = link.partition("#")
+        assert (page.parent / path).exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (page.parent / path).read_text(), re.MULTILINE)
+            assert anchor in [heading.lower().replace(" ", "-") for heading in headings], link
 
 
 def test_the_readme_is_short_and_names_every_module():

@@ -117,8 +117,8 @@ class TrainConfig(Config):
         return [phase for phase in phases if phase.epochs]
 
 
-# Options that this code had, with the value of a run that did not use them. Averaging gained nothing
-# in two studies of one seed; the others were in no recipe that was trained, and were not studied.
+# Options that this code had, with the value of a run that did not use them. Averaging gained
+# nothing in two studies of one seed; the others were in no trained recipe, and were not studied.
 REMOVED = {"averaging": 0.0, "color": 0.0, "erase": 0.0, "magnitude": 9}
 
 
@@ -183,7 +183,7 @@ RECIPES = {
 
         Command   python src/trainer.py
         Hardware  a GPU
-        Expect    not known: no GPU was available; 93% by the trend of docs/recipe.md
+        Expect    not known: no GPU was available
         """,
         model=ViTConfig(
             patch_size=4, width=256, depth=6, heads=8, pooling="mean", positions="sincos"

@@ -333,18 +333,20 @@ RECIPES = {
 
         Command   python src/trainer.py --recipe shipped
         Hardware  two cores of an Intel Xeon with AMX, bfloat16; torch 2.14.1
-        Expect    not known: being trained
+        Time      6719 s the whole process, 6518 s of it training steps, other work beside it
+        Expect    90.0% validation, 89.5% test accuracy (1 seed)
         """,
         model=ViTConfig(
             patch_size=4, width=160, depth=6, heads=5, pooling="mean", positions="sincos"
         ),
         train=replace(
             _CPU,
-            epochs=200,
+            epochs=150,
             warmup_epochs=2.0,
             policy="trivial",
             policy_epochs=0.9,
             cutmix=1.0,
+            mixed_epochs=0.8,
             whole_epochs=2,
             validate_every=5,
         ),

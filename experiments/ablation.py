@@ -9,8 +9,8 @@
     shape     width, depth and patch dropout at equal operations, on a CPU; two hours
     size      the width at a third of these operations; 15 minutes
     trend     what could make the cpu recipe better, one seed; two hours
-    transfer  CIFAR-10 from scratch, and from a model of CIFAR-100: `python src/trainer.py --recipe
-              cpu --dataset cifar100 --name cifar100` makes it; half an hour
+    transfer  CIFAR-10 from scratch and from a model of CIFAR-100, which `python src/trainer.py
+              --recipe cpu --dataset cifar100 --name cifar100` trains; and the other way; an hour
     speed94   options of the speed94 recipe, for a GPU; not yet run
 
 Each run is one of trainer.py, judged on the validation images (--no-test); on a CPU it has one
@@ -58,10 +58,8 @@ _SHAPE = (
 )
 
 _FROM = "--init-from checkpoints/cifar100/last.pt"
-_TUNED = (
-    f"--recipe finetune {_FROM} --epochs 10 --batch-size 250 --learning-rate 1e-3"
-    " --patch-dropout 0.75 --resized-crop 0 --crop-padding 2"
-)
+_LIKE_CPU = "--batch-size 250 --patch-dropout 0.75 --resized-crop 0 --crop-padding 2"
+_TUNED = f"--recipe finetune {_FROM} {_LIKE_CPU}"
 
 STUDIES = {
     "recipe": Study(
@@ -143,15 +141,19 @@ STUDIES = {
         },
         seeds=(0,),
     ),
-    # Equal seconds of training, about two minutes of one core; first train checkpoints/cifar100.
+    # Equal seconds of training on one core: about two minutes, or eight.
     "transfer": Study(
         ROOT / "results/transfer",
-        "--no-test --device cpu --compile on --dataset cifar10 --validate-every 5",
+        "--no-test --device cpu --compile on --validate-every 100",
         {
-            "scratch": "--recipe cpu --epochs 10",
-            "finetune": _TUNED,
-            "one-rate": f"{_TUNED} --layer-decay 1",
+            "scratch": "--recipe cpu --epochs 5",
+            "finetune": f"{_TUNED} --epochs 5",
+            "one-rate": f"{_TUNED} --epochs 5 --layer-decay 1",
             "linear-probe": f"--recipe linear-probe {_FROM} --epochs 4",
+            "scratch-long": "--recipe cpu --epochs 20",
+            "finetune-long": f"{_TUNED} --epochs 20",
+            "cifar100-scratch": "--recipe cpu --dataset cifar100 --epochs 5",
+            "cifar100-finetune": f"--recipe finetune --dataset cifar100 {_LIKE_CPU} --epochs 2",
         },
     ),
     # The first five are at equal operations too.

@@ -179,9 +179,22 @@ def kept_result(kept: Path, flags: list[str]) -> dict[str, Any] | None:
             del result["training"][name]
     if result["training"]["validation_images"] in (1000, 5000):  # a tenth, as older results say it
         result["training"]["validation_images"] = 0.1
-    wanted = {"model": command.model.to_plain(), "training": command.training.to_plain()}
-    wanted = json.loads(json.dumps(wanted))  # tuples become lists
-    return result if result.items() >= wanted.items() else None
+    return result if _is_of(command, result["model"], result["training"]) else None
+
+
+def _is_of(command: cli.Command, model: dict[str, Any], training: dict[str, Any]) -> bool:
+    """Whether these configs, in plain containers, are those of a command line.
+
+    The data set settles channels and classes; starting weights, all that no flag has set.
+    """
+    asked = {"model": command.model.to_plain(), "training": command.training.to_plain()}
+    found = {"model": model, "training": training}
+    asked, found = (json.loads(json.dumps(each)) for each in (asked, found))  # tuples to lists
+    named = asked["model"].keys() - {"channels", "classes"}
+    if command.training.init_from:
+        named = command.model_changes.keys()
+    same = all(asked["model"][name] == found["model"][name] for name in named)
+    return same and asked["training"] == found["training"]
 
 
 def train_and_keep(
@@ -198,16 +211,18 @@ def train_and_keep(
     Raises:
         UserError: the trainer failed; with its own message.
     """
-    made = kept / "unfinished"
-    if (made / "last.pt").exists():
-        options = cli.parse(flags, description="").options
+    made, command = kept / "unfinished", cli.parse(flags, description="")
+    last = made / "last.pt"
+    saved = utils.load_checkpoint(last) if last.exists() else None
+    if saved and _is_of(command, saved.model.to_plain(), saved.training.to_plain()):
+        options = command.options
         flags_now = ["--resume", str(made), *["--no-test"] * (not options.test)]
         flags_now += ["--device", options.device] if options.device else []
     else:
         flags_now = [*flags, "--output-dir", str(kept), "--name", made.name, "--overwrite"]
-    command = [sys.executable, str(utils.ROOT / "src/trainer.py"), *flags_now]
+    program = [sys.executable, str(utils.ROOT / "src/trainer.py"), *flags_now]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=os.environ | environment, **pipes) as process:
+    with subprocess.Popen(program, env=os.environ | environment, **pipes) as process:
         try:
             _, errors = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:

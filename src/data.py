@@ -126,7 +126,9 @@ def image_files(folder: Path) -> list[Path]:
         files = sorted(folder.iterdir())
     except OSError as error:
         raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
-    found = [file for file in files if file.suffix.lower() in Image.registered_extensions()]
+    formats = Image.registered_extensions().items()
+    readable = {extension for extension, name in formats if name in Image.OPEN}
+    found = [file for file in files if file.suffix.lower() in readable]
     if not found:
         raise DataError(f"the folder {folder} holds no image files")
     return found
@@ -227,7 +229,7 @@ def _loader(pictures: Pictures, rows: Sequence[Tensor], collate: Callable) -> It
     loader = DataLoader(
         pictures,
         batch_sampler=[each.tolist() for each in rows],
-        num_workers=min(WORKERS, len(rows) - 1),
+        num_workers=max(0, min(WORKERS, len(rows) - 1)),
         collate_fn=collate,
         generator=torch.Generator(),  # or it would draw from torch's
     )

@@ -501,6 +501,7 @@ def main(argv: list[str]) -> int:
                     run.say(command.note)
             if is_finished(run):
                 run.say(f"{run.folder} already finished; raise --epochs to continue")
+                run.leave_others()
                 return 0
             result = train(run, shlex.join(["python", "src/trainer.py", *argv]))
             run.leave_others()

@@ -12,6 +12,7 @@ import pytest
 import ablation
 import cli
 from ablation import STUDIES, Study
+from common import kept_result
 from run import training_flops
 from small import ROOT
 
@@ -54,6 +55,25 @@ def write_result(study, change, seed, accuracy, without=()):
     content = {"model": model, "training": training, "validation_accuracy": accuracy}
     content["seconds"] = {"training": 10.0 + seed}
     (folder / "result.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed", "is_of"),
+    [
+        ("--recipe cpu --dataset cifar100", {"classes": 100}, True),
+        ("--recipe cpu --dataset cifar100", {"width": 64}, False),
+        ("--recipe finetune --init-from a.pt", {"width": 96, "depth": 4, "classes": 100}, True),
+        ("--recipe finetune --init-from a.pt --dropout 0.1", {"dropout": 0.0}, False),
+    ],
+)
+def test_a_result_is_recognized_whatever_the_data_and_weights_settle(
+    tmp_path, flags, changed, is_of
+):
+    command = cli.parse(flags.split(), "")
+    model = command.model.to_plain() | changed
+    content = {"model": model, "training": command.training.to_plain()}
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    assert (kept_result(tmp_path, flags.split()) is not None) == is_of
 
 
 def test_the_table_is_the_mean_and_deviation_over_seeds(study, tmp_path, capsys):

@@ -407,7 +407,7 @@ def test_a_model_of_other_channels_takes_no_image_files(tmp_path):
 
 
 def test_the_image_files_of_a_folder_are_those_named_so(tmp_path):
-    for name in ("b.JPG", "a.png", "notes.txt", "c.webp"):
+    for name in ("b.JPG", "a.png", "notes.txt", "c.webp", "d.pdf"):
         (tmp_path / name).touch()
     assert [file.name for file in image_files(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
     (tmp_path / "empty").mkdir()

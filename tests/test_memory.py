@@ -1,19 +1,18 @@
-"""Memory of a training step: the table's rows, and that checkpointed activations need less."""
+"""Memory of a training step: the table's rows; that recomputing saves it is in test_ViT.py."""
 
 import re
 
 import cli
 import memory
-from ViT import MODELS
 
 
-def test_recomputing_activations_needs_less_memory(monkeypatch, capsys):
-    monkeypatch.setitem(MODELS, "small", {"width": 64, "depth": 24, "heads": 1})
+def test_a_row_states_the_model_and_both_peaks(monkeypatch, capsys):
     monkeypatch.setattr(memory, "SIZES", ("small",))
-    assert cli.status_of(memory.main, ["--image-size", "64", "--batch-size", "256"]) == 0
+    assert cli.status_of(memory.main, ["--batch-size", "1"]) == 0
     *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("| small | 22,050,664 | 28e9 |")  # timm's count; 4.6e9 forward, x 6
     kept, recomputed = (float(value) for value in re.findall(r"([\d.]+) GB", line))
-    assert recomputed < 0.7 * kept
+    assert 0.2 < recomputed <= kept
 
 
 def test_an_image_size_of_no_whole_patches_is_refused(capsys):

@@ -77,6 +77,7 @@ def test_streamed_images_are_those_in_memory(folder, monkeypatch):
     for one, other in zip(held.train.batches(rows), streamed.train.batches(rows), strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
     assert torch.equal(images_of(held.test), images_of(streamed.test))
+    assert list(streamed.train.batches(())) == []  # of an epoch that stopped after its last step
 
 
 def test_a_file_that_breaks_after_loading_is_an_error_of_one_line(folder, monkeypatch):

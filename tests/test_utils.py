@@ -144,7 +144,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(name, che
 
 
 # Places in a checkpoint, as the keys that lead there, what to put there, and what the line names.
-GONE = object()
+GONE = "a value that is taken away"
 LIES = [
     ("format", 99, "format 99, this code reads 3 to 5"),
     ("format", 2, "format 2"),

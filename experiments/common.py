@@ -211,15 +211,13 @@ def train_and_keep(
     Raises:
         UserError: the trainer failed; with its own message.
     """
-    made, command = kept / "unfinished", cli.parse(flags, description="")
-    last = made / "last.pt"
-    saved = utils.load_checkpoint(last) if last.exists() else None
-    if saved and _is_of(command, saved.model.to_plain(), saved.training.to_plain()):
-        options = command.options
-        flags_now = ["--resume", str(made), *["--no-test"] * (not options.test)]
-        flags_now += ["--device", options.device] if options.device else []
-    else:
-        flags_now = [*flags, "--output-dir", str(kept), "--name", made.name, "--overwrite"]
+    made = kept / "unfinished"
+    flags_now = [*flags, "--output-dir", str(kept), "--name", made.name, "--overwrite"]
+    if (made / "last.pt").exists():
+        command, saved = cli.parse(flags, description=""), utils.load_checkpoint(made / "last.pt")
+        if _is_of(command, saved.model.to_plain(), saved.training.to_plain()):
+            flags_now = ["--resume", str(made), *["--no-test"] * (not command.options.test)]
+            flags_now += ["--device", command.options.device] if command.options.device else []
     program = [sys.executable, str(utils.ROOT / "src/trainer.py"), *flags_now]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(program, env=os.environ | environment, **pipes) as process:

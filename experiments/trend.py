@@ -26,7 +26,7 @@ import figures
 from ablation import STUDIES, Study, results_of
 
 # The best run of each study, all older than `shipped`. The last is the best of 22 runs of one seed,
-# so that the law is optimistic (docs/recipe.md).
+# so that the law promises too much (docs/recipe.md).
 FITTED = {"size": "width-48", "shape": "width-64", "trend": "combined-muon-low"}
 RUNS = {
     "cpu, before": "cpu/earlier",

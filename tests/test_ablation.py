@@ -11,8 +11,9 @@ import pytest
 
 import ablation
 import cli
+import trainer
 from ablation import STUDIES, Study
-from common import kept_result
+from common import kept_result, train_and_keep
 from run import training_flops
 from small import ROOT
 
@@ -74,6 +75,15 @@ def test_a_result_is_recognized_whatever_the_data_and_weights_settle(
     content = {"model": model, "training": command.training.to_plain()}
     (tmp_path / "result.json").write_text(json.dumps(content))
     assert (kept_result(tmp_path, flags.split()) is not None) == is_of
+
+
+def test_an_unfinished_run_of_other_flags_is_not_resumed(tmp_path):
+    flags = f"{TINY} --device cpu".split()
+    other = [*flags, "--label-smoothing", "0.3", "--output-dir", str(tmp_path)]
+    assert cli.status_of(trainer.main, [*other, "--name", "unfinished"]) == 0
+    result = train_and_keep(flags, tmp_path, {})
+    assert result["training"]["label_smoothing"] == 0
+    assert kept_result(tmp_path, flags) == result
 
 
 def test_the_table_is_the_mean_and_deviation_over_seeds(study, tmp_path, capsys):

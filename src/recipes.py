@@ -337,18 +337,8 @@ RECIPES = {
         Expect    90.0% validation, 89.5% test accuracy (1 seed)
         """,
         model=ViTConfig(
-            patch_size=4, width=160, depth=6, heads=5, pooling="mean", positions="sincos"
+            patch_size=4, width=256, depth=6, heads=8, pooling="mean", positions="sincos"
         ),
-        train=replace(
-            _CPU,
-            epochs=150,
-            warmup_epochs=2.0,
-            policy="trivial",
-            policy_epochs=0.9,
-            cutmix=1.0,
-            mixed_epochs=0.8,
-            whole_epochs=2,
-            validate_every=5,
-        ),
+        train=replace(_STRONG, batch_size=250, epochs=110, mixed_epochs=0.9, validate_every=10),
     ),
 }

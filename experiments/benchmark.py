@@ -53,7 +53,7 @@ from common import (
 )
 from config import UserError
 from curves import write_figure
-from data import batch_rows
+from data import shuffled_batches
 from recipes import RECIPES, Recipe, TrainConfig
 from run import training_flops
 from trainer import train_epoch
@@ -243,7 +243,7 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
     coins = torch.zeros(INPUT_IMAGES, dtype=torch.bool, device=device)
 
     def own_epoch() -> None:
-        order = batch_rows(dataset.train, batch_size, utils.generator_for(0))
+        order = shuffled_batches(dataset.train, batch_size, utils.generator_for(0))
         for seed, (rows, batch) in enumerate(zip(order, dataset.train.batches(order), strict=True)):
             targets = F.one_hot(batch.labels, 10).float()
             images, _ = augment(batch.images, targets, config, seed, coins[rows], 0)

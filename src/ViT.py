@@ -17,11 +17,8 @@ The parts stand before the whole that they make up, with the paper's equations:
     EncoderBlock              z'_l = MSA(LN(z_{l-1})) + z_{l-1};
                               z_l = MLP(LN(z'_l)) + z'_l                                   Eqs. 2-3
     ViT                       y = LN(z_L^0), and a linear head on it                       Eq. 4
-
-    python src/ViT.py         each part of a small model, with its output shape and parameters
 """
 
-import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -353,21 +350,3 @@ class ViT(nn.Module):
 def parameters_of(module: nn.Module) -> int:
     """How many numbers the parameters of a module hold."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def main() -> None:
-    config = ViTConfig(**MODELS["micro"])
-    model, image = ViT(config), torch.zeros(1, config.channels, *config.image_size)
-    print(f"{'module':20}{'output':18}{'parameters':>11}")
-    for name, module in model.named_modules():
-        if parameters_of(module) and not re.match(r"blocks\.[1-9]", name):
-            module.register_forward_hook(
-                lambda module, _, output, name=name or "the whole model": print(
-                    f"{name:20}{tuple(output.shape)!s:18}{parameters_of(module):11,}"
-                )
-            )
-    model(image)
-
-
-if __name__ == "__main__":
-    main()

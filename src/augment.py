@@ -75,24 +75,7 @@ def resized_crop(images: Tensor, windows: Tensor) -> Tensor:
     return found.round().to(torch.uint8)
 
 
-def boxes(
-    top: Tensor, left: Tensor, height: Tensor, width: Tensor, size: tuple[int, int]
-) -> Tensor:
-    """A mask (B, 1, H, W) of one box an image; corners and sides are (B,), in pixels."""
-    y = torch.arange(size[0], device=top.device)
-    x = torch.arange(size[1], device=top.device)
-    inside_y = (y >= top[:, None]) & (y < (top + height)[:, None])  # (B, H)
-    inside_x = (x >= left[:, None]) & (x < (left + width)[:, None])  # (B, W)
-    return (inside_y[:, :, None] & inside_x[:, None, :])[:, None]  # (B, 1, H, W)
-
-
 # ---------------------------------------------------------------------------- mixing
-
-
-def blend(images: Tensor, other: Tensor | float, factors: Tensor) -> Tensor:
-    """factor x image + (1 - factor) x other, clipped to 0 to 255; factors (B,) may exceed 1."""
-    factors = factors[:, None, None, None]
-    return (factors * images + (1 - factors) * other).clamp(0, 255).to(torch.uint8)
 
 
 def mixup(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +85,8 @@ def mixup(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tens
         shares: (B,), how much of the image itself is kept.
     """
     others, other_targets = images.roll(1, 0), targets.roll(1, 0)  # of a shuffled batch
-    mixed = blend(images, others, shares)
+    kept = shares[:, None, None, None]
+    mixed = (kept * images + (1 - kept) * others).to(torch.uint8)
     return mixed, torch.lerp(other_targets, targets, shares[:, None])
 
 
@@ -118,7 +102,10 @@ def cutmix(
     center_y, center_x = torch.rand(2, B, generator=generator, device=images.device)
     top, bottom = _interval((center_y * H).floor(), (1 - shares).sqrt() * H, H)
     left, right = _interval((center_x * W).floor(), (1 - shares).sqrt() * W, W)
-    box = boxes(top, left, bottom - top, right - left, (H, W))
+    y, x = (torch.arange(side, device=images.device) for side in (H, W))
+    inside_y = (y >= top[:, None]) & (y < bottom[:, None])  # (B, H)
+    inside_x = (x >= left[:, None]) & (x < right[:, None])  # (B, W)
+    box = inside_y[:, None, :, None] & inside_x[:, None, None, :]  # (B, 1, H, W)
     kept = 1 - (bottom - top) * (right - left) / (H * W)
     mixed = torch.where(box, images.roll(1, 0), images)
     return mixed, torch.lerp(targets.roll(1, 0), targets, kept.to(targets.dtype)[:, None])

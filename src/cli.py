@@ -120,16 +120,8 @@ TASKS = {
     "export": ("RUN", "write the model of a run to model.pt: weights only, for sharing"),
 }
 READING = ("data_dir", "data_url", "device", "strict")
-HEEDED = {  # by each task, besides itself; of the configs, `resumed_run` refuses most by name
-    "resume": (
-        *READING,
-        "test",
-        "save_minutes",
-        "keep_best",
-        "model",
-        *ViTConfig.fields(),
-        *TrainConfig.fields(),
-    ),
+HEEDED = {  # by each task, besides itself
+    "resume": (*READING, "test", "save_minutes", "keep_best", "epochs", "accumulate"),
     "evaluate": READING,
     "export": ("library", "overwrite"),
 }
@@ -220,5 +212,6 @@ def _refuse_flags_without_effect(arguments: argparse.Namespace, task: str) -> No
     heeded = {task, *HEEDED[task]}
     for name, value in vars(arguments).items():
         if value is not None and name not in heeded:
+            allowed = ", ".join(f"--{each}" for each in HEEDED[task]).replace("_", "-")
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} has no effect with --{task}; leave it out")
+            raise UserError(f"--{flag} cannot be used with --{task}, which takes {allowed}")

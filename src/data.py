@@ -27,10 +27,6 @@ SPLIT_SEED = 0  # the held-out images do not depend on a run's seed, so that run
 WORKERS = min(8, os.cpu_count() or 1)  # processes that decode images
 
 
-class DataError(UserError):
-    """A data set or an image cannot be read."""
-
-
 # ---------------------------------------------------------------------------- preprocessing
 
 
@@ -68,20 +64,20 @@ class Preprocessing(Config):
         """An image file as the model sees it: uint8 (C, H, W); of an animation the first frame.
 
         Raises:
-            DataError: the file cannot be read as an image, or the model takes no image files.
+            UserError: the file cannot be read as an image, or the model takes no image files.
         """
         if self.channels not in (1, 3):
-            raise DataError(f"{path} needs a model of 1 or 3 channels, not {self.channels}")
+            raise UserError(f"{path} needs a model of 1 or 3 channels, not {self.channels}")
         try:
             with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
                 return self.fit(file)
         except (UnidentifiedImageError, Image.DecompressionBombError) as error:
             bomb = isinstance(error, Image.DecompressionBombError)
             reason = "too large" if bomb else "not of a known format"
-            raise DataError(f"cannot read {path} as an image: {reason}") from error
+            raise UserError(f"cannot read {path} as an image: {reason}") from error
         except Exception as error:  # a damaged file can fail in any way inside a decoder
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-            raise DataError(f"cannot read {path} as an image: {reason}") from error
+            raise UserError(f"cannot read {path} as an image: {reason}") from error
 
     def fit(self, image: Image.Image) -> Tensor:
         """An image as the model sees it: uint8 (C, H, W).
@@ -120,17 +116,17 @@ def image_files(folder: Path) -> list[Path]:
     """The files in a folder with an image's file name extension, sorted by name.
 
     Raises:
-        DataError: there are none, or the folder cannot be read.
+        UserError: there are none, or the folder cannot be read.
     """
     try:
         files = sorted(folder.iterdir())
     except OSError as error:
-        raise DataError(f"cannot read the folder {folder}: {error.strerror}") from error
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
     formats = Image.registered_extensions().items()
     readable = {extension for extension, name in formats if name in Image.OPEN}
     found = [file for file in files if file.suffix.lower() in readable]
     if not found:
-        raise DataError(f"the folder {folder} holds no image files")
+        raise UserError(f"the folder {folder} holds no image files")
     return found
 
 
@@ -189,7 +185,7 @@ class StreamedSplit(Split):
         self.pictures, self.labels = pictures, labels
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
-        """As of a `Split`, in the same order; raises DataError where a file cannot be read."""
+        """As of a `Split`, in the same order; raises UserError where a file cannot be read."""
         rows, device = list(rows), self.labels.device
         loader = _loader(self.pictures, rows, torch.stack)
         for each, images in zip(rows, loader, strict=True):
@@ -235,14 +231,14 @@ def _loader(pictures: Pictures, rows: Sequence[Tensor], collate: Callable) -> It
     )
     try:
         yield from loader
-    except DataError as error:  # of a worker, with its traceback before the message
-        raise DataError(str(error).splitlines()[-1].removeprefix("data.DataError: ")) from None
+    except UserError as error:  # of a worker, with its traceback before the message
+        raise UserError(str(error).splitlines()[-1].removeprefix("config.UserError: ")) from None
 
 
 def _attempt(pictures: Pictures, row: int) -> Tensor | str:
     try:
         return pictures[row]
-    except DataError as error:
+    except UserError as error:
         return str(error)
 
 
@@ -253,22 +249,15 @@ def _collate(found: list[Tensor | str]) -> tuple[Tensor, dict[int, str]]:
     return torch.stack(images) if images else torch.empty(0, dtype=torch.uint8), errors
 
 
-def batch_rows(
-    split: Split, batch_size: int, generator: torch.Generator | None = None
+def shuffled_batches(
+    split: Split, batch_size: int, generator: torch.Generator
 ) -> tuple[Tensor, ...]:
-    """The rows of a split in batches; each row comes once, and the last batch may be short.
+    """The row numbers of a split in batches; each comes once, and the last batch may be short.
 
     Args:
-        generator: shuffles, on the CPU, so that the order is the same on every device; without
-            one the order is the split's own.
-
-    Returns:
-        Row numbers, on the split's device.
+        generator: on the CPU, so that the order is the same on every device.
     """
-    if generator is None:
-        rows = torch.arange(len(split))
-    else:
-        rows = torch.randperm(len(split), generator=generator)
+    rows = torch.randperm(len(split), generator=generator)
     return rows.to(split.labels.device).split(batch_size)
 
 
@@ -278,7 +267,7 @@ def stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
     Where the shares are no whole numbers, those with the largest fractions are rounded up.
 
     Raises:
-        DataError: `held_out` is negative, or leaves a class without training images.
+        UserError: `held_out` is negative, or leaves a class without training images.
     """
     counts = labels.bincount()  # (K,)
     shares = counts.double() * held_out / len(labels)
@@ -286,7 +275,7 @@ def stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
     rounded_up = (shares - quotas).argsort(descending=True, stable=True)
     quotas[rounded_up[: held_out - int(quotas.sum())]] += 1
     if held_out < 0 or ((quotas >= counts) & (counts > 0)).any():
-        raise DataError(
+        raise UserError(
             f"the number of held-out images, {held_out}, must be from 0 to less than the "
             f"{len(labels):,} images, and leave some of each class"
         )

@@ -13,16 +13,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional
 
 BINS = 31  # magnitudes of an operation, weakest first
-LUMA = (0.2989, 0.587, 0.114)  # ITU-R BT.601, as torchvision has it
-
-
-def gray(images: Tensor) -> Tensor:
-    """The luma of RGB images, rounded down: (B, 1, H, W)."""
-    red, green, blue = images.float().unbind(1)
-    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue).floor()[:, None]
-
 
 # ---------------------------------------------------------------------------- operations
 
@@ -58,11 +51,11 @@ def _blend(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
     """Extrapolates from, or blends toward, black, the image in gray, or its mean gray."""
     _, color, contrast = drawn[..., None, None, None]
     values = images.float()
-    luma = gray(values) if images.shape[1] == 3 else values
+    luma = functional.rgb_to_grayscale(images).float()  # (B, 1, H, W)
     mean = luma.mean(dim=(1, 2, 3), keepdim=True)
     other = torch.where(color, luma, mean * contrast)  # (B, 1, H, W)
     magnitude = magnitude[:, None, None, None]
-    # `augment.blend` rounds once more; in this order the result is torchvision's.
+    # In this order of operations the result is torchvision's.
     blended = values.mul_(1 + magnitude).addcmul_(other, -magnitude).clamp_(0, 255)
     blended = blended.to(torch.uint8)
     return blended if images.shape[1] == 3 else torch.where(color, images, blended)
@@ -95,7 +88,7 @@ def _solarize(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
 
 def _autocontrast(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
     """Stretches each channel to 0 to 255."""
-    values = images.float()
+    values = images.float()  # torchvision's function waits for a GPU
     low, high = values.amin((2, 3), keepdim=True), values.amax((2, 3), keepdim=True)
     flat = low == high  # stays as it is
     scale = ((high - low) * (1 / 255)).masked_fill_(flat, 1)
@@ -104,15 +97,8 @@ def _autocontrast(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
-    """Spreads the values of each channel evenly, with Pillow's rounding."""
-    index = images.flatten(2).long()  # (B, C, H W)
-    counts = index.new_zeros(*index.shape[:2], 256)
-    counts.scatter_add_(2, index, index.new_ones(1).expand_as(index))
-    highest = counts.gather(2, index.amax(dim=2, keepdim=True))  # how many pixels have that value
-    step = (index.shape[2] - highest) // 255  # (B, C, 1)
-    table = ((counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    table = torch.where(step > 0, table, torch.arange(256, device=index.device))
-    return table.to(torch.uint8).gather(2, index).view_as(images)
+    """Spreads the values of each channel evenly."""
+    return functional.equalize(images)
 
 
 STAGES = (

@@ -20,7 +20,6 @@ from torch import Tensor
 import utils
 from config import UserError, first_line
 from data import Preprocessing
-from utils import CheckpointError
 from ViT import MODELS, ViT, ViTConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -243,9 +242,9 @@ def _read_torch(path: Path) -> dict[str, Tensor] | None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can fail in any way
-        raise CheckpointError(f"{path} is not a file of weights, or is damaged") from error
+        raise UserError(f"{path} is not a file of weights, or is damaged") from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content if "format" in content else content[key]
@@ -271,9 +270,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
                 values = torch.frombuffer(raw, dtype=_DTYPES[entry["dtype"]])
                 weights[name] = values.reshape(entry["shape"])
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can fail in any way
-        raise CheckpointError(f"{path} is not a file of safetensors, or is damaged") from error
+        raise UserError(f"{path} is not a file of safetensors, or is damaged") from error
     return _checked(path, weights)
 
 
@@ -282,7 +281,7 @@ def _checked(path: Path, content: Any) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(weight, Tensor) for name, weight in content.items()
     )
     if not is_tensors:
-        raise CheckpointError(f"{path} holds no state dict")
+        raise UserError(f"{path} holds no state dict")
     return content
 
 

@@ -29,10 +29,6 @@ except ImportError:  # Windows has no flock
     fcntl = None
 
 
-class FolderInUse(UserError):
-    """Another run has the folder."""
-
-
 class WorldError(Exception):
     """The processes of a job cannot work together; the message is one line for the user."""
 
@@ -107,7 +103,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     The lock is on the folder itself: no lock file is left behind by a run that was killed.
 
     Raises:
-        FolderInUse: another run has it.
+        UserError: another run has it.
         OSError: there is no such folder, or it cannot be read.
     """
     if fcntl is None:
@@ -119,9 +115,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise FolderInUse(
-                f"{folder} is in use by another run; wait for it, or stop it"
-            ) from None
+            raise UserError(f"{folder} is in use by another run; wait for it, or stop it") from None
         except OSError as error:  # some network file systems have no locks
             print(f"cannot lock {folder} ({error.strerror}); do not start a second run in it")
         yield
@@ -214,15 +208,10 @@ def joined_world(use_gpus: bool) -> Iterator[World]:
     try:
         yield World(rank, size, local_rank)
     except RuntimeError as error:
-        if not _lost_peer(error):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise WorldError("another process of this job has ended, and so does this one") from error
     dist.destroy_process_group()  # not after an error: it might wait for a process that is gone
-
-
-def _lost_peer(error: RuntimeError) -> bool:
-    """Whether an error says that another process no longer answers."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ _FINETUNE = TrainConfig(
 
 RECIPES = {
     "default": Recipe(
-        about="""For a GPU, untested: `shipped` wider, for twice the epochs.
+        about="""For a GPU, untested: `shipped` for 300 epochs.
 
         Command   python src/trainer.py
         Hardware  a GPU
@@ -203,22 +203,13 @@ RECIPES = {
         model=ViTConfig(
             patch_size=4, width=320, depth=6, heads=5, pooling="mean", positions="sincos"
         ),
-        train=TrainConfig(
+        train=replace(
+            _STRONG,
             epochs=360,
             batch_size=2000,
-            initialization="mimetic",
-            optimizer="muon",
-            learning_rate=3e-3,
-            warmup_epochs=2.0,
-            schedule="linear",
-            gradient_clip=0,
-            label_smoothing=0.0,
+            muon_learning_rate=0.02,
             flip="alternating",
-            cutmix=1.0,
-            mixed_epochs=0.8,
-            patch_dropout=0.75,
-            whole_epochs=4,
-            validate_every=5,
+            policy="off",
         ),
     ),
     "best": Recipe(

@@ -28,7 +28,7 @@ from pretrained import load_pretrained
 from processes import ALONE, ALONE_JOB, Job, World, without_averaging
 from recipes import Phase, TrainConfig
 from sources import load_dataset, preprocessing_for
-from utils import Checkpoint, CheckpointError, EpochRecord
+from utils import Checkpoint, EpochRecord
 from ViT import ViT, ViTConfig, patches_kept
 
 RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "curves.png", "result.json", "model.pt")
@@ -398,16 +398,11 @@ def resumed_run(
     """The run whose folder or checkpoint is given, as its last checkpoint left it.
 
     Args:
-        changes: fields of the config; only `epochs` and `accumulate` can be changed.
+        changes: of `epochs` and `accumulate`.
 
     Raises:
         UserError: the checkpoint or a change cannot be used.
     """
-    if refused := [name for name in changes if name not in ("epochs", "accumulate")]:
-        raise UserError(
-            f"--{refused[0].replace('_', '-')} cannot be changed on resume; "
-            "only --epochs and --accumulate can"
-        )
     path = checkpoint_file(path)
     _take_folder(path.parent, job)
     checkpoint = utils.load_checkpoint(path)
@@ -420,7 +415,7 @@ def resumed_run(
     try:
         run.restore(checkpoint)
     except UserError as error:
-        raise CheckpointError(f"{path} cannot be resumed: {error}") from error
+        raise UserError(f"{path} cannot be resumed: {error}") from error
     if path.name != "last.pt":  # which the run would overwrite
         raise UserError(f"--resume takes a run's folder or its last.pt, not {path}")
     if run.step > config.epochs * run.steps_per_epoch:

@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from config import UserError
 from data import (
     CIFAR10_MEAN,
     CIFAR10_STD,
-    DataError,
     Dataset,
     Pictures,
     Preprocessing,
@@ -70,7 +70,7 @@ def _torchvision(
         option: of `kind`, with its values for training, validation and test; None: there is none.
     """
     if url and not hasattr(kind, "url"):
-        raise DataError(f"--data-url has no effect with {kind.__name__}, which has several files")
+        raise UserError(f"--data-url has no effect with {kind.__name__}, which has several files")
     chosen = type(kind.__name__, (kind,), {"url": url}) if url else kind
     parts = []
     try:
@@ -79,11 +79,11 @@ def _torchvision(
                 more = {option: value, "download": True}
                 parts.append(chosen(folder, **more) if value is not None else None)
     except ImportError as error:
-        raise DataError(f"{kind.__name__} needs scipy: pip install scipy") from error
+        raise UserError(f"{kind.__name__} needs scipy: pip install scipy") from error
     except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         place = getattr(chosen, "url", "its server")
-        raise DataError(
+        raise UserError(
             f"no {kind.__name__} in {folder}, and the download from {place} failed ({reason}); "
             f"put {getattr(kind, 'filename', 'its files')} into {folder} yourself "
             "(python src/trainer.py --recipe demo needs no download)"
@@ -129,7 +129,7 @@ def _folder(path: Path, wanted: Preprocessing) -> Source:
     """Pictures of your own, in a folder for each class.
 
     Raises:
-        DataError: the folder has another layout, or a class without a readable picture.
+        UserError: the folder has another layout, or a class without a readable picture.
     """
     train = path / "train" if (path / "train").is_dir() else path
     classes = tuple(class_folders(train))
@@ -138,7 +138,7 @@ def _folder(path: Path, wanted: Preprocessing) -> Source:
         if not folder.is_dir():
             return None
         if unknown := set(class_folders(folder)) - set(classes):
-            raise DataError(f"{folder} has a class {min(unknown)!r}, which {train} has not")
+            raise UserError(f"{folder} has a class {min(unknown)!r}, which {train} has not")
         files, labels = [], []
         for label, name in enumerate(classes):
             if (folder / name).is_dir():
@@ -158,7 +158,7 @@ def class_folders(path: Path) -> list[str]:
     """The names of the folders in a folder, in natural order: 2 before 10.
 
     Raises:
-        DataError: there are fewer than two.
+        UserError: there are fewer than two.
     """
 
     def natural(name: str) -> list[str | int]:
@@ -167,9 +167,9 @@ def class_folders(path: Path) -> list[str]:
     try:
         found = [each.name for each in path.iterdir() if each.is_dir() and each.name[0] != "."]
     except OSError as error:
-        raise DataError(f"cannot read the folder {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the folder {path}: {error.strerror}") from error
     if len(found) < 2:
-        raise DataError(
+        raise UserError(
             f"{path} must hold a folder for each of at least 2 classes, not {len(found)}"
         )
     return sorted(found, key=natural)
@@ -220,12 +220,12 @@ def preprocessing_for(name: str, size: tuple[int, int] = (32, 32)) -> Preprocess
     """What a new model expects of the images of a data set.
 
     Raises:
-        DataError: there is no such data set.
+        UserError: there is no such data set.
     """
     if name.startswith(FOLDER):
         return Preprocessing(size=size, mean=HALF, std=HALF)
     if name not in DATASETS:
-        raise DataError(
+        raise UserError(
             f"there is no data set {name!r}; choose from {', '.join(DATASETS)}, {FOLDER}PATH"
         )
     return Preprocessing(size=size, mean=DATASETS[name].mean, std=DATASETS[name].std)
@@ -254,7 +254,7 @@ def load_dataset(
         strict: refuse image files that cannot be read, instead of leaving them out.
 
     Raises:
-        DataError: the data set cannot be loaded or split.
+        UserError: the data set cannot be loaded or split.
     """
     default = preprocessing_for(name)  # which refuses a name that is not known
     wanted = preprocessing or default
@@ -264,7 +264,7 @@ def load_dataset(
         source = DATASETS[name].load(Path(data_dir), data_url, wanted)
     (train, validation, test), notes = _readable(source, wanted, strict)
     if absent := set(range(len(source.classes))) - set(train.labels.tolist()):
-        raise DataError(f"{name} has no training image of {source.classes[min(absent)]!r}")
+        raise UserError(f"{name} has no training image of {source.classes[min(absent)]!r}")
     share = validation_images * (len(train) if validation_images < 1 else 1)
     if validation is None and share:
         kept, held_out = stratified_split(train.labels, round(share))
@@ -287,11 +287,13 @@ def _readable(
             "they are decoded again in every epoch"
         )
     for number, split in enumerate(splits):
-        if isinstance(split, StreamedSplit):
+        if not isinstance(split, StreamedSplit):
+            continue
+        if keep or not isinstance(split.pictures.items, Tensor):  # a tensor has no broken images
             splits[number], errors = split.decoded(keep)
             failed += errors
     if failed and strict:
-        raise DataError(f"{failed[0]} (--no-strict leaves it out)")
+        raise UserError(f"{failed[0]} (--no-strict leaves it out)")
     if failed:
         notes.append(f"{len(failed)} of {count:,} images left out: {'; '.join(failed[:3])}")
     return splits, notes

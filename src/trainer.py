@@ -37,7 +37,7 @@ import utils
 from augment import augment
 from cli import complain
 from config import UserError, first_line
-from data import batch_rows
+from data import shuffled_batches
 from evaluation import Evaluation, evaluate
 from optimizers import set_learning_rates
 from pretrained import state_dict_for
@@ -74,7 +74,7 @@ def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord
     """
     config, train, progress = run.config, run.dataset.train, run.progress
     started = time.perf_counter() - progress.seconds
-    order = batch_rows(train, config.batch_size, utils.generator_for(config.seed, run.epoch))
+    order = shuffled_batches(train, config.batch_size, utils.generator_for(config.seed, run.epoch))
     order = order[progress.steps :]
     run.model.train()
     with progress_bar(run) as bar:
@@ -490,8 +490,7 @@ def main(argv: list[str]) -> int:
             if job.world.leads and (unusable := devices.unusable_gpu()):
                 print(unusable)
             if command.task == "resume":
-                changes = command.model_changes | command.training_changes
-                run = resumed_run(command.path, changes, options, device, job)
+                run = resumed_run(command.path, command.training_changes, options, device, job)
             else:
                 configs = command.model, command.training
                 run = new_run(

@@ -32,10 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the cu
 CHECKPOINT_FORMAT = 5
 
 
-class CheckpointError(UserError):
-    """A file is not a checkpoint of this repository, or cannot be used for this task."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord(Config):
     """An epoch, as a row of metrics.csv has it."""
@@ -129,11 +125,11 @@ def save_model(path: Path, checkpoint: Checkpoint) -> None:
 
     Raises:
         OSError: as in `save_checkpoint`.
-        CheckpointError: a weight is too large for half precision.
+        UserError: a weight is too large for half precision.
     """
     halves = {name: weight.half() for name, weight in checkpoint.weights.items()}
     if not all(half.isfinite().all() for half in halves.values()):
-        raise CheckpointError(f"{path} cannot hold weights above 65,504 in half precision")
+        raise UserError(f"{path} cannot hold weights above 65,504 in half precision")
     save_checkpoint(path, replace(checkpoint, weights=halves, optimizers=None, partial=None))
 
 
@@ -141,11 +137,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a checkpoint onto the CPU; nothing in the file is executed.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or its content makes no sense.
+        UserError: there is no such file, it is damaged, or its content makes no sense.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is not a file")
+        raise UserError(f"{path} is not a file")
     try:
         content = io.BytesIO(path.read_bytes())
         with zipfile.ZipFile(content) as archive:
@@ -156,11 +152,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             plain = torch.load(content, map_location="cpu", weights_only=True)
         return Checkpoint.from_plain(_migrated(plain))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except UserError as error:
-        raise CheckpointError(f"{path} is not a usable checkpoint: {str(error)[:300]}") from error
+        raise UserError(f"{path} is not a usable checkpoint: {str(error)[:300]}") from error
     except Exception as error:  # a damaged file can fail in any way inside zipfile and torch.load
-        raise CheckpointError(f"{path} is not a checkpoint, or is damaged") from error
+        raise UserError(f"{path} is not a checkpoint, or is damaged") from error
 
 
 def _migrated(plain: Any) -> dict[str, Any]:
@@ -234,13 +230,13 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Vi
         whose `preprocessing` and `classes` say what goes in and what comes out.
 
     Raises:
-        CheckpointError: the file is not a usable checkpoint.
+        UserError: the file is not a usable checkpoint.
     """
     checkpoint = load_checkpoint(path)
     try:
         model = ViT(checkpoint.model)
     except (RuntimeError, MemoryError) as error:  # fixed positions of an image too large for memory
-        raise CheckpointError(f"{path} is not a usable checkpoint: out of memory") from error
+        raise UserError(f"{path} is not a usable checkpoint: out of memory") from error
     model.load_state_dict(checkpoint.weights)
     return model.to(device).eval(), checkpoint
 

@@ -3,8 +3,6 @@
 import dataclasses
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from torchvision.models import VisionTransformer
 
 import ViT as vit_module
 from config import UserError
-from small import ROOT
 from ViT import (
     MLP,
     MODELS,
@@ -588,38 +585,6 @@ def test_a_tiny_model_memorizes_a_batch_of_random_images():
         loss.backward()
         optimizer.step()
     assert loss < 0.01
-
-
-def test_the_script_prints_each_module_with_its_shape_and_parameters_from_any_folder(tmp_path):
-    """The parameters are those of torch's modules of the same sizes."""
-    command = [sys.executable, str(ROOT / "src/ViT.py")]
-    done = subprocess.run(
-        command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=120
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    D, attention, layer = 64, nn.MultiheadAttention(64, 4), nn.TransformerEncoderLayer(64, 4, 256)
-    T, whole = (1, 65, D), VisionTransformer(32, 4, 4, 4, D, 256, num_classes=10)
-    modules = [
-        ("embed.proj", (1, 64, D), nn.Conv2d(3, D, 4)),
-        ("embed", T, [nn.Conv2d(3, D, 4), nn.Embedding(65 + 1, D)]),
-        ("blocks.0.norm1", T, nn.LayerNorm(D)),
-        ("blocks.0.attn.qkv", (1, 65, 3 * D), nn.Linear(D, 3 * D)),
-        ("blocks.0.attn.proj", T, nn.Linear(D, D)),
-        ("blocks.0.attn", T, attention),
-        ("blocks.0.norm2", T, nn.LayerNorm(D)),
-        ("blocks.0.mlp.fc1", (1, 65, 256), nn.Linear(D, 256)),
-        ("blocks.0.mlp.fc2", T, nn.Linear(256, D)),
-        ("blocks.0.mlp", T, [nn.Linear(D, 256), nn.Linear(256, D)]),
-        ("blocks.0", T, layer),
-        ("norm", (1, D), nn.LayerNorm(D)),
-        ("head", (1, 10), nn.Linear(D, 10)),
-        ("the whole model", (1, 10), whole),
-    ]
-    expected = ["module output parameters"]
-    for name, shape, theirs in modules:
-        total = sum(map(parameters_of, theirs if isinstance(theirs, list) else [theirs]))
-        expected.append(f"{name} {shape} {total:,}")
-    assert [" ".join(line.split()) for line in done.stdout.splitlines()] == expected
 
 
 @pytest.mark.parametrize("shape", [(3, 48, 32), (3, 16, 96), (1, 32, 48), (3, 34, 48)])

@@ -22,11 +22,10 @@ from torchvision.transforms.functional import pil_to_tensor
 import sources
 from config import UserError
 from data import (
-    DataError,
     Preprocessing,
     Split,
-    batch_rows,
     image_files,
+    shuffled_batches,
     stratified_split,
 )
 from small import CIFAR10, default_dtype, needs_cifar10
@@ -157,7 +156,7 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(
         folder = tmp_path / "file"
         folder.write_text("not a folder")
     started = time.monotonic()
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         load(folder, url)
     over.set()
     assert time.monotonic() - started < 10
@@ -185,7 +184,7 @@ def test_the_real_cifar10_is_what_torchvision_reads():
 
 
 def test_an_unknown_data_set_is_refused():
-    with pytest.raises(DataError, match="imagenet"):
+    with pytest.raises(UserError, match="imagenet"):
         load_dataset("imagenet", validation_images=0)
 
 
@@ -221,7 +220,7 @@ def test_unequal_classes_give_their_shares_and_the_largest_remainders_one_more()
 )
 def test_an_impossible_split_is_refused_with_its_number(counts, held_out):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
-    with pytest.raises(DataError, match=f"{held_out}, must be .* less than the {len(labels):,}"):
+    with pytest.raises(UserError, match=f"{held_out}, must be .* less than the {len(labels):,}"):
         stratified_split(labels, held_out)
 
 
@@ -238,7 +237,7 @@ def seventy():
 
 def test_rows_of_batches_come_once_each_in_an_order_of_the_generator(seventy):
     def order(seed):
-        parts = batch_rows(seventy, 32, torch.Generator().manual_seed(seed))
+        parts = shuffled_batches(seventy, 32, torch.Generator().manual_seed(seed))
         assert [len(part) for part in parts] == [32, 32, 6]
         return torch.cat(parts).tolist()
 
@@ -247,7 +246,7 @@ def test_rows_of_batches_come_once_each_in_an_order_of_the_generator(seventy):
 
 
 def test_batches_hold_the_images_and_labels_of_their_rows(seventy):
-    parts = list(seventy.batches(batch_rows(seventy, 32)))
+    parts = list(seventy.batches(torch.arange(70).split(32)))
     assert [len(part.labels) for part in parts] == [32, 32, 6]
     assert all(torch.equal(part.images.flatten().long(), part.labels) for part in parts)
     assert torch.cat([part.labels for part in parts]).tolist() == list(range(70))
@@ -394,7 +393,7 @@ def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path):
         path.unlink()
         if kind == "folder":
             path.mkdir()
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UserError) as caught:
         expecting((16, 16)).read(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     if kind == "bomb":
@@ -402,7 +401,7 @@ def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path):
 
 
 def test_a_model_of_other_channels_takes_no_image_files(tmp_path):
-    with pytest.raises(DataError, match="1 or 3 channels, not 5"):
+    with pytest.raises(UserError, match="1 or 3 channels, not 5"):
         expecting((16, 16), channels=5).read(tmp_path / "image.png")
 
 
@@ -411,5 +410,5 @@ def test_the_image_files_of_a_folder_are_those_named_so(tmp_path):
         (tmp_path / name).touch()
     assert [file.name for file in image_files(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no image files"):
+    with pytest.raises(UserError, match="holds no image files"):
         image_files(tmp_path / "empty")

@@ -12,7 +12,8 @@ import torchvision.datasets as tv
 from PIL import Image
 
 import sources
-from data import DataError, Preprocessing, Split, StreamedSplit
+from config import UserError
+from data import Preprocessing, Split, StreamedSplit
 from sources import class_folders, load_dataset, preprocessing_for
 
 SIZE = (16, 16)
@@ -63,7 +64,7 @@ def test_a_folder_of_class_folders_is_split_by_class_and_its_broken_file_left_ou
     assert "1 of 67 images left out: cannot read" in left_out and "broken.jpg" in left_out
     again = load_dataset(f"folder:{folder}", WANTED, validation_images=0.1)
     assert torch.equal(images_of(again.validation), images_of(dataset.validation))
-    with pytest.raises(DataError, match=r"broken\.jpg.*--no-strict"):
+    with pytest.raises(UserError, match=r"broken\.jpg.*--no-strict"):
         load_dataset(f"folder:{folder}", WANTED, validation_images=0.1, strict=True)
 
 
@@ -86,7 +87,7 @@ def test_a_file_that_breaks_after_loading_is_an_error_of_one_line(folder, monkey
     for file in folder.glob("class 2/*.png"):
         file.write_bytes(b"nonsense")
     for rows in (torch.arange(len(dataset.train)).split(10), [torch.arange(len(dataset.train))]):
-        with pytest.raises(DataError, match=r"^cannot read .*png as an image: not of a"):
+        with pytest.raises(UserError, match=r"^cannot read .*png as an image: not of a"):
             list(dataset.train.batches(rows))
 
 
@@ -100,7 +101,7 @@ def test_a_folder_with_its_own_splits_keeps_them(folder, tmp_path):
     dataset = load_dataset(f"folder:{root}", WANTED, validation_images=0.5)
     assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [8, 4, 6]
     (root / "test/c").mkdir()
-    with pytest.raises(DataError, match=r"class 'c', which .*train has not"):
+    with pytest.raises(UserError, match=r"class 'c', which .*train has not"):
         load_dataset(f"folder:{root}", WANTED, validation_images=0.5)
 
 
@@ -118,14 +119,14 @@ def test_a_folder_with_its_own_splits_keeps_them(folder, tmp_path):
 def test_a_folder_of_another_layout_is_refused(tmp_path, change, message):
     change(tmp_path)
     name = "nowhere" if "nowhere" in message else "."
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         load_dataset(f"folder:{tmp_path / name}", WANTED, validation_images=0.1)
 
 
 def test_a_class_whose_pictures_are_all_broken_is_refused(folder):
     for file in (folder / "class 2").iterdir():
         file.write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="no training image of 'class 2'"):
+    with pytest.raises(UserError, match="no training image of 'class 2'"):
         load_dataset(f"folder:{folder}", WANTED, validation_images=0.1)
 
 
@@ -174,7 +175,7 @@ def test_a_damaged_data_set_is_refused(cifar100, tmp_path, monkeypatch):
     (tmp_path / "cifar-100-python/train").write_bytes(b"nonsense")
     monkeypatch.setattr(tv.CIFAR100, "url", "http://127.0.0.1:9/nothing-listens-here")
     with pytest.raises(
-        DataError, match=r"no CIFAR100 in .*download from http://127\.0\.0\.1:9.*failed"
+        UserError, match=r"no CIFAR100 in .*download from http://127\.0\.0\.1:9.*failed"
     ):
         load_dataset("cifar100", validation_images=0, data_dir=tmp_path)
 
@@ -254,10 +255,10 @@ def test_what_needs_scipy_says_so(name, tmp_path, monkeypatch):
         raise ModuleNotFoundError("No module named 'scipy'")
 
     monkeypatch.setattr(kind, "__init__", without_scipy)
-    with pytest.raises(DataError, match="needs scipy: pip install scipy"):
+    with pytest.raises(UserError, match="needs scipy: pip install scipy"):
         load_dataset(name, WANTED, validation_images=0, data_dir=tmp_path)
 
 
 def test_another_address_is_refused_where_there_are_several(tmp_path):
-    with pytest.raises(DataError, match="--data-url has no effect with FashionMNIST"):
+    with pytest.raises(UserError, match="--data-url has no effect with FashionMNIST"):
         load_dataset("fashion_mnist", validation_images=0, data_dir=tmp_path, data_url="http://x")

@@ -13,8 +13,9 @@ import torch
 
 import small
 import utils
+from config import UserError
 from small import ROOT
-from utils import CheckpointError, generator_for, load_checkpoint, load_model, write_whole
+from utils import generator_for, load_checkpoint, load_model, write_whole
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_a_model_alone_is_a_small_checkpoint_of_half_precision(train, tmp_path, 
 def test_weights_too_large_for_half_precision_are_not_exported(checkpoint, tmp_path):
     content = load_checkpoint(checkpoint)
     content.weights["head.bias"][3] = 1e5
-    with pytest.raises(CheckpointError, match="65,504"):
+    with pytest.raises(UserError, match="65,504"):
         utils.save_model(tmp_path / "model.pt", content)
     assert not (tmp_path / "model.pt").exists()
 
@@ -137,7 +138,7 @@ DAMAGES += ",bare weights,a list,folder,pipe,gone"
 @pytest.mark.parametrize("name", DAMAGES.split(","))
 def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(name, checkpoint, tmp_path):
     damage(name, checkpoint, tmp_path)
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(UserError) as caught:
         load_model(checkpoint)
     assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "sprung").exists()
@@ -351,7 +352,7 @@ def test_a_run_of_format_4_that_used_a_removed_option_is_evaluated_but_not_resum
 def test_a_damaged_file_of_format_3_is_refused_in_one_line(half_way, tmp_path, name):
     old = in_format_3(torch.load(half_way, weights_only=True))
     for content in ({k: v for k, v in old.items() if k != name}, old | {name: 7}):
-        with pytest.raises(CheckpointError) as caught:
+        with pytest.raises(UserError) as caught:
             load_checkpoint(save(content, tmp_path / "old.pt"))
         assert str(tmp_path / "old.pt") in str(caught.value) and "\n" not in str(caught.value)
 
@@ -421,7 +422,7 @@ def fuzz(half_way, tmp_path, each, seed):
             repack(path, flipped(pickled, chance, range(len(pickled))))
         try:
             _, loaded = load_model(path)
-        except CheckpointError as error:
+        except UserError as error:
             assert "\n" not in str(error) and str(path) in str(error)
             refused += 1
         else:

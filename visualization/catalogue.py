@@ -78,7 +78,6 @@ class Options(Config):
     format: Annotated[Literal["png", "pdf", "svg"], "of the figures"] = "png"
     dpi: Annotated[int, "dots per inch", "[20, 1200]"] = 200
     save_data: Annotated[bool, "also write the arrays of each figure, as .npz"] = False
-    show: Annotated[bool, "also open the figures in windows"] = False
 
 
 @dataclass
@@ -613,9 +612,10 @@ def draw_faithfulness(model: Model) -> Picture:
         raise NotApplicable("with a single patch there is nothing to order")
     rows = model.sample(model.split, model.options.images)
     parts: dict[str, list[Tensor]] = {}
+    generator = torch.Generator().manual_seed(model.options.seed)
     batches = model.split.batches(rows.split(PROBE_BATCH))
     for batch in tqdm(batches, total=-(-len(rows) // PROBE_BATCH), disable=None, leave=False):
-        for name, curves in faithfulness_of(model, batch).items():
+        for name, curves in faithfulness_of(model, batch, generator).items():
             parts.setdefault(name, []).append(curves.cpu())
     measured = {name: torch.cat(part, dim=1) for name, part in parts.items()}  # (4, n, SHARES)
     numbers = {name: areas_of(curves) for name, curves in measured.items()}
@@ -638,8 +638,12 @@ def draw_faithfulness(model: Model) -> Picture:
     return Picture(figure, arrays, {"images": len(rows), "areas": numbers})
 
 
-def faithfulness_of(model: Model, batch: Batch) -> dict[str, Tensor]:
-    """For each map (4, B, SHARES): probability by deletion and insertion, then accuracy by both."""
+def faithfulness_of(model: Model, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    """For each map (4, B, SHARES): probability by deletion and insertion, then accuracy by both.
+
+    Args:
+        generator: of the random orders.
+    """
     images = model.normalize(batch.images)
     with torch.no_grad():
         targets = model.vit(images).argmax(dim=1)
@@ -647,7 +651,6 @@ def faithfulness_of(model: Model, batch: Batch) -> dict[str, Tensor]:
     maps = {name: values.flatten(1) for name, values in maps.items()}
     maps["gradient x input"] = explain.gradient_times_input(model.vit, images, targets)
     orders = {name: [values.argsort(dim=1, descending=True)] for name, values in maps.items()}
-    generator = torch.Generator().manual_seed(model.options.seed)
     draws = torch.rand(RANDOM_ORDERS, *maps["attention"].shape, generator=generator)
     orders[RANDOM] = list(draws.argsort(dim=2).to(model.device))
     black = model.normalize(torch.zeros_like(batch.images[:1]))

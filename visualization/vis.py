@@ -282,8 +282,7 @@ def write(picture: Picture | Page, stem: Path, options: Options) -> dict[str, An
         content = io.BytesIO()
         np.savez_compressed(content, **picture.arrays)
         utils.write_whole(written[-1], content.getbuffer())
-    if not options.show:
-        plt.close(picture.figure)
+    plt.close(picture.figure)
     return {"files": [path.name for path in written], **picture.numbers}
 
 
@@ -313,24 +312,14 @@ def portable(value: Any) -> Any:
     return value.relative_to(ROOT) if inside else value
 
 
-def choose_backend(show: bool) -> None:
-    """Draws into files alone, or also into windows; raises UserError where there are none."""
-    if not show:
-        matplotlib.use("Agg")
-    elif matplotlib.get_backend().lower() == "agg":
-        raise UserError("--show needs a display and a matplotlib backend for it; leave it out")
-
-
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
-    choose_backend(options.show)
+    matplotlib.use("Agg")  # draws into files alone, and needs no display
     named = options.checkpoint and utils.existing_path(str(options.checkpoint))
     path = checkpoint_file(named or newest_checkpoint())
     model = Model(path, choose_device(options.device), options)
     check_options(model)
     draw_all(model, shlex.join(["python", "visualization/vis.py", *argv]))
-    if options.show:
-        plt.show()
     return 0
 
 

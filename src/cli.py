@@ -186,7 +186,7 @@ def parse(argv: list[str], description: str) -> Command:
             raise UserError("--library has an effect with --export alone; leave it out")
         configs = replace(recipe.model, **model_changes), replace(recipe.train, **changes)
     else:
-        _refuse_flags_without_effect(arguments, task)
+        _refuse_other_flags(arguments, task)
         configs = recipe.model, recipe.train
     return Command(
         task,
@@ -208,7 +208,7 @@ def default_recipe(device: str | None) -> tuple[str, str]:
     return "default", f"recipe default, made for a GPU such as this {kind} device"
 
 
-def _refuse_flags_without_effect(arguments: argparse.Namespace, task: str) -> None:
+def _refuse_other_flags(arguments: argparse.Namespace, task: str) -> None:
     heeded = {task, *HEEDED[task]}
     for name, value in vars(arguments).items():
         if value is not None and name not in heeded:

@@ -22,6 +22,7 @@ import small
 import steps
 import utils
 import vis
+from config import UserError
 from recipes import TrainConfig
 from small import ROOT
 from ViT import Trace, ViT, ViTConfig
@@ -323,7 +324,7 @@ def test_a_perfect_model_has_no_mistakes(draw, tmp_path, monkeypatch, capsys):
 
 
 def no_data(*_, **__):
-    raise data.UserError("no CIFAR-10 in data")
+    raise UserError("no CIFAR-10 in data")
 
 
 def test_without_the_data_set_what_needs_none_is_drawn(draw, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -66,7 +65,7 @@ def new_figure(width: float, height: float, title: str, caption: str = "") -> Fi
     The caption's lines are added to the height.
     """
     lines = textwrap.wrap(caption, round(width * 18))  # characters of 7 pt to the inch
-    figure = plt.figure(figsize=(width, height + 0.14 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(width, height + 0.14 * len(lines)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
     figure.suptitle(title)
     if caption:
@@ -538,7 +537,7 @@ def class_scatter(
         at = points[labels == label]
         axes.plot(
             at[:, 0], at[:, 1], markers[label % len(markers)], ms=4, alpha=0.8, mew=0,
-            color=plt.get_cmap("tab10")(label % 10), label=classes[label],
+            color=matplotlib.colormaps["tab10"](label % 10), label=classes[label],
         )  # fmt: skip
     for set_label, axis in ((axes.set_xlabel, 0), (axes.set_ylabel, 1)):
         set_label(f"principal component {axis + 1} ({shares[axis]:.0%} of the variance)")

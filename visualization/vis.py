@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -282,7 +281,6 @@ def write(picture: Picture | Page, stem: Path, options: Options) -> dict[str, An
         content = io.BytesIO()
         np.savez_compressed(content, **picture.arrays)
         utils.write_whole(written[-1], content.getbuffer())
-    plt.close(picture.figure)
     return {"files": [path.name for path in written], **picture.numbers}
 
 
@@ -314,7 +312,6 @@ def portable(value: Any) -> Any:
 
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
-    matplotlib.use("Agg")  # draws into files alone, and needs no display
     named = options.checkpoint and utils.existing_path(str(options.checkpoint))
     path = checkpoint_file(named or newest_checkpoint())
     model = Model(path, choose_device(options.device), options)

@@ -51,7 +51,7 @@ from common import (
     step_of,
     time_alternating,
 )
-from config import UserError
+from config import UserError, first_line
 from curves import write_figure
 from data import shuffled_batches
 from recipes import RECIPES, Recipe, TrainConfig
@@ -197,8 +197,7 @@ def time_steps(
             try:
                 first = seconds_of(step, 1, setting.device)
             except Exception as error:  # a compiler can raise anything; the others do not need it
-                reason = next(iter(str(error).splitlines()), error)
-                print(f"{' '.join(key)} does not run ({reason}); skipping it")
+                print(f"{' '.join(key)} does not run ({first_line(error)}); skipping it")
                 continue
             works[key] = step
             print(f"{' '.join(key)}: first step {first:.1f} s", flush=True)

@@ -189,14 +189,17 @@ def summary_of(result: dict[str, Any]) -> str:
 
 def report(plan: Plan, setting: Setting) -> None:
     """Prints what is in the folder, in Markdown, and writes it to report.md."""
-    name = devices.device_name(setting.device)
-    lines = [f"**{name}**, torch {torch.__version__}, {setting.precision}", ""]
+    found = sorted(plan.folder.glob("*/result.json"))
+    results = {path.parent.name: json.loads(path.read_text()) for path in found}
+    first = next(iter(results.values()), None)
+    machine = devices.device_name(setting.device)
+    if first:
+        machine = f"{first['device_name']}, torch {first['torch']}, {first['precision']}"
+    lines = [f"**{machine}**", ""]
     if (path := plan.folder / "throughput.csv").exists():
         lines += ["| recipe | mode | training steps |", "|---|---|---|"]
         lines += [f"| {row['recipe']} | {row['mode']} | {pace_of(row)} |" for row in rows_of(path)]
         lines += [""]
-    found = sorted(plan.folder.glob("*/result.json"))
-    results = {path.parent.name: json.loads(path.read_text()) for path in found}
     lines += [f"- {name}: {summary_of(result)}" for name, result in results.items()]
     if "curve" in results:
         lines += [f"- {time_to(0.94, plan.folder / 'curve/metrics.csv')}"]

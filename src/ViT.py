@@ -8,7 +8,7 @@
     N   patches, H W / P^2           K    classes
     z_l tokens after block l         A    attention weights, a row for each query
 
-The parts stand before the whole that they make up, with the paper's equations:
+Submodules come before the modules built from them, with the paper's equations:
 
     PatchEmbedding            z_0 = [x_class; x_p^1 E; ...; x_p^N E] + E_pos               Eq. 1
     MultiHeadSelfAttention    q, k, v = z U_qkv;  A = softmax(q k^T / sqrt(D_h));
@@ -325,16 +325,15 @@ class ViT(nn.Module):
         """As the paper's reference code (google-research/vision_transformer, models_vit.py).
 
         E: LeCun normal. Matrices of the blocks: Xavier uniform, q, k and v each a D x D matrix of
-        its own. MLP biases: normal, deviation 1e-6. Positions: normal, deviation 0.02. Class token,
+        its own. MLP biases: normal, std 1e-6. Positions: normal, std 0.02. Class token,
         head and every other bias: zero.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        # Cutting a normal at 2 deviations shrinks its deviation to 0.8796; dividing restores it.
-        deviation = self.embed.proj.in_features**-0.5 / 0.87962566
-        cut = {"std": deviation, "a": -2 * deviation, "b": 2 * deviation}
-        nn.init.trunc_normal_(self.embed.proj.weight, **cut)
+        # Truncating a normal at 2 std shrinks its std to 0.8796; dividing restores it.
+        std = self.embed.proj.in_features**-0.5 / 0.87962566
+        nn.init.trunc_normal_(self.embed.proj.weight, std=std, a=-2 * std, b=2 * std)
         if self.config.positions == "learned":
             nn.init.normal_(self.embed.pos_embed, std=0.02)
         for block in self.blocks:

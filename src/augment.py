@@ -86,7 +86,7 @@ def mixup(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tens
     """
     others, other_targets = images.roll(1, 0), targets.roll(1, 0)  # of a shuffled batch
     kept = shares[:, None, None, None]
-    mixed = (kept * images + (1 - kept) * others).to(torch.uint8)
+    mixed = (kept * images + (1 - kept) * others).round().to(torch.uint8)
     return mixed, torch.lerp(other_targets, targets, shares[:, None])
 
 

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import sys
 import types
 import typing
@@ -100,29 +101,28 @@ def add_flags(
 
 def given(arguments: argparse.Namespace, config_class: type[Config]) -> dict[str, Any]:
     """The fields of a config class that the command line gave a value."""
-    return {name: value for name, value in vars(arguments).items() if name in config_class.fields()}
+    fields = config_class.fields()
+    return {name: value for name, value in vars(arguments).items() if name in fields}
 
 
 def _height_and_width(text: str) -> tuple[int, int]:
     """'32' or '32x48'."""
-    try:
-        height, width = (int(part) for part in (text.split("x") * 2)[:2])
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32 or 32x48") from None
-    return height, width
+    if not (sides := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32 or 32x48")
+    return int(sides[1]), int(sides[2] or sides[1])
 
 
 # ---------------------------------------------------------------------------- trainer.py
 
 TASKS = {
     "resume": ("RUN", "resume a run"),
-    "evaluate": ("FILE", "evaluate a checkpoint on the test set"),
+    "evaluate": ("CHECKPOINT", "evaluate a checkpoint, or a run's last, on the test set"),
     "export": ("RUN", "write the model of a run to model.pt: weights only, for sharing"),
 }
-READING = ("data_dir", "data_url", "device", "strict")
-HEEDED = {  # by each task, besides itself
-    "resume": (*READING, "test", "save_minutes", "keep_best", "epochs", "accumulate"),
-    "evaluate": READING,
+DATA_FLAGS = ("data_dir", "device", "strict")
+TASK_FLAGS = {  # that each task takes
+    "resume": (*DATA_FLAGS, "test", "save_minutes", "keep_best", "epochs", "accumulate"),
+    "evaluate": DATA_FLAGS,
     "export": ("library", "overwrite"),
 }
 
@@ -209,9 +209,8 @@ def default_recipe(device: str | None) -> tuple[str, str]:
 
 
 def _refuse_other_flags(arguments: argparse.Namespace, task: str) -> None:
-    heeded = {task, *HEEDED[task]}
     for name, value in vars(arguments).items():
-        if value is not None and name not in heeded:
-            allowed = ", ".join(f"--{each}" for each in HEEDED[task]).replace("_", "-")
+        if value is not None and name not in (task, *TASK_FLAGS[task]):
+            allowed = ", ".join(f"--{each}" for each in TASK_FLAGS[task]).replace("_", "-")
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} cannot be used with --{task}, which takes {allowed}")

@@ -20,6 +20,11 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+def one_line(error: Exception) -> str:
+    """All that an error says, in a line."""
+    return " ".join(str(error).split())
+
+
 class Config:
     """Base of the dataclasses whose fields are declared `name: Annotated[type, help, range]`.
 

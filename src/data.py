@@ -1,11 +1,13 @@
 """Images as batches of uint8, and what a model expects of an image; sources.py has the data sets.
 
-A `Dataset` has three splits: the test images, and of the training images a stratified part held out
-for validation, the same part in every run. A `Split` answers `len`, `labels` and `batches(rows)`;
-whether its images lie in memory or are decoded when they are needed is its own business.
+A `Dataset` has three splits: training, validation and test images. Where a data set has no
+validation images, a stratified part of the training images is held out, the same in every run. A
+`Split` answers `len`, `labels` and `batches(rows)`; whether its images lie in memory or are decoded
+when they are needed is its own business.
 """
 
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
-from config import Config, UserError
+from config import Config, UserError, one_line
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # red, green, blue
 SPLIT_SEED = 0  # the held-out images do not depend on a run's seed, so that runs compare
@@ -76,7 +78,7 @@ class Preprocessing(Config):
             reason = "too large" if bomb else "not of a known format"
             raise UserError(f"cannot read {path} as an image: {reason}") from error
         except Exception as error:  # a damaged file can fail in any way inside a decoder
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            reason = getattr(error, "strerror", None) or one_line(error)
             raise UserError(f"cannot read {path} as an image: {reason}") from error
 
     def fit(self, image: Image.Image) -> Tensor:
@@ -227,12 +229,18 @@ def _loader(pictures: Pictures, rows: Sequence[Tensor], collate: Callable) -> It
         batch_sampler=[each.tolist() for each in rows],
         num_workers=max(0, min(WORKERS, len(rows) - 1)),
         collate_fn=collate,
+        worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # or it would draw from torch's
     )
     try:
         yield from loader
     except UserError as error:  # of a worker, with its traceback before the message
         raise UserError(str(error).splitlines()[-1].removeprefix("config.UserError: ")) from None
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leaves Ctrl-C, which reaches every process, to the main process, which ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _attempt(pictures: Pictures, row: int) -> Tensor | str:

@@ -1,6 +1,7 @@
 """Devices: choosing one and a precision for it, its name and its memory."""
 
 import ctypes
+import os
 import platform
 import sys
 from contextlib import AbstractContextManager
@@ -58,6 +59,14 @@ def choose_device(name: str | None, world: World = ALONE) -> torch.device:
     if world.size > 1 and device.type == "cuda":
         torch.cuda.set_device(device)  # for NCCL
     return device
+
+
+def use_deterministic_kernels() -> None:
+    """Has CUDA choose kernels that repeat bit for bit, and raise where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what is not written
+    torch.backends.cudnn.benchmark = False
 
 
 def resolve_precision(choice: str, device: torch.device) -> str:

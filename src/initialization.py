@@ -32,17 +32,20 @@ def mimetic(model: ViT) -> None:
 
 @torch.no_grad()
 def standardize_features(model: ViT, split: Split, preprocessing: Preprocessing) -> None:
-    """Rescales the last norm so that the head's inputs have mean 0 and deviation 1 over a split.
+    """Rescales the last norm so that the head's inputs are standardized over a split.
 
     As MAE does for linear probing (He et al., arXiv 2111.06377, A.1), with a batch norm; here the
-    last LayerNorm's own weights take it in, so that the model stays a plain ViT.
+    last LayerNorm's own weights take it in, so that the model stays a plain ViT. The head is
+    rescaled too, so that the logits stay as they are.
     """
     head, model.head = model.head, nn.Identity()
     features = predict(model, split, preprocessing)  # (n, D)
     model.head = head
-    deviation = features.std(dim=0).clamp(min=1e-6)
-    model.norm.weight /= deviation
-    model.norm.bias.sub_(features.mean(dim=0)).div_(deviation)
+    mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
+    model.norm.weight /= std
+    model.norm.bias.sub_(mean).div_(std)
+    model.head.bias += model.head.weight @ mean
+    model.head.weight *= std
 
 
 def _factors(matrix: Tensor) -> tuple[Tensor, Tensor]:

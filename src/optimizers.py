@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -68,9 +68,9 @@ class Muon(torch.optim.Optimizer):
             if not weights:
                 continue
             gradients = [weight.grad for weight in weights]
-            averages = [self._average(weight) for weight in weights]
-            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-            directions = torch._foreach_lerp(gradients, averages, group["momentum"])
+            momenta = [self._momentum(weight) for weight in weights]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             for weight, direction in zip(weights, directions, strict=True):
                 for pair in zip(
@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
             scale = max(1, rows / columns) ** 0.5
             torch._foreach_add_(matrices, steps.unbind(), alpha=-rate * scale)
 
-    def _average(self, weight: Tensor) -> Tensor:
+    def _momentum(self, weight: Tensor) -> Tensor:
         state = self.state[weight]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weight)
@@ -109,28 +109,42 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- the model's
 
 
+class Entry(NamedTuple):
+    """An optimizer: how to make it of parameter groups, and what it remembers of each weight."""
+
+    make: Callable[..., torch.optim.Optimizer]
+    state: set[str]
+
+
+OPTIMIZERS = {
+    "AdamW": Entry(partial(torch.optim.AdamW, fused=True), {"step", "exp_avg", "exp_avg_sq"}),
+    "Muon": Entry(Muon, {"momentum_buffer"}),
+    "SGD": Entry(partial(torch.optim.SGD, momentum=0.9), {"momentum_buffer"}),
+}
+
+
 class Rule(NamedTuple):
     """How to update the weights whose full name matches; the first matching rule wins."""
 
     pattern: str
-    optimizer: str  # "AdamW" or "Muon"
+    optimizer: str  # of `OPTIMIZERS`
     options: dict[str, Any]  # of the parameter group
 
 
 def rules(config: TrainConfig) -> list[Rule]:
     """Weight decay is for matrices: not for biases, norms, class token and positions."""
     muon, others = config.optimizer == "muon", "SGD" if config.optimizer == "sgd" else "AdamW"
-    fast = {"lr": config.muon_learning_rate, "weight_decay": config.weight_decay}
-    slow = {"lr": config.learning_rate}
+    decay = {"weight_decay": config.weight_decay}
+    of_muon, of_others = {"lr": config.muon_learning_rate} | decay, {"lr": config.learning_rate}
     return [
-        *[Rule(r"blocks\.\d+\.attn\.qkv\.weight", "Muon", fast | {"parts": 3})] * muon,
-        *[Rule(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", "Muon", fast)] * muon,
+        *[Rule(r"blocks\.\d+\.attn\.qkv\.weight", "Muon", of_muon | {"parts": 3})] * muon,
+        *[Rule(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", "Muon", of_muon)] * muon,
         Rule(
             r"(embed\.proj|head|blocks\.\d+\.(attn|mlp)\.\w+)\.weight",
             others,
-            slow | {"weight_decay": config.weight_decay},
+            of_others | decay,
         ),
-        Rule(r".*", others, slow | {"weight_decay": 0.0}),
+        Rule(r".*", others, of_others | {"weight_decay": 0.0}),
     ]
 
 
@@ -164,13 +178,10 @@ def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[tor
         group = {"params": weights, **table[number].options, "lr": rate}
         groups[table[number].optimizer].append(group)
 
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    classes = {
-        "AdamW": partial(torch.optim.AdamW, fused=True),
-        "Muon": partial(Muon, dtype=dtype),
-        "SGD": partial(torch.optim.SGD, momentum=0.9),
-    }
-    optimizers = [classes[name](groups[name]) for name in sorted(groups)]
+    in_float32 = {"Muon": {"dtype": torch.float32}} if precision == "fp32" else {}
+    optimizers = [
+        OPTIMIZERS[name].make(groups[name], **in_float32.get(name, {})) for name in sorted(groups)
+    ]
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["peak_lr"] = group["lr"]
     return optimizers
@@ -179,13 +190,6 @@ def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[tor
 def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["peak_lr"] * factor
-
-
-OPTIMIZER_STATE = {
-    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
-    "Muon": {"momentum_buffer"},
-    "SGD": {"momentum_buffer"},
-}
 
 
 def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
@@ -202,8 +206,8 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict])
         if state.keys() != set(range(len(weights))):
             raise UserError(f"the state of {name} is not that of {len(weights)} weights")
         for number, weight in enumerate(weights):
-            for key in OPTIMIZER_STATE[name] | state[number].keys():
+            for key in OPTIMIZERS[name].state | state[number].keys():
                 value, shape = state[number].get(key), () if key == "step" else weight.shape
-                if key not in OPTIMIZER_STATE[name] or value is None or value.shape != shape:
+                if key not in OPTIMIZERS[name].state or value is None or value.shape != shape:
                     raise UserError(f"{key!r:.80} of {name} is not that of weight {number}")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -131,10 +131,11 @@ def apply_to_all(images: Tensor, op: Tensor, magnitude: Tensor) -> Tensor:
 
 def apply_to_some(images: Tensor, op: Tensor, magnitude: Tensor) -> Tensor:
     """The same with less work: computes each operation for the images that have it."""
-    rows = [mine.any(dim=0).nonzero()[:, 0] for mine in _drawn(op)]
+    drawn = _drawn(op)
+    rows = [mine.any(dim=0).nonzero()[:, 0] for mine in drawn]
     changed = [
         change(images.index_select(0, at), mine[:, at], magnitude[at])
-        for (change, _), mine, at in zip(STAGES, _drawn(op), rows, strict=True)
+        for (change, _), mine, at in zip(STAGES, drawn, rows, strict=True)
     ]
     return torch.cat(changed).index_select(0, torch.cat(rows).argsort())
 

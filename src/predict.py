@@ -5,7 +5,8 @@
     python src/predict.py a.jpg b.jpg --json        [{"file": ..., "predictions": [...]}, ...]
 
 A file is read as the checkpoint's preprocessing says: resized, cropped and normalized as in
-training. Of a folder, every image file in it is classified.
+training. Of a folder, every image file in it is classified. A file that cannot be read gets a line
+on standard error and, in the end, exit status 2.
 """
 
 import json
@@ -20,30 +21,39 @@ import utils
 from config import UserError
 from data import image_files
 from evaluation import batch_size_for
-from run import checkpoint_file
+
+Predictions = dict[Path, list[tuple[str, float]]]  # classes of files, with their probabilities
 
 
 @torch.inference_mode()
 def predictions(
     files: list[Path], checkpoint: Path, device: torch.device, top: int
-) -> list[list[tuple[str, float]]]:
-    """The `top` most probable classes of each file, with their probabilities.
+) -> tuple[Predictions, list[str]]:
+    """The `top` most probable classes of each file, and the errors of files that cannot be read.
 
     Raises:
-        UserError: the checkpoint or a file cannot be used.
+        UserError: the checkpoint cannot be used.
     """
     model, described = utils.load_model(checkpoint, device)
-    top, found = min(top, len(described.classes)), []
+    top, found, errors = min(top, len(described.classes)), {}, []
     with tqdm(total=len(files), unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(files), size := batch_size_for(model.config)):
-            batch = files[start : start + size]
-            images = torch.stack([described.preprocessing.read(file) for file in batch])
-            logits = model(described.preprocessing.normalize(images.to(device)))
+            images = {}
+            for file in files[start : start + size]:
+                try:
+                    images[file] = described.preprocessing.read(file)
+                except UserError as error:
+                    errors.append(str(error))
+                bar.update()
+            if not images:
+                continue
+            batch = torch.stack([*images.values()]).to(device)
+            logits = model(described.preprocessing.normalize(batch))
             best = logits.softmax(dim=1).topk(top)  # (B, top)
-            for rows in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-                found.append([(described.classes[i], p) for i, p in zip(*rows, strict=True)])
-            bar.update(len(batch))
-    return found
+            for file, values, rows in zip(images, *map(torch.Tensor.tolist, best), strict=True):
+                names = (described.classes[row] for row in rows)
+                found[file] = list(zip(names, values, strict=True))
+    return found, errors
 
 
 def main(argv: list[str]) -> int:
@@ -61,17 +71,20 @@ def main(argv: list[str]) -> int:
     given = (image_files(path) if path.is_dir() else [path] for path in arguments.files)
     files = [file for each in given for file in each]
     device = devices.choose_device(arguments.device)
-    found = predictions(files, checkpoint_file(arguments.checkpoint), device, arguments.top)
+    checkpoint = utils.checkpoint_file(arguments.checkpoint)
+    found, errors = predictions(files, checkpoint, device, arguments.top)
     if arguments.json:
         rows = [
             {"file": str(file), "predictions": [{"class": c, "probability": p} for c, p in best]}
-            for file, best in zip(files, found, strict=True)
+            for file, best in found.items()
         ]
         print(json.dumps(rows, indent=2))
-        return 0
-    for file, best in zip(files, found, strict=True):
-        print(f"{file}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in best))
-    return 0
+    else:
+        for file, best in found.items():
+            print(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in best))
+    for error in errors:
+        cli.complain(error)
+    return 2 if errors else 0
 
 
 if __name__ == "__main__":

@@ -134,8 +134,8 @@ def load_pretrained(origin: str, heads: int | None = None) -> Pretrained:
     """Weights by their origin.
 
     Args:
-        origin: a file: a checkpoint of this repository, or a state dict of timm or torchvision
-            (.pth, .bin, .safetensors); or "timm:NAME"; or "torchvision:NAME[:WEIGHTS]".
+        origin: a checkpoint of this repository or a run's folder; a state dict of timm or
+            torchvision (.pth, .bin, .safetensors); "timm:NAME"; or "torchvision:NAME[:WEIGHTS]".
         heads: attention heads, which a state dict does not tell; D / 64 where they are not given.
 
     Raises:
@@ -146,7 +146,7 @@ def load_pretrained(origin: str, heads: int | None = None) -> Pretrained:
         return _from_timm(origin, name)
     if library == "torchvision" and name:
         return _from_torchvision(origin, *name.split(":")[:2])
-    path = utils.existing_path(origin)
+    path = utils.checkpoint_file(utils.existing_path(origin))
     weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if weights is None:  # a checkpoint of ours
         checkpoint = utils.load_checkpoint(path)
@@ -182,9 +182,11 @@ def from_state_dict(
     try:
         config = _config_of(origin, ours, heads, "fc_norm.weight" in weights)
     except KeyError as error:
-        raise UserError(f"{origin} lacks the weight {error}") from error
+        raise UserError(f"{origin} has no weight for {error}") from error
     ours["embed.proj.weight"] = ours["embed.proj.weight"].flatten(1)  # (D, C, P, P) to (D, C P P)
     missing = config.tokens - ours["embed.pos_embed"].shape[1]  # timm can leave out the class's
+    if missing < 0:
+        raise UserError(f"{origin} is not of square images")
     ours["embed.pos_embed"] = F.pad(ours["embed.pos_embed"], (0, 0, missing, 0))
     if "head.weight" not in ours:
         ours |= {"head.weight": torch.zeros(1, config.width), "head.bias": torch.zeros(1)}
@@ -211,6 +213,8 @@ def _config_of(
     has_class = "embed.cls_token" in weights
     if has_class and pools_mean:
         raise UserError(f"{origin} has a class token and mean pooling; this model has one of them")
+    if not has_class and not pools_mean:
+        raise UserError(f"{origin} pools tokens after the last norm; this model does so before it")
     tokens = positions.shape[1]
     side = math.isqrt(tokens - has_class)
     if side**2 != tokens - has_class:  # timm can have no position for the class token
@@ -334,8 +338,16 @@ def state_dict_for(library: str, checkpoint: utils.Checkpoint) -> dict[str, Tens
         UserError: the library has no such model.
     """
     config = checkpoint.model
-    if library == "torchvision" and config.pooling == "mean":
-        raise UserError("torchvision has no ViT with mean pooling; timm has")
+    if library == "torchvision":
+        H, W = config.image_size
+        for other, lacks in (
+            ("mean pooling", config.pooling == "mean"),
+            ("no biases of queries, keys and values", not config.qkv_bias),
+            (f"{config.channels} channels", config.channels != 3),
+            (f"images of {H}x{W}", H != W),
+        ):
+            if lacks:
+                raise UserError(f"torchvision has no ViT with {other}; timm has")
     weights = dict(ViT(config).state_dict() | checkpoint.weights)
     shape = (config.width, config.channels, config.patch_size, config.patch_size)
     weights["embed.proj.weight"] = weights["embed.proj.weight"].reshape(shape)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
+from config import UserError, one_line
 
 try:
     import fcntl
@@ -160,7 +160,7 @@ class World:
 
     @contextmanager
     def one_of_each_host_first(self) -> Iterator[None]:
-        """A block that one process a host goes through before the others, say to download."""
+        """A block that one process per host goes through before the others, say to download."""
         if self.local_rank:
             self.wait()
         try:
@@ -203,8 +203,9 @@ def joined_world(use_gpus: bool) -> Iterator[World]:
         )
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpus else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise WorldError(f"cannot join the other processes of this job: {reason}") from error
+        raise WorldError(
+            f"cannot join the other processes of this job: {one_line(error)}"
+        ) from error
     try:
         yield World(rank, size, local_rank)
     except RuntimeError as error:

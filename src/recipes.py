@@ -30,10 +30,10 @@ class TrainConfig(Config):
         str | None, "weights to start from: a file, timm:NAME or torchvision:NAME[:WEIGHTS]"
     ] = None
     freeze: Annotated[
-        bool, "train the head alone, on features of mean 0 and deviation 1 over the training images"
+        bool, "train only the head, on features standardized over the training images"
     ] = False
     epochs: Annotated[int, "times each training image is seen", "[1, inf)"] = 100
-    batch_size: Annotated[int, "images a step, over all devices", "[1, inf)"] = 500
+    batch_size: Annotated[int, "images per step, over all devices", "[1, inf)"] = 500
     accumulate: Annotated[
         int, "parts in which a batch goes through the model; their gradients add up", "[1, inf)"
     ] = 1
@@ -131,38 +131,29 @@ class Recipe:
     train: TrainConfig
 
 
-# No GPU was available for the recipes that target one. They scale up what was found on a CPU, with
-# more augmentation for more epochs; untested.
-_STRONG = TrainConfig(
-    batch_size=500,
+# What results/ablation and results/trend found best on two CPU cores (docs/recipe.md).
+_MUON = TrainConfig(
     initialization="mimetic",
     optimizer="muon",
     learning_rate=3e-3,
     muon_learning_rate=0.01,
-    warmup_epochs=2.0,
     schedule="linear",
     gradient_clip=0,
     label_smoothing=0.0,
+    patch_dropout=0.75,
+)
+
+# More augmentation for more epochs. No GPU was available for the recipes that target one: they
+# scale up what was found on a CPU, and are untested.
+_STRONG = replace(
+    _MUON,
+    warmup_epochs=2.0,
     policy="trivial",
     policy_epochs=0.9,
     cutmix=1.0,
     mixed_epochs=0.8,
-    patch_dropout=0.75,
     whole_epochs=4,
     validate_every=5,
-)
-
-# What results/ablation and results/trend found best on two CPU cores (docs/recipe.md).
-_CPU = TrainConfig(
-    batch_size=250,
-    initialization="mimetic",
-    optimizer="muon",
-    learning_rate=3e-3,
-    muon_learning_rate=0.01,
-    schedule="linear",
-    gradient_clip=0,
-    label_smoothing=0.0,
-    patch_dropout=0.75,
 )
 
 # The layer-wise decay is BEiT's and MAE's; not yet tuned here.
@@ -179,7 +170,7 @@ _FINETUNE = TrainConfig(
 
 RECIPES = {
     "default": Recipe(
-        about="""For a GPU, untested: `shipped` for 300 epochs.
+        about="""For a GPU, untested: the model of `shipped` for 300 epochs.
 
         Command   python src/trainer.py
         Hardware  a GPU
@@ -317,7 +308,9 @@ RECIPES = {
         model=ViTConfig(
             patch_size=4, width=96, depth=4, heads=6, pooling="mean", positions="sincos"
         ),
-        train=replace(_CPU, epochs=42, warmup_epochs=0.5, crop_padding=2, validate_every=7),
+        train=replace(
+            _MUON, epochs=42, batch_size=250, warmup_epochs=0.5, crop_padding=2, validate_every=7
+        ),
     ),
     "shipped": Recipe(
         about="""The model in checkpoints/vit_cifar10.pt: a quarter of the patches, CutMix.

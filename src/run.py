@@ -31,7 +31,11 @@ from sources import load_dataset, preprocessing_for
 from utils import Checkpoint, EpochRecord
 from ViT import ViT, ViTConfig, patches_kept
 
-RUN_FILES = ("last.pt", "best.pt", "metrics.csv", "curves.png", "result.json", "model.pt")
+EXPORTED = {None: "model.pt", "timm": "model_timm.pth", "torchvision": "model_torchvision.pth"}
+RUN_FILES = (
+    *("last.pt", "best.pt", "metrics.csv", "curves.png", "result.json"),
+    *EXPORTED.values(),
+)
 _IMPORTED = time.perf_counter()
 
 
@@ -41,7 +45,7 @@ class Diverged(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Config):
-    """Where a run reads and writes, and when: nothing that changes its weights."""
+    """Where a run reads and writes, when, and on which device."""
 
     name: Annotated[str | None, "the run's folder in the output directory (the recipe's name)"] = (
         None
@@ -51,7 +55,6 @@ class RunOptions(Config):
     )
     output_dir: Annotated[Path, "where the folders of runs are"] = utils.ROOT / "checkpoints"
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
-    data_url: Annotated[str | None, "another address of the data set's archive"] = None
     strict: Annotated[bool, "refuse image files that cannot be read; else leave them out"] = False
     test: Annotated[bool, "--no-test skips the test set; use it while tuning"] = True
     save_minutes: Annotated[float, "minutes between checkpoints; 0: every step", "[0, inf)"] = 1.0
@@ -74,7 +77,7 @@ class RunOptions(Config):
 class Progress:
     """Progress within the current epoch; with several ranks, this rank's part of it."""
 
-    losses: Tensor  # (steps an epoch,): of each step done, then zeros
+    losses: Tensor  # (steps per epoch,): of each step done, then zeros
     correct: Tensor  # () int64: training images classified correctly
     steps: int = 0  # done
     seconds: float = 0.0
@@ -327,11 +330,12 @@ def on_cpu(tree: Any) -> Any:
 def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: bool = False) -> int:
     """Floating-point operations of a training step for each image, as the scaling papers count.
 
-    2 a weight and token forward, twice that backward, and the two products of attention; norms,
-    softmax and GELU are left out (Kaplan et al., arXiv 2001.08361; PaLM, arXiv 2204.02311, B).
+    2 per weight and token in the forward pass, twice that in the backward pass, and the two
+    products of attention; norms, softmax and GELU are left out (Kaplan et al., arXiv 2001.08361;
+    PaLM, arXiv 2204.02311, B).
 
     Args:
-        frozen: all but the head, which then has no backward pass.
+        frozen: only the head is trained; the rest has no backward pass.
     """
     D, N = config.width, config.patches
     kept = patches_kept(N, patch_dropout)
@@ -377,6 +381,8 @@ def new_run(
     model_config = dataclasses.replace(
         model_config, channels=dataset.preprocessing.channels, classes=len(dataset.classes)
     )
+    if config.deterministic and device.type == "cuda":
+        devices.use_deterministic_kernels()
     torch.manual_seed(config.seed)
     model, notes = ViT(model_config), [*dataset.notes]
     if start:
@@ -403,21 +409,23 @@ def resumed_run(
     Raises:
         UserError: the checkpoint or a change cannot be used.
     """
-    path = checkpoint_file(path)
+    path = utils.checkpoint_file(path)
+    if path.name != "last.pt":  # which the run would overwrite
+        raise UserError(f"--resume takes a run's folder or its last.pt, not {path}")
     _take_folder(path.parent, job)
     checkpoint = utils.load_checkpoint(path)
     before = checkpoint.training
     config = dataclasses.replace(before, **changes)
     dataset = dataset_for(config, checkpoint.preprocessing, options, device, job.world)
     check_fit(checkpoint, dataset)
+    if config.deterministic and device.type == "cuda":
+        devices.use_deterministic_kernels()
     names = {"recipe": checkpoint.recipe, "folder": path.parent, "options": options}
     run = Run(ViT(checkpoint.model), config, dataset, device, job, **names)
     try:
         run.restore(checkpoint)
     except UserError as error:
         raise UserError(f"{path} cannot be resumed: {error}") from error
-    if path.name != "last.pt":  # which the run would overwrite
-        raise UserError(f"--resume takes a run's folder or its last.pt, not {path}")
     if run.step > config.epochs * run.steps_per_epoch:
         raise UserError(
             f"--epochs {config.epochs} is less than {run.folder} has done: epoch {run.epoch}"
@@ -465,10 +473,6 @@ def _take_folder(folder: Path, job: Job) -> None:
         raise UserError(f"cannot use {folder}: {error.strerror}") from error
 
 
-def checkpoint_file(path: Path) -> Path:
-    return path / "last.pt" if path.is_dir() else path
-
-
 # ---------------------------------------------------------------------------- its data
 
 
@@ -486,7 +490,6 @@ def dataset_for(
             validation_images=config.validation_images,
             device=device,
             data_dir=options.data_dir,
-            data_url=options.data_url,
             strict=options.strict,
         )
 

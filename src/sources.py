@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from config import UserError
+from config import UserError, one_line
 from data import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -61,7 +61,6 @@ def _torchvision(
     option: str,
     values: tuple[Any, ...],
     folder: Path,
-    url: str | None,
     wanted: Preprocessing,
 ) -> Source:
     """A data set of torchvision, which downloads it and checks the md5 of all it reads.
@@ -69,20 +68,17 @@ def _torchvision(
     Args:
         option: of `kind`, with its values for training, validation and test; None: there is none.
     """
-    if url and not hasattr(kind, "url"):
-        raise UserError(f"--data-url has no effect with {kind.__name__}, which has several files")
-    chosen = type(kind.__name__, (kind,), {"url": url}) if url else kind
     parts = []
     try:
         with _stall_limit(DOWNLOAD_TIMEOUT):
             for value in values:
                 more = {option: value, "download": True}
-                parts.append(chosen(folder, **more) if value is not None else None)
+                parts.append(kind(folder, **more) if value is not None else None)
     except ImportError as error:
         raise UserError(f"{kind.__name__} needs scipy: pip install scipy") from error
     except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        place = getattr(chosen, "url", "its server")
+        reason = one_line(error) or type(error).__name__
+        place = getattr(kind, "url", "its server")
         raise UserError(
             f"no {kind.__name__} in {folder}, and the download from {place} failed ({reason}); "
             f"put {getattr(kind, 'filename', 'its files')} into {folder} yourself "
@@ -162,7 +158,7 @@ def class_folders(path: Path) -> list[str]:
     """
 
     def natural(name: str) -> list[str | int]:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
     try:
         found = [each.name for each in path.iterdir() if each.is_dir() and each.name[0] != "."]
@@ -178,7 +174,7 @@ def class_folders(path: Path) -> list[str]:
 # ---------------------------------------------------------------------------- the table
 
 
-def _shapes(folder: Path, url: str | None, wanted: Preprocessing) -> Source:
+def _shapes(folder: Path, wanted: Preprocessing) -> Source:
     """A synthetic data set of the size of a minute's training; nothing is read or downloaded."""
     drawn = (draw_shapes(count, seed)[:2] for count, seed in ((10_000, 0), (2_000, 1)))
     train, test = (_split(*images_and_labels, wanted) for images_and_labels in drawn)
@@ -186,9 +182,9 @@ def _shapes(folder: Path, url: str | None, wanted: Preprocessing) -> Source:
 
 
 class Entry(NamedTuple):
-    """A data set of the table, and the mean and deviation with which a new model sees it."""
+    """A data set of the table, and the mean and standard deviation to normalize it with."""
 
-    load: Callable[[Path, str | None, Preprocessing], Source]
+    load: Callable[[Path, Preprocessing], Source]
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
 
@@ -238,7 +234,6 @@ def load_dataset(
     validation_images: float,
     device: torch.device | str = "cpu",
     data_dir: str | Path = "data",
-    data_url: str | None = None,
     strict: bool = False,
 ) -> Dataset:
     """Loads a data set and splits it.
@@ -250,7 +245,6 @@ def load_dataset(
             data set's own validation images are used where it has any.
         device: where the images will live.
         data_dir: the folder of data sets; what is missing there is downloaded into it.
-        data_url: another address of the data set's archive.
         strict: refuse image files that cannot be read, instead of leaving them out.
 
     Raises:
@@ -261,7 +255,7 @@ def load_dataset(
     if name.startswith(FOLDER):
         source = _folder(Path(name.removeprefix(FOLDER)).expanduser(), wanted)
     else:
-        source = DATASETS[name].load(Path(data_dir), data_url, wanted)
+        source = DATASETS[name].load(Path(data_dir), wanted)
     (train, validation, test), notes = _readable(source, wanted, strict)
     if absent := set(range(len(source.classes))) - set(train.labels.tolist()):
         raise UserError(f"{name} has no training image of {source.classes[min(absent)]!r}")

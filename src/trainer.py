@@ -10,13 +10,12 @@
     torchrun --nproc-per-node=K src/trainer.py ...     the same, on K devices
 
 A run writes to checkpoints/<name>/: every --save-minutes and at its end last.pt and metrics.csv (a
-row an epoch), at its end curves.png and result.json. The test set is evaluated once, at the end of
+row per epoch), at its end curves.png and result.json. The test set is evaluated once, at the end of
 a run. Ctrl-C and SIGTERM save first and say how to resume.
 """
 
 import json
 import math
-import os
 import shlex
 import signal
 import statistics
@@ -44,11 +43,11 @@ from pretrained import state_dict_for
 from processes import Stopped, World, WorldError, joined_job, without_averaging
 from recipes import Phase, Recipe
 from run import (
+    EXPORTED,
     Diverged,
     Run,
     RunOptions,
     check_fit,
-    checkpoint_file,
     dataset_for,
     new_run,
     resumed_run,
@@ -220,14 +219,6 @@ def compile_model(run: Run, patch_dropout: float) -> Forward:
     return forward
 
 
-def use_deterministic_kernels() -> None:
-    """Has CUDA choose kernels that repeat bit for bit, and raise where it has none."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what is not written
-    torch.backends.cudnn.benchmark = False
-
-
 # ---------------------------------------------------------------------------- a run
 
 
@@ -242,8 +233,6 @@ def train(run: Run, command: str = "") -> dict[str, Any] | None:
         be written.
     """
     announce(run)
-    if run.config.deterministic and run.device.type == "cuda":
-        use_deterministic_kernels()
     phases = run.config.phases()
     forwards = [forward_for(run, phase) for phase in phases]
     began, resumed = time.perf_counter(), run.step > 0
@@ -267,7 +256,7 @@ def train(run: Run, command: str = "") -> dict[str, Any] | None:
     if run.options.test and run.dataset.test:
         test = evaluate(run.model, run.dataset.test, run.preprocessing, run.world)
     ended = time.perf_counter()
-    if run.save_failed:
+    if any(run.world.any(run.save_failed)):
         run.save(last=True)
     first_step_to_end = None if resumed else ended - began
     seconds = {"evaluation": ended - started, "first_step_to_end": first_step_to_end}
@@ -287,6 +276,7 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
         UserError: an option or the data cannot be used.
         Diverged: the loss is not finite.
     """
+    devices.keep_freed_memory()
     with joined_job(use_gpus=options.device != "cpu" and torch.cuda.is_available()) as job:
         device = devices.choose_device(options.device, job.world)
         run = new_run(name, recipe.model, recipe.train, options, device, job)
@@ -395,10 +385,12 @@ def write_result(run: Run, result: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether a run has done all its epochs and written their result."""
+    """Whether a run has done all its epochs and written their result, with the test if wanted."""
     try:
         result = json.loads((run.folder / "result.json").read_text())
-        return run.epoch == run.config.epochs == result["epochs"]
+        untested = run.dataset.test and result["test_accuracy"] is None
+        done = run.epoch == run.config.epochs == result["epochs"]
+        return done and not (run.options.test and untested)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -408,7 +400,7 @@ def is_finished(run: Run) -> bool:
 
 def report(path: Path, options: RunOptions, device: torch.device, world: World) -> None:
     """--evaluate: loss, top-1, top-5 and the accuracy of each class on the test set."""
-    path = checkpoint_file(path)
+    path = utils.checkpoint_file(path)
     model, checkpoint = utils.load_model(path, device)
     training = replace(checkpoint.training, validation_images=0)
     dataset = dataset_for(training, checkpoint.preprocessing, options, device, world)
@@ -434,8 +426,8 @@ def export(path: Path, library: str | None, overwrite: bool) -> None:
     Args:
         library: "timm" or "torchvision" writes its state dict instead, to model_<library>.pth.
     """
-    path = checkpoint_file(path)
-    target = path.with_name(f"model_{library}.pth" if library else "model.pt")
+    path = utils.checkpoint_file(path)
+    target = path.with_name(EXPORTED[library])
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; --overwrite replaces it")
     checkpoint = utils.load_checkpoint(path)
@@ -455,7 +447,9 @@ def export(path: Path, library: str | None, overwrite: bool) -> None:
 
 def resume_hint(run: Run | None) -> str:
     """What to do about a run that stopped."""
-    if run is None or not run.saved_step:
+    if run is None:
+        return "nothing was written"
+    if not run.saved_step:
         return "nothing was trained, and nothing is saved"
     unsaved = "the last steps could not be saved; " * run.save_failed
     return f"{unsaved}resume with --resume {run.folder}" + " --no-test" * (not run.options.test)

@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from config import Config, UserError
+from config import Config, UserError, one_line
 from data import Preprocessing
 from recipes import REMOVED, TrainConfig
 from ViT import ViT, ViTConfig
@@ -106,7 +106,7 @@ def check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
         with torch.device("meta"):
             ViT(config).load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(one_line(error)) from error
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -292,6 +292,11 @@ def existing_path(text: str) -> Path:
     """A path as given, or, where there is nothing, the same inside the repository."""
     path = Path(text).expanduser()
     return path if path.exists() else ROOT / path
+
+
+def checkpoint_file(path: Path) -> Path:
+    """A file as given; of a run's folder its last checkpoint."""
+    return path / "last.pt" if path.is_dir() else path
 
 
 def _flush_folder(folder: Path) -> None:

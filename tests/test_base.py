@@ -23,13 +23,6 @@ def value_and_gradient(function, x):
     return y.detach(), x.grad
 
 
-def saved_for_backward(function, x):
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        function(x)
-    return saved
-
-
 # ---------------------------------------------------------------------------- GELU
 
 
@@ -43,31 +36,9 @@ def test_gelu_is_the_formula_in_values_and_gradients(dtype):
         torch.testing.assert_close(got, expected, **TOLERANCE[dtype])
 
 
-def test_bfloat16_gelu_is_the_float64_formula_rounded_once():
-    x = torch.linspace(-4, 4, 2001).bfloat16()
-    exact = value_and_gradient(gelu, x.double())
-    for got, expected in zip(value_and_gradient(GELU(), x), exact, strict=True):
-        # Rounding once errs by at most half of the distance to the next number.
-        torch.testing.assert_close(got.double(), expected, rtol=2**-8, atol=1e-6)
-
-
 def test_the_formulas_gradient_agrees_with_finite_differences():
     x = torch.tensor([[-6.0, -1.5, -0.75], [0.0, 0.3, 5.0]], dtype=torch.float64)
     assert torch.autograd.gradcheck(gelu, x.requires_grad_())
-
-
-@dtypes
-def test_gelu_keeps_only_its_input_for_backward(dtype):
-    x = torch.randn(8, dtype=dtype, requires_grad=True)
-    saved = saved_for_backward(GELU(), x)
-    assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr()]
-
-
-def test_gelu_leaves_its_input_and_the_incoming_gradient_alone():
-    x, gradient = torch.randn(8, requires_grad=True), torch.randn(8)
-    before = x.detach().clone(), gradient.clone()
-    GELU()(x).backward(gradient)
-    assert torch.equal(x.detach(), before[0]) and torch.equal(gradient, before[1])
 
 
 # ---------------------------------------------------------------------------- DropPath
@@ -87,28 +58,6 @@ def test_drop_path_draws_and_scales_as_torchvision_does(dtype, shape):
     ours = DropPath(0.3)(x)
     torch.manual_seed(0)
     assert torch.equal(ours, stochastic_depth(x, 0.3, mode="row"))
-
-
-def test_drop_path_zeroes_whole_images_and_scales_the_others():
-    torch.manual_seed(0)
-    x = torch.rand(256, 5, 6) + 1
-    ratio = (DropPath(0.25)(x) / x).flatten(1)
-    kept = ratio[:, 0] > 0
-    torch.testing.assert_close(ratio, (kept / 0.75)[:, None].expand(-1, 30))
-    assert 0.6 < kept.float().mean() < 0.9
-
-
-def test_drop_path_preserves_the_mean():
-    torch.manual_seed(0)
-    mean = DropPath(0.4)(torch.ones(100_000, 1)).mean()
-    assert mean == pytest.approx(1, abs=0.015)  # 6 standard errors
-
-
-def test_the_gradient_of_a_dropped_image_is_zero():
-    x = torch.ones(64, 3, requires_grad=True)
-    y = DropPath(0.5)(x)
-    y.sum().backward()
-    assert torch.equal(x.grad, y)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan")])

@@ -9,7 +9,7 @@ import torch
 import benchmark
 import cli
 import common
-from common import Setting, matrix_rate, ratio, time_alternating
+from common import Setting, ratio, time_alternating
 from recipes import Recipe, TrainConfig
 from ViT import ViTConfig
 
@@ -49,12 +49,6 @@ def test_a_candidate_that_does_not_compile_is_skipped(monkeypatch, capsys):
     assert reason in capsys.readouterr().out
     assert [row["mode"] for row in found["train_step"]] == ["eager"]
     assert found["ratio_to_fastest_peer"] == {"eager": None, "compiled": None}
-
-
-def test_the_matrix_rate_is_that_of_a_product(monkeypatch):
-    clock = iter(range(100))
-    monkeypatch.setattr(common.time, "perf_counter", lambda: float(next(clock)))
-    assert matrix_rate(torch.device("cpu"), "fp32") == 2 * 1024**3
 
 
 def test_torchvisions_model_has_the_same_parameters():

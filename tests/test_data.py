@@ -112,7 +112,9 @@ def sending(content, announced=None):
 
 
 def load(folder, url="http://127.0.0.1:9/nothing-listens-here"):
-    return load_dataset("cifar10", validation_images=20, data_dir=folder, data_url=url)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.datasets.CIFAR10, "url", url)
+        return load_dataset("cifar10", validation_images=20, data_dir=folder)
 
 
 def images_of(split):
@@ -181,11 +183,6 @@ def test_the_real_cifar10_is_what_torchvision_reads():
         share = pixels[:, channel].flatten().bincount(minlength=256) / (50_000 * 1024)
         assert (share @ values).item() == pytest.approx(mean, abs=1e-4)
         assert (share @ (values - mean) ** 2).sqrt().item() == pytest.approx(std, abs=1e-4)
-
-
-def test_an_unknown_data_set_is_refused():
-    with pytest.raises(UserError, match="imagenet"):
-        load_dataset("imagenet", validation_images=0)
 
 
 # ---------------------------------------------------------------------------- split and batches

@@ -1,9 +1,11 @@
-"""Initializations besides the paper's: the products of mimetic attention."""
+"""Initializations besides the paper's: mimetic attention, standardized features."""
 
 import pytest
 import torch
 
-from initialization import mimetic
+from data import Preprocessing, Split
+from evaluation import predict
+from initialization import mimetic, standardize_features
 from ViT import ViT, ViTConfig
 
 
@@ -37,3 +39,18 @@ def test_mimetic_products_of_whole_rank_are_exact():
     output = model.blocks[0].attn.proj.weight
     torch.testing.assert_close(q.T @ k, 0.7 * similar + 0.7 * torch.eye(16))
     torch.testing.assert_close(v.T @ output.T, 0.4 * contrary - 0.4 * torch.eye(16))
+
+
+def test_standardized_features_leave_the_logits_as_they_are():
+    torch.manual_seed(0)
+    model = ViT(ViTConfig(image_size=8, width=8, heads=1, depth=1)).eval()
+    torch.nn.init.normal_(model.head.weight)
+    split = Split(torch.randint(256, (40, 3, 8, 8), dtype=torch.uint8), torch.zeros(40).long())
+    preprocessing = Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.3,) * 3)
+    before = predict(model, split, preprocessing)
+    standardize_features(model, split, preprocessing)
+    torch.testing.assert_close(predict(model, split, preprocessing), before, rtol=0, atol=1e-4)
+    model.head = torch.nn.Identity()
+    features = predict(model, split, preprocessing)
+    torch.testing.assert_close(features.mean(dim=0), torch.zeros(8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(features.std(dim=0), torch.ones(8), rtol=0, atol=1e-4)

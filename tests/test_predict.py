@@ -55,6 +55,17 @@ def test_a_line_for_each_file_by_the_model_of_a_run(files, capsys):
     assert line.startswith(f"{DEER}: ") and line.endswith("%") and line.count(",") == 0
 
 
+def test_a_file_that_cannot_be_read_does_not_keep_back_the_others(files, capsys):
+    (files / "ab.png").write_text("not a picture")
+    assert predict.main([str(files), "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert [line.split(":")[0] for line in captured.out.splitlines()] == [
+        str(files / "a.png"),
+        str(files / "b.jpg"),
+    ]
+    assert captured.err.count("\n") == 1 and f"cannot read {files / 'ab.png'}" in captured.err
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

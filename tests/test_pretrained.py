@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import struct
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -130,11 +131,16 @@ def test_timms_model_without_a_position_for_its_class_token():
         ({"qk_norm": True}, "norm of queries and keys"),
         ({"pre_norm": True}, "norm before the blocks"),
         ({"global_pool": "avg"}, "class token and mean pooling"),
-        ({"depth": 0}, "lacks"),
+        (
+            {"global_pool": "avg", "class_token": False, "fc_norm": False},
+            "pools tokens after the last norm",
+        ),
+        ({"img_size": (32, 48)}, "not of square images"),
+        ({"depth": 0}, "no weight for"),
     ],
 )
 def test_what_has_no_place_here_is_refused_by_name(options, named):
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, **options)
+    model = timm.create_model("vit_tiny_patch16_224", **{"img_size": 32, **options})
     with pytest.raises(UserError, match=f"x.*{named}"):
         from_state_dict("x", model.state_dict())
 
@@ -275,6 +281,7 @@ def test_a_state_dict_without_a_head_gets_a_new_one():
 def test_an_exported_state_dict_is_what_the_library_loads(tmp_path, capsys):
     shipped = (small.ROOT / "checkpoints/vit_cifar10.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(shipped)
+    assert load_pretrained(str(tmp_path)).classes[0] == "airplane"  # a run's folder will do
     export = ["--export", str(tmp_path), "--library"]
     assert cli.status_of(trainer.main, [*export, "timm"]) == 0
     ours, checkpoint = utils.load_model(tmp_path / "last.pt")
@@ -297,3 +304,17 @@ def test_an_exported_state_dict_is_what_the_library_loads(tmp_path, capsys):
     capsys.readouterr()
     assert cli.status_of(trainer.main, [*export, "torchvision"]) == 2
     assert "torchvision has no ViT with mean pooling" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "lacks"),
+    [
+        ({"qkv_bias": False}, "no biases"),
+        ({"channels": 1}, "1 channels"),
+        ({"image_size": (32, 48)}, "images of 32x48"),
+    ],
+)
+def test_what_torchvision_has_not_is_not_exported_for_it(options, lacks):
+    config = ViTConfig(width=16, depth=1, heads=1, **options)
+    with pytest.raises(UserError, match=lacks):
+        state_dict_for("torchvision", SimpleNamespace(model=config))

@@ -108,7 +108,7 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_saved(train, monkey
 
     monkeypatch.setattr(run, "make_optimizers", terminated)
     assert train("--name a --epochs 1") == 143
-    assert "nothing was trained" in capsys.readouterr().err
+    assert "nothing was written" in capsys.readouterr().err
 
 
 def test_a_signal_in_the_final_test_leaves_only_that_to_do(train, tmp_path, monkeypatch):

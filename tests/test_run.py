@@ -49,6 +49,14 @@ def test_a_finished_run_says_so_and_resumes_when_epochs_are_raised(train, tmp_pa
     assert json.loads((tmp_path / "a/result.json").read_text())["epochs"] == 2
 
 
+def test_a_run_that_did_not_see_the_test_set_can_see_it_later(train, tmp_path, capsys):
+    assert train("--name a --epochs 1 --no-test") == 0
+    assert train(f"--resume {tmp_path / 'a'} --no-test") == 0
+    assert "already finished" in capsys.readouterr().out
+    assert train(f"--resume {tmp_path / 'a'}") == 0
+    assert json.loads((tmp_path / "a/result.json").read_text())["test_accuracy"] is not None
+
+
 def test_epochs_cannot_be_fewer_than_are_done(train, tmp_path, capsys):
     assert train("--name a --epochs 2") == 0
     before = (tmp_path / "a/last.pt").read_bytes()

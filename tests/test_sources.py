@@ -257,8 +257,3 @@ def test_what_needs_scipy_says_so(name, tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "__init__", without_scipy)
     with pytest.raises(UserError, match="needs scipy: pip install scipy"):
         load_dataset(name, WANTED, validation_images=0, data_dir=tmp_path)
-
-
-def test_another_address_is_refused_where_there_are_several(tmp_path):
-    with pytest.raises(UserError, match="--data-url has no effect with FashionMNIST"):
-        load_dataset("fashion_mnist", validation_images=0, data_dir=tmp_path, data_url="http://x")

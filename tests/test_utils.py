@@ -14,7 +14,6 @@ import torch
 import small
 import utils
 from config import UserError
-from small import ROOT
 from utils import generator_for, load_checkpoint, load_model, write_whole
 
 
@@ -58,7 +57,7 @@ def test_a_model_alone_is_a_small_checkpoint_of_half_precision(train, tmp_path, 
     assert train(f"--evaluate {alone}") == 0
     capsys.readouterr()
     for task, named in (
-        (f"--resume {alone}", "without its optimizers"),
+        (f"--resume {alone}", f"its last.pt, not {alone}"),
         (f"--export {tmp_path / 'a'}", "--overwrite"),
         (f"--export {tmp_path / 'b'}", f"{tmp_path / 'b'}"),
     ):
@@ -169,10 +168,6 @@ LIES = [
     ("weights.head.bias", torch.zeros(11), "size mismatch for head.bias"),
     ("weights.head.bias", torch.zeros(10).double(), "head.bias is of torch.float64"),
     ("weights.head.bias", torch.full((10,), math.inf), "weights must be"),
-    ("weights.head.bias", torch.zeros(1).expand(10), "weights must be"),
-    ("weights.head.bias", torch.zeros(10).to_sparse(), "weights must be"),
-    ("weights.head.bias", torch.zeros(10, device="meta"), "weights must be"),
-    ("weights.head.bias", [0.0] * 10, "weights must be"),
     ("averaged", {}, "Checkpoint has no field 'averaged'"),
     ("history", {}, "history must be"),
     ("history.0.epoch", 7, "history must have a row for each epoch"),
@@ -186,14 +181,11 @@ LIES = [
     ("partial.correct", None, "correct must be int, not None"),
     ("total_seconds", "long", "total_seconds must be a finite number"),
     ("classes", ["cat"], "1 names, but the model has 10 classes"),
-    ("classes", list(range(10)), "classes must be"),
     ("classes", [f"class {n}" for n in range(10)], "'disc' instead of 'class 0'"),
     ("preprocessing.mean", (0.3, 0.3), "std must be 2 positive numbers"),
     ("preprocessing.mean", (0.3, 0.3, math.inf), "mean must be"),
     ("preprocessing.std", (0.3, 0.3, 0.0), "std must be 3 positive numbers"),
-    ("preprocessing.std", (10**400,) * 3, "std must be"),
     ("preprocessing.size", (16, 16), "preprocessing is not that of 3 x 32 x 32 pixels"),
-    ("versions.torch", 2, "versions must be"),
     ("training.epochs", 0, "epochs must be in [1, inf), not 0"),
     ("training.speed", 1, "TrainConfig has no field 'speed'"),
     ("optimizers", [], "without its optimizers"),
@@ -339,7 +331,7 @@ def test_a_run_of_format_4_that_used_a_removed_option_is_evaluated_but_not_resum
         training = new["training"] | {"averaging": 0.0, "erase": 0.0, "magnitude": 9} | used
         old = new | {"format": 4, "training": training}
         old["averaged"] = averaged if "averaging" in used else None
-        path = save(old, tmp_path / "old.pt")
+        path = save(old, tmp_path / "last.pt")
         model, checkpoint = load_model(path)
         added = 1 if "averaging" in used else 0
         assert torch.equal(model.head.bias, new["weights"]["head.bias"] + added)
@@ -355,18 +347,6 @@ def test_a_damaged_file_of_format_3_is_refused_in_one_line(half_way, tmp_path, n
         with pytest.raises(UserError) as caught:
             load_checkpoint(save(content, tmp_path / "old.pt"))
         assert str(tmp_path / "old.pt") in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_the_committed_model_loads_with_todays_names():
-    path = ROOT / "checkpoints/vit_cifar10.pt"
-    model, checkpoint = load_model(path)
-    names = set(model.state_dict())
-    assert names == set(checkpoint.weights)
-    assert {"embed.proj.weight", "blocks.5.attn.proj.bias", "blocks.0.mlp.fc2.weight"} <= names
-    assert checkpoint.training.initialization == "mimetic"
-    assert checkpoint.classes[3] == "cat" and checkpoint.preprocessing.size == (32, 32)
-    assert checkpoint.history[-1].epoch == 110 and checkpoint.optimizers is None
-    assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
 # ---------------------------------------------------------------------------- damage

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -22,38 +21,13 @@ import small
 import steps
 import utils
 import vis
+from catalogue import OF_AN_IMAGE, OF_THE_MODEL, STEPS
 from config import UserError
 from recipes import TrainConfig
 from small import ROOT
 from ViT import Trace, ViT, ViTConfig
 
-STEPS = {
-    "overview",
-    "1-image",
-    "2-patches",
-    "3-embedding",
-    "4-positions",
-    "5-queries",
-    "6-attention",
-    "7-heads",
-    "8-mlp",
-    "9-blocks",
-    "10-classifier",
-}
-KINDS = {
-    "image": {"patches", "attention", "attention-of-patch", "explanations"},
-    "model": {"filters", "positions"},
-    "data": {
-        "augmentation",
-        "attention-examples",
-        "attention-distance",
-        "token-norms",
-        "token-pca",
-        "layer-similarity",
-        "class-tokens",
-    },
-    "run": {"curves", "confusion", "mistakes", "reliability"},
-}
+KINDS = {"image": set(OF_AN_IMAGE)} | {name: set(of) for name, of in OF_THE_MODEL.items()}
 
 
 @pytest.fixture
@@ -72,8 +46,7 @@ def draw(monkeypatch, tmp_path, small_shapes):
         paths = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
         return cli.status_of(vis.main, [*paths, "--dpi", "40", *flags.split()])
 
-    yield run
-    plt.close("all")
+    return run
 
 
 def write_checkpoint(path, dataset, training=None, **options):
@@ -486,6 +459,7 @@ def test_a_scene_points_at_the_chosen_patch(small_shapes):
         ("model --seed -1", "seed must be in [0, 1e15], not -1"),
         ("model --format bmp", "invalid choice: 'bmp'"),
         ("model --device abacus", "--device abacus is not available"),
+        ("model --checkpoint nowhere.pt", "nowhere.pt"),
         ("model --chekpoint x", "did you mean --checkpoint?"),
     ],
 )
@@ -498,26 +472,6 @@ def test_what_cannot_be_drawn_is_an_error_of_one_line(draw, tmp_path, capsys, fl
     assert status == 2 and message in error, error
     assert error.startswith("vis.py: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["text", "cut off", "other format", "gone"])
-def test_a_file_that_is_not_a_checkpoint_is_an_error(draw, tmp_path, capsys, name):
-    assert draw("model") == 0
-    path = tmp_path / "run/last.pt"
-    content = path.read_bytes()
-    if name == "text":
-        path.write_text("not a checkpoint")
-    elif name == "cut off":
-        path.write_bytes(content[:-1000])
-    elif name == "other format":
-        torch.save(torch.load(path, weights_only=True) | {"format": 99}, path)
-    else:
-        path.unlink()
-    capsys.readouterr()
-    flags = ["model", "--checkpoint", str(path), "--out", str(tmp_path / "new")]
-    assert cli.status_of(vis.main, flags) == 2
-    error = capsys.readouterr().err
-    assert str(path) in error and error.count("\n") == 1 and not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(draw, tmp_path, capsys):

@@ -556,8 +556,8 @@ def draw_cka(model: Model) -> Picture:
 
 
 def draw_class_tokens(model: Model) -> Picture:
-    if model.config.width < 2:
-        raise NotApplicable("two principal components need a width of at least 2")
+    if min(model.probe.pooled.shape) < 2:
+        raise NotApplicable("two principal components need two images and a width of at least 2")
     _, points, singular_values = explain.principal_components(model.probe.pooled, 2)
     shares = (singular_values**2 / (singular_values**2).sum())[:2].numpy()
     labels = model.probe.labels.numpy()

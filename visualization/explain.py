@@ -387,8 +387,7 @@ def head_worth(model: ViT, accuracy_and_loss: Callable[[], tuple[float, float]])
 
 def area(curves: Tensor) -> Tensor:
     """Mean height (...,) of curves (..., n) between their ends, by the trapezoidal rule."""
-    inner = curves.sum(dim=-1) - (curves[..., 0] + curves[..., -1]) / 2
-    return inner / (curves.shape[-1] - 1)
+    return torch.trapezoid(curves, dim=-1) / (curves.shape[-1] - 1)
 
 
 def bootstrap_interval(values: Tensor, draws: int = 2000) -> tuple[float, float]:

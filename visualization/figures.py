@@ -2,7 +2,7 @@
 
 Maps over patches are (g_h, g_w) arrays, pictures uint8 (H, W, 3) or (H, W), both numpy. Patch maps
 and small pictures are drawn with nearest-neighbor interpolation; only overlays are smoothed, and
-their captions say so. The caller owns a figure: save it, then close it.
+their captions say so.
 """
 
 import textwrap
@@ -62,12 +62,14 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
 def new_figure(width: float, height: float, title: str, caption: str = "") -> Figure:
     """A figure of a size in inches, with a title above and a caption below.
 
-    The caption's lines are added to the height.
+    The height is for a title of one line; what more lines and the caption need is added.
     """
-    lines = textwrap.wrap(caption, round(width * 18))  # characters of 7 pt to the inch
-    figure = Figure(figsize=(width, height + 0.14 * len(lines)), layout="constrained")
+    head = textwrap.wrap(title, round(width * 14))  # characters of 9 pt to the inch
+    lines = textwrap.wrap(caption, round(width * 18))  # of 7 pt
+    more = 0.15 * max(0, len(head) - 1) + 0.14 * len(lines)
+    figure = Figure(figsize=(width, height + more), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
-    figure.suptitle(title)
+    figure.suptitle("\n".join(head))
     if caption:
         style = {"ha": "left", "fontsize": SMALLEST, "color": "0.3"}
         figure.supxlabel("\n".join(lines), x=0.01, **style)
@@ -532,16 +534,18 @@ def class_scatter(
     """
     figure = new_figure(5.2, 3.6, title, caption)
     axes = figure.subplots()
-    markers = "os^vDP*Xph"
-    for label in np.unique(labels):
+    markers, present = "os^vDP*Xph", np.unique(labels)
+    for label in present:
         at = points[labels == label]
+        # Beyond ten classes a color comes again, with another marker.
         axes.plot(
-            at[:, 0], at[:, 1], markers[label % len(markers)], ms=4, alpha=0.8, mew=0,
-            color=matplotlib.colormaps["tab10"](label % 10), label=classes[label],
+            at[:, 0], at[:, 1], markers[(label + label // 10) % len(markers)], ms=4, alpha=0.8,
+            mew=0, color=matplotlib.colormaps["tab10"](label % 10), label=classes[label],
         )  # fmt: skip
     for set_label, axis in ((axes.set_xlabel, 0), (axes.set_ylabel, 1)):
         set_label(f"principal component {axis + 1} ({shares[axis]:.0%} of the variance)")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    if len(present) <= 20:
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

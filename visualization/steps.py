@@ -125,7 +125,7 @@ def scene_of(
 def _row(title: str, ratios: list[float], height: float, caption: str) -> tuple[Figure, list[Axes]]:
     """A figure of axes side by side."""
     figure = figures.new_figure(WIDTH, height + 0.25, title, caption)
-    return figure, list(np.atleast_1d(figure.subplots(1, len(ratios), width_ratios=ratios)))
+    return figure, list(figure.subplots(1, len(ratios), width_ratios=ratios))
 
 
 def _sign(axes: Axes, text: str, size: float = 11) -> None:
@@ -180,10 +180,10 @@ def _exploded(axes: Axes, scene: Scene) -> None:
     outline(axes, y, x, P, P)
 
 
-def _bars(axes: Axes, scene: Scene, title: str, most: int = 10) -> None:
-    """The most probable classes, as bars."""
+def _bars(axes: Axes, scene: Scene, title: str) -> None:
+    """The ten most probable classes, as bars."""
     probabilities = scene.walk.lens[-1].numpy()
-    order = np.argsort(-probabilities, kind="stable")[:most]
+    order = np.argsort(-probabilities, kind="stable")[:10]
     axes.barh(range(len(order)), 100 * probabilities[order], color="tab:blue")
     axes.set_yticks(range(len(order)), [scene.classes[k] for k in order])
     axes.invert_yaxis()
@@ -197,8 +197,7 @@ class Canvas:
     """A figure whose parts are placed in inches from its lower left corner."""
 
     def __init__(self, width: float, height: float):
-        self.figure = figures.new_figure(width, height, "")
-        self.figure.set_layout_engine(None)
+        self.figure = Figure(figsize=(width, height))
         self.size = width, height
         self.whole = self.axes(0, 0, width, height)
         self.whole.set(xlim=(0, width), ylim=(0, height))
@@ -296,7 +295,8 @@ def _draw_output(canvas: Canvas, scene: Scene) -> None:
     axes = canvas.axes(7.8, 2.6, 1.1, 1.1)
     axes.barh(range(len(best)), probabilities[best], 0.3, color="tab:blue")
     for place, k in enumerate(best):
-        axes.text(0, place - 0.38, f"{scene.classes[k]} {probabilities[k]:.1%}", fontsize=SMALLEST)
+        name = scene.classes[k][:17]  # which is all there is room for
+        axes.text(0, place - 0.38, f"{name} {probabilities[k]:.1%}", fontsize=SMALLEST)
     axes.set(xlim=(0, 1), ylim=(2.5, -0.7))
     axes.set_axis_off()
     canvas.text(8.35, 3.95, "prediction")

@@ -51,7 +51,6 @@ from catalogue import (
 from config import UserError
 from data import image_files
 from device import choose_device
-from run import checkpoint_file
 
 OF_IMAGES = ("image", "steps", "explorer")
 GROUPS = (*OF_IMAGES, *OF_THE_MODEL)
@@ -172,8 +171,8 @@ def plan(model: Model) -> tuple[dict[str, Drawing], dict[str, str]]:
         elif group == "explorer":
             drawings[group] = partial(draw_explorer, model, subjects(model, EXPLORED_IMAGES))
         else:
+            figures_of = STEPS if group == "steps" else of_an_image(options.query)
             for subject in subjects(model, DEFAULT_IMAGES):
-                figures_of = STEPS if group == "steps" else of_an_image(options.query)
                 for name, draw in figures_of.items():
                     drawings[f"{group}/{subject.name}/{name}"] = partial(draw, model, subject)
     if reason:
@@ -313,7 +312,7 @@ def portable(value: Any) -> Any:
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
     named = options.checkpoint and utils.existing_path(str(options.checkpoint))
-    path = checkpoint_file(named or newest_checkpoint())
+    path = utils.checkpoint_file(named or newest_checkpoint())
     model = Model(path, choose_device(options.device), options)
     check_options(model)
     draw_all(model, shlex.join(["python", "visualization/vis.py", *argv]))

@@ -95,7 +95,7 @@ def test_continuous_integration_runs_the_test_command_of_the_readme():
         ("recipe", "trend", 22),
         ("speed94", "shape", 10),
         ("speed94", "size", 4),
-        ("finetuning", "transfer", 4),
+        ("finetuning", "transfer", 6),
     ],
 )
 def test_the_tables_of_changes_are_those_of_the_runs(page, study, least, capsys):

@@ -325,8 +325,8 @@ class ViT(nn.Module):
         """As the paper's reference code (google-research/vision_transformer, models_vit.py).
 
         E: LeCun normal. Matrices of the blocks: Xavier uniform, q, k and v each a D x D matrix of
-        its own. MLP biases: normal, std 1e-6. Positions: normal, std 0.02. Class token,
-        head and every other bias: zero.
+        its own. MLP biases: normal, std 1e-6. Positions: normal, std 0.02. Class token, head and
+        every other bias: zero.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:

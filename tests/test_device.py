@@ -1,5 +1,7 @@
 """Choosing a device and a precision, on a machine that may have a CPU alone."""
 
+import os
+
 import pytest
 import torch
 
@@ -68,3 +70,17 @@ def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch):
     assert "for CUDA 13.0 cannot use it" in devices.unusable_gpu()
     monkeypatch.setattr(devices.Path, "glob", lambda *_: iter([]))
     assert devices.unusable_gpu() is None
+
+
+def test_deterministic_asks_cuda_for_kernels_that_repeat(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    try:
+        devices.use_deterministic_kernels()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] and not torch.backends.cudnn.benchmark
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

@@ -21,10 +21,10 @@ import trainer
 import utils
 from config import UserError
 from initialization import mimetic
-from recipes import Recipe
+from recipes import Recipe, TrainConfig
 from run import Diverged, Run, RunOptions
 from small import ROOT, rows_of, same_weights, weights_of
-from ViT import EncoderBlock, ViT
+from ViT import EncoderBlock, ViT, ViTConfig
 
 
 def test_a_run_leaves_its_files_and_the_figures_agree(train, tmp_path, capsys):
@@ -90,6 +90,21 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, tmp
         assert train(f"--name {name} --epochs 1 --seed {seed} --dropout 0.2 --drop-path 0.2") == 0
     a, b, c = (weights_of(tmp_path / name / "last.pt") for name in "abc")
     assert same_weights(a, b) and not same_weights(a, c)
+
+
+def test_compiling_pays_by_the_operations_of_the_phase_and_the_kind_of_device(small_shapes):
+    """One epoch of 200 images: a run of a device is asked, none is used."""
+    config = TrainConfig(epochs=10, warmup_epochs=0, batch_size=50)
+    run = trainer.Run(ViT(ViTConfig()), config, small_shapes, torch.device("cpu"))
+    (phase,) = config.phases()
+    operations = run.flops(phase)
+    for kind, worth in (("cpu", 2e13), ("cuda", 3e15)):
+        run.device = torch.device(kind)
+        longer = phase._replace(epochs=range(math.ceil(10 * worth / operations) + 1))
+        shorter = phase._replace(epochs=range(int(10 * worth / operations) - 1))
+        assert trainer.compile_pays(run, longer) and not trainer.compile_pays(run, shorter)
+    run.device = torch.device("mps")
+    assert not trainer.compile_pays(run, longer)
 
 
 @pytest.mark.parametrize(("flags", "looks"), [("", [50, 50, 60]), ("--no-test", [50, 50])])

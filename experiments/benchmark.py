@@ -16,6 +16,7 @@ patches. Images are random: no data set is read.
 
 import statistics
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -286,7 +287,7 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
 
 
 def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) -> dict[str, float]:
-    """Times epochs of `train_epoch`, alternating with bare steps and with their passes alone."""
+    """Times epochs of `train_epoch`, alternating with bare steps and with only their passes."""
     run = run_of(recipe, setting, steps)
     forward = forward_of(run, mode)
 
@@ -392,7 +393,8 @@ def main(argv: list[str]) -> int:
     setting = Setting.of(arguments.device, arguments.precision, arguments.rounds)
     try:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.touch()  # fails now rather than after minutes of work
+        with tempfile.TemporaryFile(dir=arguments.json.parent):
+            pass  # fails now rather than after minutes of work
     except OSError as error:
         raise UserError(f"cannot write {arguments.json}: {error.strerror or error}") from error
     devices.keep_freed_memory()

@@ -109,7 +109,7 @@ def random_dataset(count: int, device: torch.device) -> Dataset:
 
 
 def run_of(recipe: Recipe, setting: Setting, steps: int) -> Run:
-    """A run of a recipe on random images, with so many steps an epoch, that saves nothing."""
+    """A run of a recipe on random images, with that many steps an epoch, that saves nothing."""
     endless = {"epochs": 1_000_000, "warmup_epochs": 1, "precision": setting.precision}
     config = replace(recipe.train, **endless)
     dataset = random_dataset(steps * config.batch_size, setting.device)
@@ -136,7 +136,7 @@ def step_of(run: Run, forward: Forward, optimize: bool = True) -> Callable[[], N
     """A step of `train_epoch` without its input, on a batch of random images.
 
     Args:
-        optimize: False leaves out the optimizers: the forward and backward pass alone.
+        optimize: False leaves out the optimizers: only the forward and backward pass.
     """
     batch = run.dataset.train.take(torch.arange(run.config.batch_size, device=run.device))
     targets = F.one_hot(batch.labels, len(run.dataset.classes)).float()

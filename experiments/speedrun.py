@@ -150,7 +150,7 @@ def flags_of(plan: Plan, part: str, setting: Setting, more: str = "") -> list[st
 def trained(
     plan: Plan, part: str, setting: Setting, name: str = "", more: str = ""
 ) -> dict[str, Any] | None:
-    """The result.json of a run, which is trained now unless it exists; None: not to its end."""
+    """The result.json of a run, which is trained now unless it exists; None if it was stopped."""
     flags = flags_of(plan, part, setting, more)
     kept = plan.folder / (name or part)
     result = kept_result(kept, flags) or train_and_keep(flags, kept, {}, plan.limit)

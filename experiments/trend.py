@@ -33,6 +33,7 @@ RUNS = {
     "shipped, before": "shipped/before",
     "cpu, seed 0": "cpu/seed0",
     "shipped, width 160": "shipped/width-160",
+    "shipped, 110 epochs": "shipped/epochs-110",
     "shipped": "shipped",
 }
 
@@ -73,7 +74,7 @@ def draw_operations(axes: Axes, studies: dict[str, dict[str, Point]]) -> None:
     for (name, points), color in zip(studies.items(), ("0.7", "0.5", "tab:blue"), strict=True):
         flops, errors = zip(*((p.flops, p.error) for p in points.values()), strict=True)
         axes.plot(flops, errors, "o", ms=3, color=color, label=f"ablation.py {name}")
-    for (name, folder), marker in zip(RUNS.items(), "sDv^P", strict=True):
+    for (name, folder), marker in zip(RUNS.items(), "sDv^XP", strict=True):
         result = json.loads((ROOT / "results" / folder / "result.json").read_text())
         point = point_of([result])
         axes.plot(point.flops, point.error, marker, ms=5, color="tab:orange", label=name)
@@ -87,6 +88,7 @@ def draw_operations(axes: Axes, studies: dict[str, dict[str, Point]]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="operations of the training (FLOP)")
     axes.set_ylabel("validation error (%)")
     axes.set_yticks([5, 7, 10, 15, 20, 30], [5, 7, 10, 15, 20, 30])
+    axes.set_ylim(bottom=3.5)  # room for the legend
     axes.minorticks_off()
     axes.legend(loc="lower left")
 

@@ -4,10 +4,11 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,19 @@ def given(arguments: argparse.Namespace, config_class: type[Config]) -> dict[str
     return {name: value for name, value in vars(arguments).items() if name in fields}
 
 
+def changed_flags(config: Config, names: Iterable[str]) -> list[str]:
+    """The command line of those fields whose value is not the default."""
+    flags = []
+    for name in (name for name in names if name in config.fields()):
+        value, default = getattr(config, name), getattr(type(config)(), name)
+        flag = name.replace("_", "-")
+        if value != default and isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value != default:
+            flags += [f"--{flag}", shlex.quote(str(value))]
+    return flags
+
+
 def _height_and_width(text: str) -> tuple[int, int]:
     """'32' or '32x48'."""
     if not (sides := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
@@ -183,7 +197,7 @@ def parse(argv: list[str], description: str) -> Command:
     changes = given(arguments, TrainConfig)
     if task == "train":
         if "library" in arguments:
-            raise UserError("--library has an effect with --export alone; leave it out")
+            raise UserError("--library works only with --export")
         configs = replace(recipe.model, **model_changes), replace(recipe.train, **changes)
     else:
         _refuse_other_flags(arguments, task)

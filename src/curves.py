@@ -12,7 +12,7 @@ from utils import EpochRecord, write_whole
 
 
 def write_curves(path: Path, history: list[EpochRecord], training: TrainConfig, title: str) -> None:
-    figure = Figure(figsize=(10, 3.2), layout="constrained", dpi=150)
+    figure = Figure(figsize=(10, 3.4), layout="constrained", dpi=150)
     figure.suptitle(title)
     draw_curves(figure, history, training)
     write_figure(path, figure)
@@ -25,22 +25,23 @@ def write_figure(path: Path, figure: Figure, **options: Any) -> None:
     write_whole(path, buffer.getbuffer())
 
 
-def changes(training: TrainConfig) -> dict[str, float]:
-    """What ends before the last epoch, and after how many epochs."""
+def changes(training: TrainConfig) -> dict[float, list[str]]:
+    """After how many epochs something ends before the last one, and what."""
     epochs = training.epochs
     ends = {
         "TrivialAugment": training.policy_epochs * epochs * (training.policy != "off"),
         "mixing": training.mixed_epochs * epochs * bool(training.mixup or training.cutmix),
         "patch dropout": (epochs - training.whole_epochs) * bool(training.patch_dropout),
     }
-    return {name: after for name, after in ends.items() if 0 < after < epochs}
+    times = sorted({after for after in ends.values() if 0 < after < epochs})
+    return {time: [name for name, after in ends.items() if after == time] for time in times}
 
 
 def draw_curves(figure: Figure, history: list[EpochRecord], training: TrainConfig) -> None:
     """Draws into an empty figure.
 
-    The training curves are of augmented images and smoothed labels, as the model met them; vertical
-    lines mark where an augmentation ends.
+    The training curves are of augmented images and smoothed labels, as the model sees them.
+    Vertical lines mark where an augmentation ends.
     """
     losses, accuracies, rates = figure.subplots(1, 3)
 
@@ -56,11 +57,13 @@ def draw_curves(figure: Figure, history: list[EpochRecord], training: TrainConfi
     curve(rates, "learning_rate", color="tab:gray")
     curve(losses, "validation_loss", "validation", marker=".")
     curve(accuracies, "validation_accuracy", "validation", 100, marker=".")
-    labels = ("loss (nats)", "accuracy (%)", "learning rate at the epoch's end")
+    labels = ("loss (nats)", "accuracy (%)", "learning rate")
     for axes, label in zip((losses, accuracies, rates), labels, strict=True):
         axes.set(xlabel="epoch", ylabel=label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.3)
-        for (name, after), style in zip(changes(training).items(), (":", "--", "-."), strict=False):
-            axes.axvline(after, color="0.5", linewidth=1, linestyle=style, label=f"{name} ends")
-    losses.legend(frameon=False)
+        for (after, names), style in zip(changes(training).items(), ("--", ":", "-."), strict=False):
+            label = f"end of {' and '.join(names)}"
+            axes.axvline(after, color="0.5", linewidth=1, linestyle=style, label=label)
+    handles, labels = losses.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)

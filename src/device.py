@@ -70,7 +70,7 @@ def use_deterministic_kernels() -> None:
 
 
 def resolve_precision(choice: str, device: torch.device) -> str:
-    """ "auto" to "bf16" where the device has instructions that multiply bfloat16, else "fp32"."""
+    """Replaces "auto": "bf16" where the device has instructions that multiply it, else "fp32"."""
     if choice != "auto":
         return choice
     if device.type == "cuda":

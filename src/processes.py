@@ -136,7 +136,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Rank 0 alone prints, locks and writes."""
+        """Only rank 0 prints, locks and writes."""
         return self.rank == 0
 
     def share(self, rows: Tensor) -> Tensor:
@@ -150,9 +150,9 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def any(self, *wishes: bool) -> list[bool]:
-        """Which of the wishes any rank has, so that all do the same."""
-        return self.sum(torch.tensor(wishes, dtype=torch.int64)).bool().tolist()
+    def any(self, *flags: bool) -> list[bool]:
+        """Which of the flags are set on any rank, so that all ranks do the same."""
+        return self.sum(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
 
     def wait(self) -> None:
         """Waits until every rank is here."""
@@ -230,7 +230,8 @@ class Job:
         self.world.wait()
 
 
-ALONE_JOB = Job(ALONE, StopSignals(), ExitStack())  # heeds no signals and locks nothing
+# Handles no signals; what it locks stays locked until the process ends.
+ALONE_JOB = Job(ALONE, StopSignals(), ExitStack())
 
 
 @contextmanager

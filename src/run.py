@@ -47,12 +47,8 @@ class Diverged(Exception):
 class RunOptions(Config):
     """Where a run reads and writes, when, and on which device."""
 
-    name: Annotated[str | None, "the run's folder in the output directory (the recipe's name)"] = (
-        None
-    )
-    overwrite: Annotated[bool, "overwrite a run of that name, or with --export its model.pt"] = (
-        False
-    )
+    name: Annotated[str | None, "the run's folder (the recipe's name)"] = None
+    overwrite: Annotated[bool, "replace a run of that name, or an exported file"] = False
     output_dir: Annotated[Path, "where the folders of runs are"] = utils.ROOT / "checkpoints"
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
     strict: Annotated[bool, "refuse image files that cannot be read; else leave them out"] = False
@@ -181,7 +177,7 @@ class Run:
     def parts(self, batch_size: int) -> Iterator[Tensor]:
         """The rows of this rank's share of a batch, in the parts of gradient accumulation.
 
-        Gradients are averaged over the ranks in the backward pass of the last part alone.
+        Gradients are averaged over the ranks only in the backward pass of the last part.
         """
         rows = self.world.share(torch.arange(batch_size, device=self.device))
         *parts, last = rows.tensor_split(min(self.config.accumulate, len(rows)))
@@ -464,11 +460,8 @@ def _take_new_folder(folder: Path, options: RunOptions, job: Job) -> None:
 
 
 def _take_folder(folder: Path, job: Job) -> None:
-    """Locks a run's folder and removes what a killed run was writing there."""
     try:
         job.lock(folder)
-        if job.world.leads:
-            utils.remove_partial_files(folder, RUN_FILES)
     except OSError as error:
         raise UserError(f"cannot use {folder}: {error.strerror}") from error
 

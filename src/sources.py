@@ -175,7 +175,7 @@ def class_folders(path: Path) -> list[str]:
 
 
 def _shapes(folder: Path, wanted: Preprocessing) -> Source:
-    """A synthetic data set of the size of a minute's training; nothing is read or downloaded."""
+    """A synthetic data set, small enough to train on in a minute; nothing is downloaded."""
     drawn = (draw_shapes(count, seed)[:2] for count, seed in ((10_000, 0), (2_000, 1)))
     train, test = (_split(*images_and_labels, wanted) for images_and_labels in drawn)
     return Source(tuple(SHAPES), train, None, test)

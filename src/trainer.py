@@ -85,7 +85,7 @@ def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord
             )  # (B, C, H, W) uint8, (B, K)
             # Dropout, drop path and patch dropout draw from these, and differ between ranks.
             utils.seed_default_generators(utils.seed_for(*key, run.world.rank), run.device)
-            # A short last batch would be compiled for its size alone; it goes uncompiled instead.
+            # A short last batch goes uncompiled: its size would need a compilation of its own.
             model = forward if len(rows) == config.batch_size else run.parallel
             if config.compile == "graphs":
                 torch.compiler.cudagraph_mark_step_begin()
@@ -169,7 +169,7 @@ def progress_bar(run: Run) -> tqdm:
 # Floating-point operations of a phase for which compiling pays: two minutes of a CPU that does 2e11
 # a second, and, not measured yet, a minute of a GPU at 5e13.
 WORTH_COMPILING = {"cpu": 2e13, "cuda": 3e15}
-FOR_A_GPU = 5e15  # a quarter of a day
+FOR_A_GPU = 5e15  # a quarter of a day of that CPU
 
 
 def forward_for(run: Run, phase: Phase) -> Forward:
@@ -233,6 +233,7 @@ def train(run: Run, command: str = "") -> dict[str, Any] | None:
         be written.
     """
     announce(run)
+    commit = utils.code_commit()  # now, as it may change while the run trains
     phases = run.config.phases()
     forwards = [forward_for(run, phase) for phase in phases]
     began, resumed = time.perf_counter(), run.step > 0
@@ -260,7 +261,9 @@ def train(run: Run, command: str = "") -> dict[str, Any] | None:
         run.save(last=True)
     first_step_to_end = None if resumed else ended - began
     seconds = {"evaluation": ended - started, "first_step_to_end": first_step_to_end}
-    return write_result(run, result_of(run, test, seconds, command)) if run.world.leads else None
+    if not run.world.leads:
+        return None
+    return write_result(run, result_of(run, test, seconds, command, commit))
 
 
 def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[str, Any] | None:
@@ -304,11 +307,16 @@ def validate(run: Run) -> bool:
 
     Returns:
         Whether there are such images, and the record did not have their figures.
+
+    Raises:
+        Diverged: the loss is not finite.
     """
     record, split = run.history[-1], run.dataset.validation
     if not split or record.validation_loss is not None:
         return False
     result = evaluate(run.model, split, run.preprocessing, run.world, run.precision)
+    if not math.isfinite(result.loss):
+        raise run.diverged(f"the validation loss is {result.loss}", run.step - 1)
     figures = {"validation_loss": result.loss, "validation_accuracy": result.top1}
     run.history[-1] = replace(record, **figures)
     return True
@@ -323,7 +331,11 @@ def epoch_line(record: EpochRecord, epochs: int) -> str:
 
 
 def result_of(
-    run: Run, test: Evaluation | None, seconds: dict[str, float | None], command: str
+    run: Run,
+    test: Evaluation | None,
+    seconds: dict[str, float | None],
+    command: str,
+    commit: str | None,
 ) -> dict[str, Any]:
     """The content of result.json.
 
@@ -334,7 +346,7 @@ def result_of(
     training = sum(record.seconds for record in run.history)
     return {
         "command": command,
-        "commit": utils.code_commit(),
+        "commit": commit,
         "recipe": run.recipe,
         "model": run.model.config.to_plain(),
         "training": run.config.to_plain(),
@@ -450,9 +462,10 @@ def resume_hint(run: Run | None) -> str:
     if run is None:
         return "nothing was written"
     if not run.saved_step:
-        return "nothing was trained, and nothing is saved"
+        return "nothing is saved"
     unsaved = "the last steps could not be saved; " * run.save_failed
-    return f"{unsaved}resume with --resume {run.folder}" + " --no-test" * (not run.options.test)
+    flags = cli.changed_flags(run.options, cli.TASK_FLAGS["resume"])
+    return unsaved + " ".join(["resume with --resume", str(run.folder), *flags])
 
 
 def out_of_memory_hint(run: Run | None) -> str:

@@ -1,12 +1,10 @@
 """What surrounds training: checkpoints that describe themselves, the run log, and seeds."""
 
-import contextlib
 import csv
 import io
 import json
 import os
 import subprocess
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterable
@@ -119,7 +117,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def save_model(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes the model of a checkpoint alone, in half precision.
+    """Writes only the model of a checkpoint, in half precision.
 
     `load_model` reads it like any other, into float32; a run cannot resume from it.
 
@@ -262,23 +260,18 @@ def code_commit() -> str | None:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file so that a reader finds the old content or the new, never a part.
-
-    A process that is killed on the way leaves a temporary file; see `remove_partial_files`.
-    """
+    """Writes a file so that a reader finds the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(".part", f".{path.name}.", path.parent)
+    temporary = path.with_name(f".{path.name}.part")  # after a kill, the next write replaces it
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
 
 
 def write_torch(path: Path, content: Any) -> None:
@@ -297,23 +290,6 @@ def existing_path(text: str) -> Path:
 def checkpoint_file(path: Path) -> Path:
     """A file as given; of a run's folder its last checkpoint."""
     return path / "last.pt" if path.is_dir() else path
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename in a folder survive a power loss, where the system can do that."""
-    with contextlib.suppress(OSError):  # Windows opens no folders; the rename itself is done
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def remove_partial_files(folder: Path, names: Iterable[str]) -> None:
-    """Removes what killed runs left of these files; call it only with the folder locked."""
-    for name in names:
-        for file in folder.glob(f".{name}.*.part"):
-            file.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- the run log
@@ -347,7 +323,7 @@ def _short(value: float | None) -> float | str | None:
 
 
 def seed_for(*key: int) -> int:
-    """A seed that depends on the key alone, say (seed, epoch), so a draw can be redone."""
+    """A seed that depends only on the key, say (seed, epoch), so that a draw can be redone."""
     (state,) = np.random.SeedSequence(key[0], spawn_key=key[1:]).generate_state(1, np.uint64)
     return int(state) >> 1  # a seed must fit into an int64
 
@@ -363,5 +339,5 @@ def seed_default_generators(seed: int, device: torch.device) -> None:
 
 
 def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that depends on the key alone."""
+    """A generator that depends only on the key."""
     return torch.Generator(device).manual_seed(seed_for(*key))

@@ -21,12 +21,6 @@ def program(monkeypatch):
     monkeypatch.setattr(sys, "argv", small.PROGRAM)
 
 
-@pytest.fixture(scope="session")
-def small_shapes():
-    """The Shapes data set with 200 training images (the last 40 in a short batch), 50 and 60."""
-    return small.SHAPES
-
-
 @pytest.fixture
 def train(monkeypatch, tmp_path):
     """train("--epochs 2 ...") runs a tiny demo recipe into tmp_path and returns its exit status."""

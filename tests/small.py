@@ -6,6 +6,7 @@ can afford dozens of them.
 
 import csv
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -39,14 +40,13 @@ needs_cifar10 = pytest.mark.skipif(
 )
 
 
-def small_shapes():
-    """The Shapes data set with 200 training images (the last 40 in a short batch), 50 and 60."""
-    preprocessing = data.Preprocessing(size=(32, 32), mean=(0.31,) * 3, std=(0.247,) * 3)
-    parts = (data.Split(*shapes.draw_shapes(n, seed)[:2]) for seed, n in enumerate((200, 50, 60)))
-    return data.Dataset("shapes", tuple(shapes.SHAPES), preprocessing, *parts)
-
-
-SHAPES = small_shapes()
+# The Shapes data set with 200 training images (the last 40 in a short batch), 50 and 60.
+SHAPES = data.Dataset(
+    "shapes",
+    tuple(shapes.SHAPES),
+    data.Preprocessing(size=(32, 32), mean=(0.31,) * 3, std=(0.247,) * 3),
+    *(data.Split(*shapes.draw_shapes(n, seed)[:2]) for seed, n in enumerate((200, 50, 60))),
+)
 
 
 def load_small(name, preprocessing=None, *, validation_images, **_):
@@ -95,67 +95,38 @@ def same_weights(first, second):
 def differing(first, second):
     """How many numbers differ between two runs' ends: weights, optimizers, metrics and result."""
     ends = [utils.load_checkpoint(folder / "last.pt") for folder in (first, second)]
-    a, b = ([end.weights, *flat(end.optimizers)] for end in ends)
+    a, b = map(tensors_of, ends)
     count = sum(int((x[key] != y[key]).sum()) for x, y in zip(a, b, strict=True) for key in x)
     count += rows_of(first / "metrics.csv") != rows_of(second / "metrics.csv")
     return count + (result_of(first / "result.json") != result_of(second / "result.json"))
 
 
-def flat(optimizers):
-    return [state for optimizer in optimizers for state in optimizer.values()]
+def tensors_of(checkpoint):
+    """Its weights, and the state of each weight in an optimizer."""
+    return [
+        checkpoint.weights,
+        *(state for each in checkpoint.optimizers for state in each.values()),
+    ]
 
 
 # ---------------------------------------------------------------------------- processes
 
-PLACES = ("empty", "half", "unflushed", "unnamed", "named")
+PLACES = ("before", "after")
 
 
 def die_in_save(place, number):
-    """Has this process kill itself while it writes its file of this number, from 1."""
-    calls = {"count": 0}
+    """Makes this process kill itself before or after it renames a file; the first has number 1."""
+    replace, numbers = os.replace, itertools.count(1)
 
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(*paths):
+        due = next(numbers) == number
+        if due and place == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+        if due:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def counted(function, before, after):
-        def wrapped(*arguments):
-            calls["count"] += function is mkstemp
-            due = calls["count"] == number
-            if due and before:
-                die()
-            result = function(*arguments)
-            if due and after:
-                die()
-            return result
-
-        return wrapped
-
-    class HalfWriter:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, content):
-            if calls["count"] == number:
-                self.file.write(content[: len(content) // 2])
-                self.file.flush()
-                die()
-            self.file.write(content)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-    mkstemp, fdopen = utils.tempfile.mkstemp, os.fdopen
-    utils.tempfile.mkstemp = counted(mkstemp, False, place == "empty")
-    if place == "half":
-        os.fdopen = lambda *arguments: HalfWriter(fdopen(*arguments))
-    os.fsync = counted(os.fsync, place == "unflushed", False)
-    os.replace = counted(os.replace, place == "unnamed", place == "named")
+    os.replace = deadly
 
 
 def status_of(flags, folder):

@@ -1,17 +1,18 @@
 """The Vision Transformer against PyTorch's attention and the ViTs of torchvision and timm."""
 
-import dataclasses
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models import VisionTransformer
 
+import benchmark
 import ViT as vit_module
 from config import UserError
+from pretrained import state_dict_for
 from ViT import (
     MLP,
     MODELS,
@@ -36,7 +37,7 @@ poolings = pytest.mark.parametrize("pooling", ["class", "mean"])
 
 @pytest.fixture(autouse=True)
 def fused_attention(monkeypatch):
-    """Tests of `forward` are of the fused attention, which a CPU takes for long sequences alone."""
+    """Tests of `forward` are of the fused attention, which a CPU takes only for long sequences."""
     monkeypatch.setattr(vit_module, "PLAIN_TOKENS", 0)
 
 
@@ -87,25 +88,9 @@ def assert_all_close(ours, theirs, tolerance):
         ({"patch_size": 5}, ["32x32", "patch_size 5"]),
         ({"image_size": (32, 30)}, ["32x30", "patch_size 4"]),
         ({"image_size": (30, 32)}, ["30x32", "patch_size 4"]),
-        ({"patch_size": 64}, ["32x32", "patch_size 64"]),
         ({"image_size": 0}, ["image_size 0x0"]),
         ({"image_size": (32, -4)}, ["image_size 32x-4"]),
-        ({"image_size": [32, 32]}, ["image_size", "a list"]),
-        ({"image_size": (32, 32, 3)}, ["image_size", "(32, 32, 3)"]),
-        ({"patch_size": 0}, ["patch_size", "0"]),
-        ({"channels": 0}, ["channels", "0"]),
-        ({"classes": -1}, ["classes", "-1"]),
-        ({"width": 0}, ["width", "0"]),
-        ({"depth": 0}, ["depth", "0"]),
-        ({"heads": -3}, ["heads", "-3"]),
-        ({"mlp_ratio": 0.0}, ["mlp_ratio", "(0, inf), not 0.0"]),
         ({"mlp_ratio": 1e-3}, ["mlp_ratio 0.001", "192"]),
-        ({"mlp_ratio": -4.0}, ["mlp_ratio", "-4.0"]),
-        ({"mlp_ratio": math.inf}, ["mlp_ratio", "inf"]),
-        *[({name: rate}, [name, str(rate)]) for name in DROPOUTS for rate in (1.0, -0.1)],
-        ({"dropout": math.nan}, ["dropout", "nan"]),
-        ({"pooling": "max"}, ["pooling", "'max'", "class", "mean"]),
-        ({"positions": "rotary"}, ["positions", "'rotary'", "learned", "sincos"]),
         ({"positions": "sincos", "width": 6}, ["sincos", "6"]),
     ],
     ids=str,
@@ -114,13 +99,6 @@ def test_a_config_that_makes_no_model_is_refused_by_the_values_at_fault(options,
     with pytest.raises(UserError) as refusal:
         ViTConfig(**options)
     assert all(part in str(refusal.value) for part in named), refusal.value
-
-
-def test_a_config_cannot_be_changed_nor_given_by_position():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        ViTConfig().width = 64
-    with pytest.raises(TypeError):
-        ViTConfig(32)
 
 
 @pytest.mark.parametrize(
@@ -252,22 +230,19 @@ def test_which_attention_is_fused_on_a_cpu(monkeypatch, kind, fused_for):
 def test_attention_equals_that_of_torch(width, heads):
     ours = randomize(MultiHeadSelfAttention(small(width=width, heads=heads))).double()
     torchs = nn.MultiheadAttention(width, heads, batch_first=True, dtype=torch.float64)
-    torchs.load_state_dict(torch_names(ours))
+    torchs.load_state_dict(
+        {
+            "in_proj_weight": ours.qkv.weight,
+            "in_proj_bias": ours.qkv.bias,
+            "out_proj.weight": ours.proj.weight,
+            "out_proj.bias": ours.proj.bias,
+        }
+    )
     z = torch.randn(3, 17, width, dtype=torch.float64)
     expected = torchs(z, z, z, average_attn_weights=False)
     trace = Trace()
     assert_all_close([ours(z, trace), *trace.attention], expected, 1e-10)
     assert_all_close([ours(z)], expected[:1], 1e-10)
-
-
-def torch_names(attention):
-    """The weights of a MultiHeadSelfAttention as nn.MultiheadAttention calls them."""
-    return {
-        "in_proj_weight": attention.qkv.weight,
-        "in_proj_bias": attention.qkv.bias,
-        "out_proj.weight": attention.proj.weight,
-        "out_proj.bias": attention.proj.bias,
-    }
 
 
 def test_without_qkv_bias_attention_is_as_with_a_bias_of_zero():
@@ -278,41 +253,7 @@ def test_without_qkv_bias_attention_is_as_with_a_bias_of_zero():
     assert torch.equal(without(z), biased(z))
 
 
-@paths
-def test_attention_dropout_leaves_the_expected_output_alone(path):
-    attention = randomize(MultiHeadSelfAttention(small(attention_dropout=0.5)))
-    z = torch.randn(1, 5, 32)
-    with torch.no_grad():
-        drawn = path(attention, z.expand(4096, -1, -1))
-        expected = attention.eval()(z)[0]
-    error = (drawn.mean(0) - expected).abs() / (drawn.std(0) / 4096**0.5)
-    assert drawn.std(0).min() > 0.01 and error.max() < 6
-
-
 # ---------------------------------------------------------------------------- encoder
-
-
-def test_the_block_equals_torchs_pre_norm_encoder_layer():
-    ours = randomize(EncoderBlock(small(mlp_ratio=3.0), drop_path=0.0)).double()
-    torchs = nn.TransformerEncoderLayer(
-        32, 4, 96, 0.0, "gelu", 1e-6, batch_first=True, norm_first=True, dtype=torch.float64
-    )
-    weights = prefixed("self_attn", torch_names(ours.attn))
-    for name, module in {
-        "norm1": ours.norm1,
-        "norm2": ours.norm2,
-        "linear1": ours.mlp.fc1,
-        "linear2": ours.mlp.fc2,
-    }.items():
-        weights |= prefixed(name, module.state_dict())
-    torchs.load_state_dict(weights)
-    z = torch.randn(3, 17, 32, dtype=torch.float64, requires_grad=True)
-    assert_all_close([ours(z), ours(z, Trace())], [torchs(z)] * 2, 1e-10)
-    assert_all_close(gradients(ours(z), z), gradients(torchs(z), z), 1e-10)
-
-
-def prefixed(prefix, weights):
-    return {f"{prefix}.{name}": weight for name, weight in weights.items()}
 
 
 def test_the_layer_norms_add_the_reference_codes_epsilon():
@@ -360,38 +301,6 @@ def test_dropout_follows_the_embedding_the_attention_and_both_layers_of_the_mlp(
 # ---------------------------------------------------------------------------- the model
 
 
-def torchvisions(model):
-    """torchvision's Vision Transformer with the size and the weights of ours."""
-    c = model.config
-    theirs = VisionTransformer(
-        c.image_size[0],
-        c.patch_size,
-        c.depth,
-        c.heads,
-        c.width,
-        int(c.width * c.mlp_ratio),
-        num_classes=c.classes,
-    )
-    kernels = model.embed.proj.weight.reshape(c.width, 3, c.patch_size, c.patch_size)
-    weights = {
-        "class_token": model.embed.cls_token,
-        "conv_proj.weight": kernels,
-        "conv_proj.bias": model.embed.proj.bias,
-        "encoder.pos_embedding": model.embed.pos_embed,
-        **prefixed("encoder.ln", model.norm.state_dict()),
-        **prefixed("heads.head", model.head.state_dict()),
-    }
-    for i, block in enumerate(model.blocks):
-        parts = prefixed("self_attention", torch_names(block.attn))
-        parts |= prefixed("ln_1", block.norm1.state_dict())
-        parts |= prefixed("ln_2", block.norm2.state_dict())
-        parts |= prefixed("mlp.0", block.mlp.fc1.state_dict())
-        parts |= prefixed("mlp.3", block.mlp.fc2.state_dict())
-        weights |= prefixed(f"encoder.layers.encoder_layer_{i}", parts)
-    theirs.load_state_dict(weights)
-    return theirs
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -402,7 +311,9 @@ def torchvisions(model):
 )
 def test_the_model_equals_torchvisions(options):
     model = randomize(ViT(ViTConfig(**options)))
-    theirs = torchvisions(model)
+    theirs = next(benchmark.of_torchvision(model.config)).model
+    content = SimpleNamespace(model=model.config, weights=model.state_dict())
+    theirs.load_state_dict(state_dict_for("torchvision", content))
     images = random_images(model.config).requires_grad_()
     ours, expected = model(images), theirs(images)
     assert expected.std() > 0.1
@@ -433,16 +344,6 @@ def test_traced_attention_is_a_distribution_over_the_tokens(training):
     for A in traced(model, random_images(model.config))[1]:
         assert A.min() > 0
         torch.testing.assert_close(A.sum(-1), torch.ones(3, 4, 17))
-
-
-@poolings
-def test_the_head_reads_the_normalized_class_token_or_mean_of_the_patches(pooling):
-    model = randomize(ViT(small(pooling=pooling)))
-    logits, _, tokens = traced(model, random_images(model.config))
-    read = tokens[-1][:, 0] if pooling == "class" else tokens[-1].sum(1) / 16
-    torch.testing.assert_close(model.pool(tokens[-1]), read)
-    y = F.layer_norm(read, (32,), model.norm.weight, model.norm.bias, 1e-6)
-    torch.testing.assert_close(logits, F.linear(y, model.head.weight, model.head.bias))
 
 
 @poolings

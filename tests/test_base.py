@@ -7,13 +7,10 @@ from torchvision.ops import stochastic_depth
 from base import GELU, DropPath, gelu
 
 # In float32, 1 + erf cancels to about 1e-7 of 1, which |x| < 12 then multiplies.
-# Neighbors in bfloat16 lie at most 2^-7 of their size apart.
 TOLERANCE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
     torch.float32: {"rtol": 1e-6, "atol": 3e-6},
-    torch.bfloat16: {"rtol": 2**-7, "atol": 3e-6},
 }
-dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
 def value_and_gradient(function, x):
@@ -26,7 +23,7 @@ def value_and_gradient(function, x):
 # ---------------------------------------------------------------------------- GELU
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_gelu_is_the_formula_in_values_and_gradients(dtype):
     far = torch.tensor([0.0, -0.0, 40, -40, 1e4, -1e4, 1e10, -1e10])
     x = torch.cat([torch.linspace(-12, 12, 2001), far]).to(dtype)
@@ -34,11 +31,6 @@ def test_gelu_is_the_formula_in_values_and_gradients(dtype):
     for got, expected in zip(module, formula, strict=True):
         assert got.dtype == dtype and got.isfinite().all()
         torch.testing.assert_close(got, expected, **TOLERANCE[dtype])
-
-
-def test_the_formulas_gradient_agrees_with_finite_differences():
-    x = torch.tensor([[-6.0, -1.5, -0.75], [0.0, 0.3, 5.0]], dtype=torch.float64)
-    assert torch.autograd.gradcheck(gelu, x.requires_grad_())
 
 
 # ---------------------------------------------------------------------------- DropPath
@@ -50,10 +42,9 @@ def test_drop_path_is_the_identity_at_rate_zero_and_in_evaluation(rate, training
     assert torch.equal(DropPath(rate).train(training)(x), x)
 
 
-@dtypes
 @pytest.mark.parametrize("shape", [(64,), (64, 3), (64, 5, 6)])
-def test_drop_path_draws_and_scales_as_torchvision_does(dtype, shape):
-    x = torch.randn(shape, dtype=dtype)
+def test_drop_path_draws_and_scales_as_torchvision_does(shape):
+    x = torch.randn(shape)
     torch.manual_seed(0)
     ours = DropPath(0.3)(x)
     torch.manual_seed(0)

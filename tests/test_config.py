@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from config import Config, UserError, is_a
+from recipes import TrainConfig
+from ViT import ViTConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,12 @@ def test_fields_have_their_type_help_and_range():
     assert Inner.fields()["rate"] == (float, "how fast", "(0, 1]")
     assert Outer.fields()["kind"] == (Literal["a", "b"], "which", "")
     assert Outer.fields()["note"] == (str | None, "", "")
+
+
+@pytest.mark.parametrize("config", [ViTConfig, TrainConfig])
+def test_every_number_of_a_recipe_has_a_range(config):
+    for name, (kind, _, limits) in config.fields().items():
+        assert bool(limits) == (kind in (int, float)), name
 
 
 def test_a_config_comes_back_from_the_plain_containers_it_gives():

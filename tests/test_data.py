@@ -4,11 +4,9 @@ import hashlib
 import http.server
 import io
 import pickle
-import struct
 import tarfile
 import threading
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -371,9 +369,9 @@ def test_one_pixel_fills_the_picture_and_a_gray_model_gets_gray(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["text", "empty", "cut off", "bomb", "folder", "gone"])
-def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path):
+def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path, monkeypatch):
     path = tmp_path / "image.png"
-    two_halves(size=(300, 300)).resize((300, 300)).save(path)
+    two_halves(size=(300, 300)).save(path)
     content = path.read_bytes()
     if kind == "text":
         path.write_text("not an image")
@@ -381,11 +379,8 @@ def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path):
         path.write_bytes(b"")
     elif kind == "cut off":
         path.write_bytes(content[: len(content) // 2])
-    elif kind == "bomb":  # a header that promises 20,000 x 20,000 pixels
-        header = content[12:16] + struct.pack(">II", 20_000, 20_000) + content[24:29]
-        path.write_bytes(
-            content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
-        )
+    elif kind == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     else:
         path.unlink()
         if kind == "folder":

@@ -1,4 +1,4 @@
-"""Choosing a device and a precision, on a machine that may have a CPU alone."""
+"""Choosing a device and a precision, on a machine that may have only a CPU."""
 
 import os
 

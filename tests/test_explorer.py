@@ -247,7 +247,7 @@ def test_names_stay_text(make, visit, tmp_path):
     buffer = (tmp_path / "own.png").read_bytes()
     page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": buffer})
     page.wait_for_function("() => state.image === 1")
-    assert page.title() == "A Vision Transformer, alive" and page.locator("img").count() == 0
+    assert page.title() == "Inside a Vision Transformer" and page.locator("img").count() == 0
 
 
 def test_a_model_too_large_for_a_page_has_none(make, monkeypatch, capsys, tmp_path):

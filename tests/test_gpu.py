@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -177,36 +175,23 @@ def test_a_step_stays_on_the_gpu_and_does_not_wait_for_it(watch, flags):
     run = train_and_predict(watch, flags)
     states = [optimizer.state[weight] for optimizer in run.optimizers for weight in optimizer.state]
     assert len(states) == sum(weight.requires_grad for weight in run.model.parameters())
-    kept = [run.progress.losses, run.progress.correct, run.coins, *run.model.parameters()]
-    kept += [*run.model.parameters(), *run.model.buffers(), *tree_leaves(states)]
+    kept = [run.progress.losses, run.progress.correct, run.coins, *tree_leaves(states)]
+    kept += [*run.model.parameters(), *run.model.buffers()]
     assert {tensor.device for tensor in kept} == {GPU}
 
 
-def draw_elsewhere(images):
-    torch.rand(3, generator=torch.Generator(), device=images.device)
-
-
-def copy_what_is_not_pinned(images):
-    torch.zeros(3).to(images.device, non_blocking=True)
-
-
-FAULTS = (
-    (lambda images: images.cpu(), AssertionError, "_to_copy"),
-    (copy_what_is_not_pinned, AssertionError, "_to_copy"),
-    (lambda images: images[torch.arange(2)], AssertionError, "index"),
-    (lambda images: images.sum().item(), DataDependentOutputException, "_local_scalar_dense"),
-    (lambda images: images.nonzero(), DynamicOutputShapeException, "nonzero"),
-    (lambda images: images + torch.zeros(3, 1, 1), RuntimeError, "on the same device"),
-    (draw_elsewhere, AssertionError, "rand.generator on cuda"),
-)
-
-
 @needs_fake_gpu
-@pytest.mark.parametrize(("fault", "error", "message"), FAULTS)
-def test_a_fault_is_caught(watch, monkeypatch, fault, error, message):
+def test_a_fault_is_caught(watch, monkeypatch):
+    with pytest.raises(AssertionError, match=r"rand\.generator on cuda"):
+        torch.rand(3, generator=torch.Generator(), device=GPU)  # the CPU's generator
     augment = trainer.augment
-    monkeypatch.setattr(trainer, "augment", lambda *a: (fault(a[0]), augment(*a))[1])
-    with pytest.raises(error, match=message):
+
+    def waiting(images, *rest):
+        torch.zeros(3).to(images.device, non_blocking=True)  # from memory that is not pinned
+        return augment(images, *rest)
+
+    monkeypatch.setattr(trainer, "augment", waiting)
+    with pytest.raises(AssertionError, match="_to_copy"):
         train_and_predict(watch, "demo")
 
 

@@ -80,14 +80,6 @@ def test_orthogonalizing_keeps_singular_vectors_and_brings_their_values_near_1(s
     assert off_diagonal.abs().max() < (0.05 if dtype == torch.bfloat16 else 1e-4)
 
 
-def test_muon_leaves_a_weight_without_a_gradient_alone():
-    used, unused = (torch.nn.Parameter(torch.ones(4, 4)) for _ in range(2))
-    optimizer = Muon([{"params": [used, unused]}], lr=0.1, weight_decay=0.1)
-    used.grad = torch.eye(4)
-    optimizer.step()
-    assert (unused == 1).all() and not torch.equal(used, torch.ones(4, 4))
-
-
 # ---------------------------------------------------------------------------- the model's
 
 

@@ -81,13 +81,6 @@ def test_the_readme_is_short_and_names_every_module():
             assert module.name in text, module
 
 
-def test_continuous_integration_runs_the_test_command_of_the_readme():
-    (command,) = re.findall(r"^python3 -m venv .* && pytest$", README.read_text(), re.MULTILINE)
-    pattern = "^python3 -m venv .* && pytest$"
-    assert f"grep -E '{pattern}' README.md" in (ROOT / ".ci/run").read_text()
-    assert command.endswith("-r requirements.txt -r requirements-dev.txt && pytest")
-
-
 @pytest.mark.parametrize(
     ("page", "study", "least"),
     [

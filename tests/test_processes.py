@@ -1,7 +1,6 @@
 """Runs that are stopped, killed, locked out, starved of disk or shared among processes."""
 
 import errno
-import json
 import math
 import os
 import random
@@ -31,16 +30,16 @@ DROPOUT = "--dropout 0.2 --attention-dropout 0.1 --drop-path 0.2"
 
 @pytest.fixture
 def signal_at(monkeypatch):
-    """signal_at(number, step) sends a signal to this process in the middle of a step, from 1."""
+    """signal_at(number, call) sends a signal to this process in a step, at a call of the loss."""
     cross_entropy = F.cross_entropy
 
-    def arrange(number, step):
+    def arrange(number, call):
         calls = []
 
         def interrupted(logits, labels, *weights, **options):
             if logits.requires_grad:  # not in evaluation
                 calls.append(0)
-                if len(calls) == step:
+                if len(calls) == call:
                     os.kill(os.getpid(), number)
             return cross_entropy(logits, labels, *weights, **options)
 
@@ -49,13 +48,13 @@ def signal_at(monkeypatch):
     return arrange
 
 
-def stop_and_resume(train, signal_at, tmp_path, flags, steps):
+def stop_and_resume(train, signal_at, tmp_path, flags, steps, accumulate=1):
     """Runs to the end whole, and in parts that end with the given steps; returns the difference."""
     signal_at(signal.SIGTERM, -1)
     assert train(f"--name whole {flags}") == 0
     task = f"--name parts {flags}"
     for begun, step in zip([0, *steps], steps, strict=False):
-        signal_at(signal.SIGTERM, step - begun)
+        signal_at(signal.SIGTERM, accumulate * (step - begun))
         assert train(task) == 143
         saved = utils.load_checkpoint(tmp_path / "parts/last.pt")
         assert len(saved.history) * 5 + saved.partial.steps == step
@@ -83,8 +82,8 @@ def test_every_augmentation_resumes_to_the_same_end(train, signal_at, tmp_path):
 
 
 def test_accumulation_and_a_short_last_batch_resume_to_the_same_end(train, signal_at, tmp_path):
-    flags = f"--epochs 2 {DROPOUT} --batch-size 45 --accumulate 1"
-    assert stop_and_resume(train, signal_at, tmp_path, flags, [4, 9]) == 0
+    flags = f"--epochs 2 {DROPOUT} --batch-size 45 --accumulate 2"
+    assert stop_and_resume(train, signal_at, tmp_path, flags, [4, 9], accumulate=2) == 0
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -93,9 +92,9 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
 ):
     before = signal.getsignal(number)
     signal_at(number, 7)
-    assert train("--name a --epochs 3 --no-test") == status
+    assert train("--name a --epochs 3 --no-test --save-minutes 5") == status
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"resume with --resume {tmp_path / 'a'} --no-test" in line
+    assert line.endswith(f"resume with --resume {tmp_path / 'a'} --no-test --save-minutes 5.0")
     saved = utils.load_checkpoint(tmp_path / "a/last.pt")
     assert (len(saved.history), saved.partial.steps) == (1, 2)
     assert signal.getsignal(number) is before
@@ -143,7 +142,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
 # ---------------------------------------------------------------------------- SIGKILL
 
 
-def test_killed_at_every_point_of_a_save_and_at_random_moments(tmp_path):
+def test_killed_around_the_renames_of_a_save_and_at_random_moments(tmp_path):
     """A run is killed and resumed, again and again, and ends as one that never was."""
     flags = f"--epochs 5 {DROPOUT} --save-minutes 0"
     assert finished(start("--evaluate nowhere", tmp_path)) == 2  # the server of processes is up
@@ -176,43 +175,6 @@ def test_killed_at_every_point_of_a_save_and_at_random_moments(tmp_path):
     assert {path.name for path in folder.iterdir()} == names
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_the_real_program_stopped_at_20_random_moments(tmp_path, number):
-    recipe = "--recipe demo --patch-size 8 --epochs 4 --dropout 0.1 --drop-path 0.1".split()
-    program = [sys.executable, str(ROOT / "src/trainer.py"), "--output-dir", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def started(*flags):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
-        return subprocess.Popen([*program, *flags], text=True, **pipes)
-
-    assert started(*recipe, "--name", "whole").wait(10 * small.PATIENCE) == 0
-    length = json.loads((tmp_path / "whole/result.json").read_text())["seconds"]["training"]
-
-    folder, resumes, stopped = tmp_path / "parts", 0, 0
-    task = [*recipe, "--name", "parts", "--save-minutes", "0.001"]
-    chance = random.Random(0)
-    for _ in range(20):
-        process = started(*task)
-        if number != signal.SIGKILL or chance.random() < 0.8:  # else while it is loading
-            assert "parameters" in process.stdout.readline()
-        time.sleep(chance.uniform(0, length / 15))
-        process.send_signal(number)
-        _, error = process.communicate(timeout=small.PATIENCE)
-        wanted = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
-        assert process.returncode in (wanted, 0), error
-        stopped += process.returncode == wanted
-        if (folder / "last.pt").exists():
-            utils.load_model(folder / "last.pt")
-            task = ["--resume", str(folder), "--save-minutes", "0.001"]
-            resumes += 1
-    assert started(*task).wait(10 * small.PATIENCE) == 0
-    changed = differing(tmp_path / "whole", folder)
-    print(f"{stopped} times {number.name}, {resumes} resumes, {changed} differing numbers")
-    assert changed == 0 and stopped > 10
-
-
 # ---------------------------------------------------------------------------- one run, one folder
 
 
@@ -235,7 +197,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(train, tmp_path, caps
     assert first.is_alive() and (folder / "last.pt").exists()
     first.kill()
     finished(first)
-    stray = folder / ".last.pt.stray.part"
+    stray = folder / ".last.pt.part"
     stray.write_bytes(b"half a checkpoint")
     done = len(utils.load_checkpoint(folder / "last.pt").history)
     assert train(f"--resume {folder} --epochs {done + 1}") == 0
@@ -323,19 +285,6 @@ def test_a_folder_removed_under_a_run_is_made_again(train, tmp_path, monkeypatch
     monkeypatch.setattr(Run, "save", removing)
     assert train("--name a --epochs 2") == 0
     assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 2
-
-
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_becomes_read_only_ends_the_run_with_1(train, tmp_path, monkeypatch):
-    save = Run.save
-
-    def closing(run, **options):
-        save(run, **options)
-        run.folder.chmod(0o500)
-
-    monkeypatch.setattr(Run, "save", closing)
-    assert train("--name a --epochs 2") == 1
-    assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 1
 
 
 def test_a_stop_that_cannot_save_says_so(train, signal_at, failing_saves, capsys):
@@ -439,7 +388,7 @@ def test_two_ranks_train_as_one_does(train, tmp_path, flags):
     results = [result_of(folder / "result.json") for folder in (one, two)]
     assert [results[0][name] for name in counted] == [results[1][name] for name in counted]
     assert results[1]["test_loss"] == pytest.approx(results[0]["test_loss"], abs=1e-9)
-    assert (tmp_path / "log1").read_text() == ""  # rank 0 alone speaks
+    assert (tmp_path / "log1").read_text() == ""  # only rank 0 prints
     assert "epoch   4/4" in (tmp_path / "log0").read_text()
 
 
@@ -454,18 +403,16 @@ def test_a_last_batch_of_fewer_images_than_ranks_is_refused_at_the_start(tmp_pat
 
 
 def test_ranks_stop_together_and_the_run_resumes_with_another_number_of_them(train, tmp_path):
-    flags = f"{JOINT} --save-minutes 0"
+    flags = f"{JOINT} --epochs 20"
     with small.default_dtype(torch.float64):
-        assert train(f"--name one {JOINT}") == 0
+        assert train(f"--name one {flags}") == 0
     folder = tmp_path / "two"
-    ranks = start_ranks(f"--name two {flags}", tmp_path, 2, double=True)
+    ranks = start_ranks(f"--name two {flags} --save-minutes 0", tmp_path, 2, double=True)
     wait_for((folder / "last.pt").exists, ranks[0])
     os.kill(ranks[1].pid, signal.SIGTERM)  # one is told, both stop
-    statuses = [finished(rank) for rank in ranks]
-    assert statuses in ([143, 143], [0, 0])  # 0: it was done before the signal came
-    task = f"--resume {folder}"
+    assert [finished(rank) for rank in ranks] == [143, 143]
     with small.default_dtype(torch.float64):
-        assert train(task) == 0
+        assert train(f"--resume {folder}") == 0
     difference = greatest_difference(torch_weights(tmp_path / "one"), torch_weights(folder))
     assert difference < 1e-9
     assert rows_of(tmp_path / "one/metrics.csv") == rows_of(folder / "metrics.csv")
@@ -489,14 +436,6 @@ def test_bad_input_ends_every_rank_with_2_and_its_line(tmp_path):
     for rank, prefix in enumerate(("trainer.py: ", "rank 1: trainer.py: ")):
         (line,) = (tmp_path / f"log{rank}").read_text().splitlines()
         assert line.startswith(prefix) and "nowhere.pth" in line
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 60, 64])
-def test_shares_hold_each_row_once(size):
-    rows = torch.arange(60)
-    shares = [processes.World(rank, size).share(rows) for rank in range(size)]
-    assert torch.equal(torch.cat(shares), rows)
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.slow

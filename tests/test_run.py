@@ -11,10 +11,11 @@ import run
 import trainer
 import utils
 from config import UserError
+from data import Preprocessing
 from evaluation import Evaluation
 from recipes import TrainConfig
-from run import Run, RunOptions, check_fit, new_run, training_flops
-from small import rows_of
+from run import Run, RunOptions, new_run, training_flops
+from small import SHAPES, rows_of
 from ViT import ViT, ViTConfig
 
 SAVE_IS_DUE = Run.save_is_due  # which the fixture `train` replaces
@@ -66,25 +67,6 @@ def test_epochs_cannot_be_fewer_than_are_done(train, tmp_path, capsys):
     assert (tmp_path / "a/last.pt").read_bytes() == before
 
 
-def test_a_copy_of_a_checkpoint_does_not_overwrite_the_last_one(train, tmp_path, capsys):
-    assert train("--name a --epochs 1") == 0
-    last, copy = tmp_path / "a/last.pt", tmp_path / "a/backup.pt"
-    copy.write_bytes(last.read_bytes())
-    assert train(f"--resume {last} --epochs 2") == 0
-    before = last.read_bytes()
-    assert train(f"--resume {copy} --epochs 3") == 2
-    assert f"its last.pt, not {copy}" in capsys.readouterr().err
-    assert last.read_bytes() == before
-
-
-def test_only_epochs_and_accumulation_can_change_on_resume(train, tmp_path, capsys):
-    assert train("--name a --epochs 1") == 0
-    assert train(f"--resume {tmp_path / 'a'} --batch-size 7") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "--batch-size cannot be used with --resume, which takes" in line
-    assert line.endswith("--epochs, --accumulate")
-
-
 def test_a_run_saves_by_the_minute_and_at_its_end(train, tmp_path, monkeypatch):
     """Each of the 25 steps counts for 18 seconds: four of them are more than a minute."""
     saved, save, after_step = [], Run.save, trainer.after_step
@@ -124,33 +106,15 @@ def test_a_name_that_is_no_folder_of_its_own_is_refused(name):
         RunOptions(name=name)
 
 
-def other(dataset, **options):
-    """A data set with the images' preprocessing changed."""
-    changed = dataclasses.replace(dataset.preprocessing, **options)
-    return dataclasses.replace(dataset, name="other", preprocessing=changed)
-
-
-def test_the_model_has_the_channels_and_classes_of_the_data_set(
-    small_shapes, tmp_path, monkeypatch
-):
-    gray = other(small_shapes, mean=(0.5,), std=(0.2,))
-    gray = dataclasses.replace(gray, classes=("a", "b"))
+def test_the_model_has_the_channels_and_classes_of_the_data_set(tmp_path, monkeypatch):
+    expected = Preprocessing(size=(32, 32), mean=(0.5,), std=(0.2,))
+    gray = dataclasses.replace(SHAPES, classes=("a", "b"), preprocessing=expected)
     monkeypatch.setattr(run, "load_dataset", lambda *_, **__: gray)
     options, cpu = RunOptions(output_dir=tmp_path, name="a"), torch.device("cpu")
     begun = new_run("demo", ViTConfig(), TrainConfig(), options, cpu, run.ALONE_JOB)
     config = begun.model.config
     assert (config.channels, config.classes, config.image_size) == (1, 2, (32, 32))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-def test_a_checkpoint_fits_the_data_set_of_its_classes(train, tmp_path, small_shapes):
-    assert train("--name a --epochs 1") == 0
-    saved = utils.load_checkpoint(tmp_path / "a/last.pt")
-    check_fit(saved, small_shapes)
-    check_fit(saved, other(small_shapes, mean=(0.1,) * 3))  # the checkpoint's own are used
-    fewer = dataclasses.replace(small_shapes, classes=saved.classes[:9])
-    with pytest.raises(UserError, match="9 instead of 10"):
-        check_fit(saved, fewer)
 
 
 # ---------------------------------------------------------------------------- its operations
@@ -179,9 +143,9 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(pooling, dropped, 
     assert counter.get_total_flops() == 2 * (training_flops(config, dropped) - patches)
 
 
-def test_the_operations_of_a_run_are_those_of_its_phases(small_shapes):
+def test_the_operations_of_a_run_are_those_of_its_phases():
     config = TrainConfig(epochs=10, patch_dropout=0.5, whole_epochs=2, batch_size=50)
-    begun = Run(ViT(ViTConfig()), config, small_shapes, torch.device("cpu"))
+    begun = Run(ViT(ViTConfig()), config, SHAPES, torch.device("cpu"))
     total = sum(map(begun.flops, config.phases()))
     per_image = [training_flops(ViTConfig(), share) for share in (0.5, 0.0)]
     assert total == 200 * (8 * per_image[0] + 2 * per_image[1])

@@ -92,10 +92,10 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, tmp
     assert same_weights(a, b) and not same_weights(a, c)
 
 
-def test_compiling_pays_by_the_operations_of_the_phase_and_the_kind_of_device(small_shapes):
+def test_compiling_pays_by_the_operations_of_the_phase_and_the_kind_of_device():
     """One epoch of 200 images: a run of a device is asked, none is used."""
     config = TrainConfig(epochs=10, warmup_epochs=0, batch_size=50)
-    run = trainer.Run(ViT(ViTConfig()), config, small_shapes, torch.device("cpu"))
+    run = trainer.Run(ViT(ViTConfig()), config, small.SHAPES, torch.device("cpu"))
     (phase,) = config.phases()
     operations = run.flops(phase)
     for kind, worth in (("cpu", 2e13), ("cuda", 3e15)):
@@ -300,7 +300,7 @@ def test_the_program_runs_from_any_folder(tmp_path):
     assert json.loads((tmp_path / "runs/a/result.json").read_text())["epochs"] == 1
 
 
-def test_balanced_classes_weigh_alike(train, monkeypatch, small_shapes):
+def test_balanced_classes_weigh_alike(train, monkeypatch):
     """A class of a third of the images counts a third as much an image."""
     seen, cross_entropy = [], F.cross_entropy
 
@@ -308,7 +308,7 @@ def test_balanced_classes_weigh_alike(train, monkeypatch, small_shapes):
         seen.append(weights)
         return cross_entropy(logits, targets, weights, **options)
 
-    labels = small_shapes.train.labels
+    labels = small.SHAPES.train.labels
     monkeypatch.setattr(F, "cross_entropy", watched)
     assert train("--name a --epochs 1 --balance --no-test") == 0
     weights = seen[0]
@@ -344,7 +344,7 @@ def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
 
 
 def stopping_after(epochs):
-    """In place of `Run.end_epoch`: a signal arrives in the epoch after so many."""
+    """In place of `Run.end_epoch`: a signal arrives after that many epochs."""
     end_epoch = Run.end_epoch
 
     def end(run, record):

@@ -6,7 +6,6 @@ import pickle
 import random
 import re
 import subprocess
-import zipfile
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import torch
 import small
 import utils
 from config import UserError
-from utils import generator_for, load_checkpoint, load_model, write_whole
+from utils import generator_for, load_checkpoint, load_model
 
 
 @pytest.fixture
@@ -23,48 +22,45 @@ def checkpoint(train, tmp_path):
     return tmp_path / "a/last.pt"
 
 
-def test_a_checkpoint_alone_gives_back_the_model(checkpoint, small_shapes):
+def test_a_checkpoint_gives_back_the_model(checkpoint):
     model, content = load_model(checkpoint)
     plain = torch.load(checkpoint, weights_only=True)
-    assert plain["classes"] == list(small_shapes.classes) == content.classes
+    assert plain["classes"] == list(small.SHAPES.classes) == content.classes
     assert plain["preprocessing"]["mean"] == (0.31,) * 3
-    assert content.preprocessing == small_shapes.preprocessing
+    assert content.preprocessing == small.SHAPES.preprocessing
     assert plain["model"]["width"] == 16 and plain["training"]["batch_size"] == 40
-    twin, _ = load_model(checkpoint)
-    images = torch.randn(3, 3, 32, 32)
     assert not model.training
-    assert torch.equal(model(images), twin(images))
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, plain["weights"][name])
 
 
-def test_a_model_alone_is_a_small_checkpoint_of_half_precision(train, tmp_path, capsys):
+def test_an_exported_model_is_a_small_checkpoint_of_half_precision(train, tmp_path, capsys):
     """Loaded in full precision."""
     assert train("--name a --epochs 2 --optimizer muon") == 0
     assert train(f"--export {tmp_path / 'a'}") == 0
-    last, alone = tmp_path / "a/last.pt", tmp_path / "a/model.pt"
-    assert f"wrote {alone}" in capsys.readouterr().out
+    last, exported = tmp_path / "a/last.pt", tmp_path / "a/model.pt"
+    assert f"wrote {exported}" in capsys.readouterr().out
     weights = load_checkpoint(last).weights
-    plain = torch.load(alone, weights_only=True)
-    model, content = load_model(alone)
+    plain = torch.load(exported, weights_only=True)
+    model, content = load_model(exported)
     for name, weight in model.state_dict().items():
         assert plain["weights"][name].dtype == torch.float16 and weight.dtype == torch.float32
         assert torch.equal(weight, weights[name].half().float())
     assert content.history[1].epoch == 2 and content.classes == plain["classes"]
-    assert alone.stat().st_size < last.stat().st_size / 3
+    assert exported.stat().st_size < last.stat().st_size / 3
 
-    before = alone.read_bytes()
-    assert train(f"--evaluate {alone}") == 0
+    before = exported.read_bytes()
+    assert train(f"--evaluate {exported}") == 0
     capsys.readouterr()
     for task, named in (
-        (f"--resume {alone}", f"its last.pt, not {alone}"),
+        (f"--resume {exported}", f"its last.pt, not {exported}"),
         (f"--export {tmp_path / 'a'}", "--overwrite"),
         (f"--export {tmp_path / 'b'}", f"{tmp_path / 'b'}"),
     ):
         assert train(task) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert named in line
-    assert alone.read_bytes() == before
+    assert exported.read_bytes() == before
     assert train(f"--export {tmp_path / 'a'} --overwrite") == 0
 
 
@@ -100,12 +96,6 @@ def damage(name, path, tmp_path):
         path.write_bytes(pickle.dumps(trap))
     elif name == "torch pickle":
         torch.save(whole | {"weights": trap}, path)
-    elif name == "old torch pickle":
-        torch.save(whole | {"weights": trap}, path, _use_new_zipfile_serialization=False)
-    elif name == "trap for a key":
-        torch.save(whole | {trap: 1}, path)
-    elif name == "program":
-        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     elif name == "bare weights":
         torch.save(whole["weights"], path)
     elif name == "a list":
@@ -120,20 +110,9 @@ def damage(name, path, tmp_path):
         path.unlink()
 
 
-def repack(path, pickled):
-    """Writes an archive again, with another pickle."""
-    with zipfile.ZipFile(path) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in records.items():
-            archive.writestr(name, pickled if name.endswith("data.pkl") else content)
+DAMAGES = "text,empty,cut off,pickle,torch pickle,bare weights,a list,folder,pipe,gone"
 
 
-DAMAGES = "text,empty,cut off,pickle,torch pickle,old torch pickle,trap for a key,program"
-DAMAGES += ",bare weights,a list,folder,pipe,gone"
-
-
-@pytest.mark.filterwarnings("ignore")  # of torch.jit
 @pytest.mark.parametrize("name", DAMAGES.split(","))
 def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(name, checkpoint, tmp_path):
     damage(name, checkpoint, tmp_path)
@@ -145,22 +124,17 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(name, che
 
 # Places in a checkpoint, as the keys that lead there, what to put there, and what the line names.
 GONE = "a value that is taken away"
-LIES = [
+INVALID = [
     ("format", 99, "format 99, this code reads 3 to 5"),
     ("format", 2, "format 2"),
     ("format", True, "src/trainer.py did not write it"),
     ("format", GONE, "src/trainer.py did not write it"),
     ("weights", GONE, "Checkpoint lacks the field 'weights'"),
     ("surprise", 1, "Checkpoint has no field 'surprise'"),
-    ("recipe", ["demo"], "recipe must be str, not a list"),
-    ("model", [], "ViTConfig must be a dict"),
     ("model.width", 32, "size mismatch"),
-    ("model.width", "16", "width must be int, not '16'"),
     ("model.width", 10**30, "damaged"),
     ("model.depth", 10**9, "depth is 1000000000"),
     ("model.color", "red", "ViTConfig has no field 'color'"),
-    ("model.pooling", "max", "pooling must be 'class' or 'mean'"),
-    ("model.dropout", math.nan, "dropout must be a finite number"),
     ("model.image_size", (32, 32, 32), "image_size must be"),
     ("model.image_size", (2**20, 2**20), "1048576 x 1048576"),
     ("weights.head.bias", GONE, 'Missing key(s) in state_dict: "head.bias"'),
@@ -168,26 +142,14 @@ LIES = [
     ("weights.head.bias", torch.zeros(11), "size mismatch for head.bias"),
     ("weights.head.bias", torch.zeros(10).double(), "head.bias is of torch.float64"),
     ("weights.head.bias", torch.full((10,), math.inf), "weights must be"),
-    ("averaged", {}, "Checkpoint has no field 'averaged'"),
-    ("history", {}, "history must be"),
     ("history.0.epoch", 7, "history must have a row for each epoch"),
-    ("history.0.train_loss", math.nan, "train_loss must be a finite number"),
     ("history.0.train_loss", GONE, "EpochRecord lacks the field 'train_loss'"),
-    ("history.0.seconds", 0.0, "seconds must be in (0, inf)"),
     ("partial.losses", torch.zeros(4), "partial must have one loss for each step"),
     ("partial.losses", torch.zeros(1).expand(10**13), "losses must be"),
-    ("partial.steps", -1, "steps must be in [1, inf), not -1"),
     ("partial", {"steps": 6, "losses": torch.ones(6), "correct": 9, "seconds": 1.0}, "step 6 of 5"),
-    ("partial.correct", None, "correct must be int, not None"),
-    ("total_seconds", "long", "total_seconds must be a finite number"),
     ("classes", ["cat"], "1 names, but the model has 10 classes"),
     ("classes", [f"class {n}" for n in range(10)], "'disc' instead of 'class 0'"),
-    ("preprocessing.mean", (0.3, 0.3), "std must be 2 positive numbers"),
-    ("preprocessing.mean", (0.3, 0.3, math.inf), "mean must be"),
-    ("preprocessing.std", (0.3, 0.3, 0.0), "std must be 3 positive numbers"),
     ("preprocessing.size", (16, 16), "preprocessing is not that of 3 x 32 x 32 pixels"),
-    ("training.epochs", 0, "epochs must be in [1, inf), not 0"),
-    ("training.speed", 1, "TrainConfig has no field 'speed'"),
     ("optimizers", [], "without its optimizers"),
     ("optimizers", [{}], "optimizers has 1 entries, not 2"),
     ("optimizers.0", {}, "the state of AdamW is not that of"),
@@ -212,8 +174,8 @@ def half_way(tmp_path_factory):
     return folder / "a/last.pt"
 
 
-@pytest.mark.parametrize(("place", "value", "named"), LIES, ids=lambda value: f"{value!s:.40}")
-def test_a_checkpoint_that_lies_is_refused_in_one_line(
+@pytest.mark.parametrize(("place", "value", "named"), INVALID, ids=lambda value: f"{value!s:.40}")
+def test_a_checkpoint_with_an_invalid_field_is_refused_in_one_line(
     train, half_way, tmp_path, capsys, place, value, named
 ):
     path = tmp_path / "last.pt"
@@ -243,7 +205,7 @@ def resumed(train, content, folder):
 
 
 def test_fields_that_a_file_lacks_have_their_defaults(train, half_way, tmp_path):
-    """It is also shown that the checkpoint the lies are put into is a good one."""
+    """And without `INVALID` fields the checkpoint `half_way` is a good one."""
     content = torch.load(half_way, weights_only=True)
     whole = resumed(train, content, tmp_path / "whole")
     for fields, name in ((content, "total_seconds"), (content["training"], "cutmix")):
@@ -352,92 +314,25 @@ def test_a_damaged_file_of_format_3_is_refused_in_one_line(half_way, tmp_path, n
 # ---------------------------------------------------------------------------- damage
 
 
-def flipped(content, chance, places):
-    """A file with a few bits changed at random, at some of the given places."""
-    content = bytearray(content)
-    for _ in range(chance.choice((1, 1, 1, 8))):
-        content[chance.choice(places)] ^= 1 << chance.randrange(8)
-    return bytes(content)
-
-
-def parts_of_archive(path):
-    """Where the parts of a checkpoint lie: the pickle, headers of records, tensors, directory."""
-    with zipfile.ZipFile(path) as archive:
-        records, directory = archive.infolist(), archive.start_dir
-    size = path.stat().st_size
-    parts = {"directory": range(directory, size), "anywhere": range(size), "first": range(64)}
-    parts["headers"] = [
-        at for each in records for at in range(each.header_offset, each.header_offset + 60)
-    ]
-    (pickled,) = (each for each in records if each.filename.endswith("data.pkl"))
-    begin = pickled.header_offset + 64
-    parts["pickle"] = range(begin, begin + pickled.file_size)
-    return parts
-
-
-def tensors_of(checkpoint):
-    return [checkpoint.weights, *small.flat(checkpoint.optimizers)]
-
-
-def fuzz(half_way, tmp_path, each, seed):
-    """Loads damaged copies; every one is refused in a line, or is what it was.
-
-    Returns:
-        How many were refused, and how many had their damage where nothing is read.
-    """
+def test_a_damaged_checkpoint_is_refused_in_one_line_or_harmless(half_way, tmp_path):
+    """Cut off or with a bit changed at 100 random places; a bit of padding does no harm."""
     content, path = half_way.read_bytes(), tmp_path / "damaged.pt"
-    chance, parts = random.Random(seed), parts_of_archive(half_way)
-    damaged = [content[: chance.randrange(len(content))] for _ in range(each)]
-    damaged += [content[:-length] for length in range(1, each + 1)]
-    for places in parts.values():
-        damaged += [flipped(content, chance, places) for _ in range(each)]
-    pickled = content[parts["pickle"].start : parts["pickle"].stop]
-    good = load_checkpoint(half_way)
-    refused = unharmed = 0
-    for number in range(len(damaged) + each):
-        if number < len(damaged):
-            path.write_bytes(damaged[number])
-        else:  # a pickle with bits changed and its checksum right: only the content tells
-            path.write_bytes(content)
-            repack(path, flipped(pickled, chance, range(len(pickled))))
-        try:
-            _, loaded = load_model(path)
-        except UserError as error:
-            assert "\n" not in str(error) and str(path) in str(error)
-            refused += 1
-        else:
-            if number < len(damaged):
-                assert repr(loaded) == repr(good), number  # which leaves out most of a tensor
-                assert all(map(small.same_weights, tensors_of(loaded), tensors_of(good))), number
-            unharmed += 1
-    return refused, unharmed
-
-
-def test_damaged_checkpoints_are_refused_in_one_line(half_way, tmp_path):
-    refused, unharmed = fuzz(half_way, tmp_path, each=40, seed=0)
-    print(f"{refused + unharmed} damaged files: {refused} refused, {unharmed} unharmed")
-    assert refused + unharmed >= 300 and refused > 200
-
-
-@pytest.mark.slow
-def test_many_damaged_checkpoints_are_refused_in_one_line(half_way, tmp_path):
-    refused, unharmed = fuzz(half_way, tmp_path, each=1500, seed=1)
-    print(f"{refused + unharmed} damaged files: {refused} refused, {unharmed} unharmed")
-    assert refused > 8000
-
-
-def test_a_failed_save_keeps_the_last_good_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_whole(path, b"good")
-
-    def disk_full(_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(utils.os, "fsync", disk_full)
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, b"better")
-    assert path.read_bytes() == b"good"
-    assert list(tmp_path.iterdir()) == [path]
+    chance, good, refused = random.Random(0), load_checkpoint(half_way), 0
+    for _ in range(100):
+        place, bit = chance.randrange(len(content)), 1 << chance.randrange(8)
+        flipped = content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+        for damaged in (content[:place], flipped):
+            path.write_bytes(damaged)
+            try:
+                loaded = load_checkpoint(path)
+            except UserError as error:
+                assert "\n" not in str(error) and str(path) in str(error)
+                refused += 1
+            else:
+                assert repr(loaded) == repr(good)  # which leaves out most of a tensor
+                pairs = zip(small.tensors_of(loaded), small.tensors_of(good), strict=True)
+                assert damaged == flipped and all(small.same_weights(*pair) for pair in pairs)
+    assert refused > 150
 
 
 def test_the_commit_of_the_code_has_a_mark_where_files_have_changed(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import catalogue
 import cli
 import data
 import explain
+import figures
 import small
 import steps
 import utils
@@ -24,14 +25,15 @@ import vis
 from catalogue import OF_AN_IMAGE, OF_THE_MODEL, STEPS
 from config import UserError
 from recipes import TrainConfig
-from small import ROOT
+from small import ROOT, SHAPES
+from test_figures import assert_readable
 from ViT import Trace, ViT, ViTConfig
 
 KINDS = {"image": set(OF_AN_IMAGE)} | {name: set(of) for name, of in OF_THE_MODEL.items()}
 
 
 @pytest.fixture
-def draw(monkeypatch, tmp_path, small_shapes):
+def draw(monkeypatch, tmp_path):
     """draw("model --dpi 50") draws the checkpoint tmp/run/last.pt into tmp/out.
 
     Where no test has trained one, it is of an untrained model, in its shape like `train`'s.
@@ -42,11 +44,24 @@ def draw(monkeypatch, tmp_path, small_shapes):
 
     def run(flags):
         if not checkpoint.exists():
-            write_checkpoint(checkpoint, small_shapes)
+            write_checkpoint(checkpoint, SHAPES)
         paths = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
         return cli.status_of(vis.main, [*paths, "--dpi", "40", *flags.split()])
 
     return run
+
+
+@pytest.fixture
+def readable(monkeypatch):
+    """Every figure that is saved is looked at."""
+    save = figures.save
+
+    def save_readable(figure, path, dpi):
+        save(figure, path, dpi)
+        figure.set_dpi(dpi)  # of its layout
+        assert_readable(figure, titled=path.stem != "overview")
+
+    monkeypatch.setattr(figures, "save", save_readable)
 
 
 def write_checkpoint(path, dataset, training=None, **options):
@@ -105,7 +120,7 @@ def manifest(tmp_path) -> dict:
 
 @pytest.mark.parametrize("training", ["--pooling class --positions learned", "--pooling mean"])
 def test_all_draws_every_figure_and_the_manifest_lists_them(
-    train, draw, tmp_path, training, capsys
+    train, draw, readable, tmp_path, training, capsys
 ):
     assert train(f"--name run --epochs 1 {training}") == 0
     assert draw("--index 3 --save-data") == 0
@@ -130,11 +145,11 @@ def load(tmp_path, name) -> dict:
         return dict(arrays)
 
 
-def test_saved_arrays_are_what_the_functions_give(train, draw, tmp_path, small_shapes):
+def test_saved_arrays_are_what_the_functions_give(train, draw, tmp_path):
     assert train("--name run --epochs 1 --pooling class --positions learned") == 0
     assert draw("--index 3 --save-data") == 0
     model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
-    images, labels = whole(small_shapes.validation)
+    images, labels = whole(SHAPES.validation)
     logits, trace = traced(model, checkpoint, images)
 
     saved = load(tmp_path, "image/validation-3/attention")["attention"]
@@ -211,16 +226,14 @@ def test_layers_and_heads_can_be_chosen(draw, tmp_path, monkeypatch, flags, shap
         np.testing.assert_array_equal(chosen[0, 0], everything[0].max(axis=0))
 
 
-def test_augmentation_has_a_row_for_each_operation_of_the_recipe(
-    draw, tmp_path, small_shapes, monkeypatch
-):
+def test_augmentation_has_a_row_for_each_operation_of_the_recipe(draw, tmp_path, monkeypatch):
     monkeypatch.setattr(
         vis,
         "OF_THE_MODEL",
         {"data": {"augmentation": catalogue.OF_THE_MODEL["data"]["augmentation"]}},
     )
     used = {"crop_padding": 2, "cutmix": 1.0, "mixup": 0.8}
-    write_checkpoint(tmp_path / "run/last.pt", small_shapes, used)
+    write_checkpoint(tmp_path / "run/last.pt", SHAPES, used)
     assert draw("data --save-data --seed 3") == 0
     saved = {k: torch.from_numpy(v) for k, v in load(tmp_path, "data/augmentation").items()}
     operations = ["random_flip", "random_crop", "Mixup", "CutMix"]
@@ -237,7 +250,7 @@ def test_augmentation_has_a_row_for_each_operation_of_the_recipe(
     expected, _ = augment.augment(images, torch.eye(10)[:8], recipe, 3, coins, 0)
     assert torch.equal(saved["whole_recipe"], expected)
 
-    write_checkpoint(tmp_path / "run/last.pt", small_shapes, {"flip": "off", "crop_padding": 0})
+    write_checkpoint(tmp_path / "run/last.pt", SHAPES, {"flip": "off", "crop_padding": 0})
     assert draw("data") == 0
     assert manifest(tmp_path)["not_applicable"] == {
         "data/augmentation": "the recipe uses no augmentation"
@@ -245,12 +258,10 @@ def test_augmentation_has_a_row_for_each_operation_of_the_recipe(
 
 
 @pytest.mark.parametrize("target", ["pred", "label", "star"])
-def test_the_target_comes_first_and_then_the_most_probable_other_class(
-    draw, tmp_path, target, small_shapes
-):
+def test_the_target_comes_first_and_then_the_most_probable_other_class(draw, tmp_path, target):
     assert draw(f"image --index 0 --query cls --target {target}") == 0
     model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
-    images, labels = small_shapes.validation.take(torch.arange(1))
+    images, labels = SHAPES.validation.take(torch.arange(1))
     logits, _ = traced(model, checkpoint, images)
     order = [checkpoint.classes[k] for k in logits[0].argsort(descending=True)]
     label = checkpoint.classes[labels[0]]
@@ -264,9 +275,7 @@ def test_the_target_comes_first_and_then_the_most_probable_other_class(
     }
 
 
-def test_without_held_out_images_the_test_images_are_shown(
-    draw, tmp_path, small_shapes, monkeypatch, capsys
-):
+def test_without_held_out_images_the_test_images_are_shown(draw, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         vis, "OF_THE_MODEL", {"run": {"confusion": catalogue.OF_THE_MODEL["run"]["confusion"]}}
     )
@@ -274,10 +283,10 @@ def test_without_held_out_images_the_test_images_are_shown(
     assert manifest(tmp_path)["split"] == "validation"
     assert draw("run --split test --save-data") == 0
     assert load(tmp_path, "run/confusion")["counts"].sum() == 60
-    write_checkpoint(tmp_path / "run/last.pt", small_shapes, {"validation_images": 0})
+    write_checkpoint(tmp_path / "run/last.pt", SHAPES, {"validation_images": 0})
     assert draw("run") == 0
     assert manifest(tmp_path)["split"] == "test"
-    neither = dataclasses.replace(small_shapes, validation=None, test=None)
+    neither = dataclasses.replace(SHAPES, validation=None, test=None)
     monkeypatch.setattr(catalogue, "load_dataset", lambda *_, **__: neither)
     capsys.readouterr()
     assert draw("run") == 2
@@ -330,7 +339,7 @@ def test_image_files_need_no_data_set(draw, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("removal", ["drop", "black"])
-def test_faithfulness_has_a_table_of_all_maps(draw, tmp_path, removal, capsys):
+def test_faithfulness_has_a_table_of_all_maps(draw, readable, tmp_path, removal, capsys):
     assert draw(f"faithfulness --images 6 --save-data --removal {removal}") == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     names = {line.split(" | ")[0].removeprefix("| ") for line in table[1:]}
@@ -350,18 +359,18 @@ def test_faithfulness_has_a_table_of_all_maps(draw, tmp_path, removal, capsys):
     assert load(tmp_path, "faithfulness/heads")["lost"].shape == (2, 2)
 
 
-def test_images_are_normalized_as_the_checkpoint_states(draw, tmp_path, small_shapes):
+def test_images_are_normalized_as_the_checkpoint_states(draw, tmp_path):
     other = data.Preprocessing(size=(32, 32), mean=(0.9,) * 3, std=(0.1,) * 3)
-    dataset = dataclasses.replace(small_shapes, preprocessing=other)
+    dataset = dataclasses.replace(SHAPES, preprocessing=other)
     write_checkpoint(tmp_path / "run/last.pt", dataset)
     assert draw("steps --index 0 --save-data") == 0
     patches = load(tmp_path, "steps/validation-0/1-image")["patches"]
-    pixels = whole(small_shapes.validation).images[0] / 255
+    pixels = whole(SHAPES.validation).images[0] / 255
     assert patches.mean() == pytest.approx((pixels.mean().item() - 0.9) / 0.1, rel=1e-4)
 
 
-def test_non_square_images_have_a_wide_grid(draw, monkeypatch, tmp_path, small_shapes):
-    dataset = cropped(small_shapes, slice(8, 24), slice(4, 28))
+def test_non_square_images_have_a_wide_grid(draw, readable, monkeypatch, tmp_path):
+    dataset = cropped(SHAPES, slice(8, 24), slice(4, 28))
     monkeypatch.setattr(catalogue, "load_dataset", lambda *_, **__: dataset)
     write_checkpoint(tmp_path / "run/last.pt", dataset)
     assert draw("--index 1 --query 2,3 --save-data") == 0
@@ -370,10 +379,8 @@ def test_non_square_images_have_a_wide_grid(draw, monkeypatch, tmp_path, small_s
     assert len(manifest(tmp_path)["figures"]) == 3 + 11 + 1 + 2 + 7 + 3
 
 
-def test_a_single_patch_and_a_single_channel_can_be_drawn(
-    draw, monkeypatch, tmp_path, small_shapes
-):
-    dataset = cropped(small_shapes, slice(8, 16), slice(8, 16), channels=1)
+def test_a_single_patch_and_a_single_channel_can_be_drawn(draw, readable, monkeypatch, tmp_path):
+    dataset = cropped(SHAPES, slice(8, 16), slice(8, 16), channels=1)
     monkeypatch.setattr(catalogue, "load_dataset", lambda *_, **__: dataset)
     write_checkpoint(tmp_path / "run/last.pt", dataset, pooling="mean")
     assert draw("") == 0
@@ -383,12 +390,12 @@ def test_a_single_patch_and_a_single_channel_can_be_drawn(
 # ---------------------------------------------------------------------------- the ten steps
 
 
-def test_steps_show_the_chosen_patch_layer_and_head(draw, tmp_path, small_shapes):
+def test_steps_show_the_chosen_patch_layer_and_head(draw, tmp_path):
     """The figures' arrays against the model's own parts."""
-    write_checkpoint(tmp_path / "run/last.pt", small_shapes)
+    write_checkpoint(tmp_path / "run/last.pt", SHAPES)
     assert draw("steps --index 3 --query 2,4 --layer 2 --head 1 --save-data") == 0
     model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
-    pixels, _ = small_shapes.validation.take(torch.tensor([3]))
+    pixels, _ = SHAPES.validation.take(torch.tensor([3]))
     logits, trace = traced(model, checkpoint, pixels)
 
     def saved(name):
@@ -413,13 +420,13 @@ def test_steps_show_the_chosen_patch_layer_and_head(draw, tmp_path, small_shapes
     torch.testing.assert_close(saved("10-classifier")["lens"][-1], logits[0].softmax(0))
 
 
-def test_a_scene_points_at_the_chosen_patch(small_shapes):
+def test_a_scene_points_at_the_chosen_patch():
     """Where attention is an identity, all weight of a patch is on itself."""
     model = ViT(ViTConfig(patch_size=8, width=16, depth=2, heads=2)).eval()
-    pixels, _ = small_shapes.test.take(torch.arange(1))
-    image = small_shapes.preprocessing.normalize(pixels)[0]
+    pixels, _ = SHAPES.test.take(torch.arange(1))
+    image = SHAPES.preprocessing.normalize(pixels)[0]
     picture = pixels[0].permute(1, 2, 0).numpy()
-    scene = steps.scene_of(model, image, picture, list(small_shapes.classes), patch=(1, 2))
+    scene = steps.scene_of(model, image, picture, list(SHAPES.classes), patch=(1, 2))
     assert (scene.number, scene.token, scene.block) == (6, 7, 1)
     row = scene.of_patch(torch.eye(17))
     assert row.shape == (4, 4) and row[1, 2] == 1 and row.sum() == 1
@@ -434,19 +441,12 @@ def test_a_scene_points_at_the_chosen_patch(small_shapes):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            "image --index 50",
-            "--index 50 is out of range 0 to 49 of the validation images of shapes",
-        ),
-        ("image --index -1", "--index -1 is out of range"),
+        ("image --index 50", "--index 50 is out of range 0 to 49 of the validation images of"),
         ("image --index zero", "'zero' is not numbers such as 0,7"),
         ("image --layer 3", "--layer 3 is out of range 1 to 2"),
-        ("image --layer 0", "--layer 0 is out of range"),
         ("image --layer first", "'first' is neither a number nor all"),
-        ("image --head 3", "--head 3 is out of range 1 to 2"),
         ("image --head most", "'most' is neither a number nor all, mean, max, min"),
         ("image --query 5,1", "--query 5,1 is out of range 1,1 to 4,4"),
-        ("image --query 0,1", "--query 0,1 is out of range"),
         ("image --query 5", "'5' is neither cls nor a patch such as 3,4"),
         ("image --target sta", "--target 'sta' is not a class; did you mean 'star'?"),
         ("image --target zebra", "--target 'zebra' is not a class; choose from disc, ring,"),
@@ -456,9 +456,6 @@ def test_a_scene_points_at_the_chosen_patch(small_shapes):
         ("image --index 0 --dir nowhere", "not allowed with"),
         ("faces", "invalid choice: 'faces'"),
         ("model --dpi 5", "dpi must be in [20, 1200], not 5"),
-        ("model --seed -1", "seed must be in [0, 1e15], not -1"),
-        ("model --format bmp", "invalid choice: 'bmp'"),
-        ("model --device abacus", "--device abacus is not available"),
         ("model --checkpoint nowhere.pt", "nowhere.pt"),
         ("model --chekpoint x", "did you mean --checkpoint?"),
     ],

@@ -522,7 +522,7 @@ def draw_token_pca(model: Model) -> Picture:
 
 def draw_attention_examples(model: Model) -> Picture:
     rollout = model.probe.rollout.numpy()
-    relative = figures.RELATIVE(model.config.patches * rollout[shown(model)])
+    relative = figures.RELATIVE(model.config.tokens * rollout[shown(model)])
     figure = figures.sheet(
         {
             "input": sheet_pictures(model),
@@ -631,7 +631,7 @@ def draw_faithfulness(model: Model) -> Picture:
             "Probability of the class that the whole image is given, as patches are "
             f"{lost[model.options.removal]}, in the order of each map and in {RANDOM_ORDERS} "
             "random orders (gray). Left, the most important are removed first: lower is better, "
-            f"and lowest for {best}. Right, the most important alone are left: higher is better."
+            f"and lowest for {best}. Right, only the most important are left: higher is better."
         ),
     )
     arrays = {name.replace(" ", "_"): curves.numpy() for name, curves in measured.items()}
@@ -688,8 +688,8 @@ def draw_head_worth(model: Model) -> Picture:
         title=f"What a head is worth: {len(rows)} {model.of_split}",
         caption=(
             "Left: accuracy lost without one head, whose output is set to zero, from "
-            f"{worth.accuracy:.1%}. Right: without more and more heads, first those that are least "
-            "missed alone; heads that can replace each other are missed together."
+            f"{worth.accuracy:.1%}. Right: without more and more heads, the least "
+            "useful first; of heads that can replace each other, each alone looks useless."
         ),
     )
     arrays = {"lost": lost.numpy(), "pruned": worth.pruned.numpy()}

@@ -1,4 +1,4 @@
-"""The maths of the figures: functions from attention weights, gradients and tokens to tensors.
+"""The math of the figures: functions from attention weights, gradients and tokens to tensors.
 
     A    attention weights of one block, (..., h, T, T): row i weights what token i reads
     z    tokens after one block, (n, T, D), of n images
@@ -11,7 +11,7 @@ A `Trace` has both, of every block. Ways to combine the blocks' attention into o
     relevance           the same weights, accumulated block by block: class-specific
     LeGrad              max(dy_c/dA, 0) of the class score after each block, summed over the blocks
 
-How faithful a map is to the model, `kept_probabilities` tells: remove patches in the map's order.
+`kept_probabilities` removes patches in a map's order: how faithful is the map to the model?
 """
 
 import math
@@ -125,7 +125,7 @@ def attention_gradients(
 
 
 def score(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the targets' logits, of which each image's gradient is that of its own."""
+    """The sum of the targets' logits; each image's gradient is that of its own logit."""
     return logits.gather(1, targets[:, None]).sum()
 
 
@@ -317,7 +317,7 @@ def kept_probabilities(
     """A class's probability when the first 1/n, 2/n, ..., n/n of an image's patches are left.
 
     In a map's order this is its insertion curve. In the opposite order, read from its end, it is
-    the deletion curve: the patches that the map holds for most important are missing.
+    the deletion curve: the patches that the map ranks as most important are missing.
 
     Args:
         order: (B, N), the rows of all patches; the first are left the longest.
@@ -366,7 +366,7 @@ class HeadWorth(NamedTuple):
 
 
 def head_worth(model: ViT, accuracy_and_loss: Callable[[], tuple[float, float]]) -> HeadWorth:
-    """Accuracy without each head, and without more and more of those that are missed the least.
+    """Accuracy without each head, and without more and more heads, the least useful first.
 
     Args:
         accuracy_and_loss: of the model as it is now; the loss orders heads of equal accuracy.

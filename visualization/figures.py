@@ -608,7 +608,7 @@ def contact_sheet(
 
 
 def wilson_interval(share: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of the 95% intervals of shares of so many images (Wilson, 1927)."""
+    """The ends of the 95% intervals of shares of n images (Wilson, 1927)."""
     z2 = 1.96**2
     n = np.maximum(counts, 1)
     center = (share + z2 / (2 * n)) / (1 + z2 / n)

@@ -498,10 +498,12 @@ def attention(scene: Scene) -> Figure:
 
 @styled
 def heads(scene: Scene) -> Figure:
-    maps = scene.of_patch(scene.walk.attention[scene.block])[:MOST_TILES]
+    all_heads = scene.of_patch(scene.walk.attention[scene.block])
+    maps = all_heads[:MOST_TILES]
     title = f"7. Several heads attend in parallel: layer {scene.block + 1}"
+    which = "each head" if len(maps) == len(all_heads) else f"{len(maps)} of {len(all_heads)} heads"
     caption = (
-        "Attention of the outlined patch in each head. The outputs of the heads are concatenated "
+        f"Attention of the outlined patch in {which}. The outputs of the heads are concatenated "
         "and mixed by a linear map."
     )
     figure, axes = _row(title, [1] * (len(maps) + 1), 1.25, caption)

@@ -153,7 +153,8 @@ STUDIES = {
             "scratch-long": "--recipe cpu --epochs 20",
             "finetune-long": f"{_TUNED} --epochs 20",
             "cifar100-scratch": "--recipe cpu --dataset cifar100 --epochs 5",
-            "cifar100-finetune": f"--recipe finetune --dataset cifar100 {_LIKE_CPU} --epochs 2",
+            "cifar100-finetune": f"--recipe finetune --dataset cifar100 {_LIKE_CPU} --epochs 1"
+            " --warmup-epochs 0.2",
         },
     ),
     # The first five are at equal operations too.

@@ -58,12 +58,13 @@ def draw_curves(figure: Figure, history: list[EpochRecord], training: TrainConfi
     curve(losses, "validation_loss", "validation", marker=".")
     curve(accuracies, "validation_accuracy", "validation", 100, marker=".")
     labels = ("loss (nats)", "accuracy (%)", "learning rate")
+    ends = changes(training)
     for axes, label in zip((losses, accuracies, rates), labels, strict=True):
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.grid(alpha=0.3)
-        for (after, names), style in zip(changes(training).items(), ("--", ":", "-."), strict=False):
-            label = f"end of {' and '.join(names)}"
+        for after, style in zip(ends, ("--", ":", "-."), strict=False):
+            label = f"end of {' and '.join(ends[after])}"
             axes.axvline(after, color="0.5", linewidth=1, linestyle=style, label=label)
     handles, labels = losses.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)

@@ -412,7 +412,7 @@ def embedding(scene: Scene) -> Figure:
         "Each row is a patch; arrowheads mark the same one on both sides. Blue is negative, red "
         "positive. The bias is not shown."
     )
-    ratios = [inputs / D, 0.08, 0.9, 0.08, 1]
+    ratios = [min(inputs / D, 3), 0.08, 0.9, 0.08, 1]  # beyond 3 the titles would not fit
     figure, axes = _row(title, ratios, 1.7, caption)
     _matrix(axes[0], x, "patches", f"{inputs} numbers", f"{N} patches")
     _sign(axes[1], r"$\times$")

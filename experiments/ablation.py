@@ -47,10 +47,10 @@ class Study(NamedTuple):
         return "--device cpu" in self.base
 
 
-# The studies began from an earlier cpu recipe.
+# The studies began from earlier cpu recipes.
 _SHORT = (
     "--recipe cpu --compile on --no-test --device cpu --width 128 --heads 4 --label-smoothing 0.1"
-    " --muon-learning-rate 0.02"
+    " --muon-learning-rate 0.02 --batch-size 250"
 )
 _SHAPE = (
     f"{_SHORT} --epochs 12 --warmup-epochs 0.25 --patch-dropout 0.75 --whole-epochs 0"
@@ -60,6 +60,7 @@ _SHAPE = (
 _FROM = "--init-from checkpoints/cifar100/last.pt"
 _LIKE_CPU = "--batch-size 250 --patch-dropout 0.75 --resized-crop 0 --crop-padding 2"
 _TUNED = f"--recipe finetune {_FROM} {_LIKE_CPU}"
+_SCRATCH = "--recipe cpu --batch-size 250 --muon-learning-rate 0.01"
 
 STUDIES = {
     "recipe": Study(
@@ -146,13 +147,13 @@ STUDIES = {
         ROOT / "results/transfer",
         "--no-test --device cpu --compile on --validate-every 100",
         {
-            "scratch": "--recipe cpu --epochs 5",
+            "scratch": f"{_SCRATCH} --epochs 5",
             "finetune": f"{_TUNED} --epochs 5",
             "one-rate": f"{_TUNED} --epochs 5 --layer-decay 1",
             "linear-probe": f"--recipe linear-probe {_FROM} --epochs 4",
-            "scratch-long": "--recipe cpu --epochs 20",
+            "scratch-long": f"{_SCRATCH} --epochs 20",
             "finetune-long": f"{_TUNED} --epochs 20",
-            "cifar100-scratch": "--recipe cpu --dataset cifar100 --epochs 5",
+            "cifar100-scratch": f"{_SCRATCH} --dataset cifar100 --epochs 5",
             "cifar100-finetune": f"--recipe finetune --dataset cifar100 {_LIKE_CPU} --epochs 1"
             " --warmup-epochs 0.2",
         },

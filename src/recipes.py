@@ -299,7 +299,12 @@ RECIPES = {
             patch_size=4, width=96, depth=4, heads=6, pooling="mean", positions="sincos"
         ),
         train=replace(
-            _MUON, epochs=42, batch_size=250, warmup_epochs=0.5, crop_padding=2, validate_every=7
+            _MUON,
+            epochs=53,
+            muon_learning_rate=0.014,
+            warmup_epochs=0.5,
+            crop_padding=2,
+            validate_every=10,
         ),
     ),
     "shipped": Recipe(

@@ -88,7 +88,7 @@ def test_the_readme_is_short_and_names_every_module():
         ("recipe", "trend", 22),
         ("speed94", "shape", 10),
         ("speed94", "size", 4),
-        ("finetuning", "transfer", 6),
+        ("finetuning", "transfer", 8),
     ],
 )
 def test_the_tables_of_changes_are_those_of_the_runs(page, study, least, capsys):

@@ -8,7 +8,7 @@ import memory
 
 def test_a_row_states_the_model_and_both_peaks(monkeypatch, capsys):
     monkeypatch.setattr(memory, "SIZES", ("small",))
-    assert cli.status_of(memory.main, ["--batch-size", "8"]) == 0
+    assert cli.status_of(memory.main, ["--batch-size", "32"]) == 0
     *_, line = capsys.readouterr().out.splitlines()
     assert line.startswith("| small | 22,050,664 | 28e9 |")  # timm's count; 4.6e9 forward, x 6
     kept, recomputed = (float(value) for value in re.findall(r"([\d.]+) GB", line))

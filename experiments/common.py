@@ -136,7 +136,7 @@ def step_of(run: Run, forward: Forward, optimize: bool = True) -> Callable[[], N
     """A step of `train_epoch` without its input, on a batch of random images.
 
     Args:
-        optimize: False leaves out the optimizers: only the forward and backward pass.
+        optimize: False leaves out the optimizers, and times only the forward and backward pass.
     """
     batch = run.dataset.train.take(torch.arange(run.config.batch_size, device=run.device))
     targets = F.one_hot(batch.labels, len(run.dataset.classes)).float()

@@ -59,18 +59,18 @@ class ViTConfig(Config):
     classes: Annotated[int, "K, the number of classes", "[1, inf)"] = 10
     width: Annotated[int, "D, the length of a token", "[1, inf)"] = 192
     depth: Annotated[int, "L, the number of encoder blocks", "[1, inf)"] = 12
-    heads: Annotated[int, "h, attention heads, each with D / h of the width", "[1, inf)"] = 3
+    heads: Annotated[int, "h, attention heads; D / h is the width of each", "[1, inf)"] = 3
     mlp_ratio: Annotated[float, "hidden width of the MLP over D", "(0, inf)"] = 4.0
     dropout: Annotated[float, "after the embedding, the attention and MLP layers", "[0, 1)"] = 0.0
     attention_dropout: Annotated[float, "dropout on the attention weights A", "[0, 1)"] = 0.0
-    drop_path: Annotated[float, "stochastic depth's rate at the last block", "[0, 1)"] = 0.0
+    drop_path: Annotated[float, "stochastic depth: rate of the last block", "[0, 1)"] = 0.0
     qkv_bias: Annotated[bool, "a bias on queries, keys and values"] = True
     attention: Annotated[
         Literal["auto", "plain", "fused"],
         f"matrix products or the fused kernel; auto: plain on a CPU up to {PLAIN_TOKENS} tokens",
     ] = "auto"
     pooling: Annotated[Literal["class", "mean"], "class token, or mean of the patches"] = "class"
-    positions: Annotated[Literal["learned", "sincos"], "learned, or fixed 2-D"] = "learned"
+    positions: Annotated[Literal["learned", "sincos"], "learned, or fixed sine-cosine"] = "learned"
     checkpoint_activations: Annotated[
         bool, "recompute the blocks in the backward pass: less memory, a third more operations"
     ] = False

@@ -96,7 +96,7 @@ def cutmix(
     """CutMix (Yun et al., arXiv 1905.04899): a box of each image is another's.
 
     Args:
-        shares: (B,), how much of the image itself is kept; more where the image cuts the box off.
+        shares: (B,), how much of the image itself is kept; more where the box is cut off.
     """
     B, _, H, W = images.shape
     center_y, center_x = torch.rand(2, B, generator=generator, device=images.device)

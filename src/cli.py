@@ -107,14 +107,15 @@ def given(arguments: argparse.Namespace, config_class: type[Config]) -> dict[str
 
 
 def changed_flags(config: Config, names: Iterable[str]) -> list[str]:
-    """The command line of those fields whose value is not the default."""
-    flags = []
-    for name in (name for name in names if name in config.fields()):
-        value, default = getattr(config, name), getattr(type(config)(), name)
-        flag = name.replace("_", "-")
-        if value != default and isinstance(value, bool):
+    """The flags of those of the named fields whose value is not the default."""
+    flags, default = [], type(config)()
+    for name in config.fields():
+        value, flag = getattr(config, name), name.replace("_", "-")
+        if name not in names or value == getattr(default, name):
+            continue
+        if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value != default:
+        else:
             flags += [f"--{flag}", shlex.quote(str(value))]
     return flags
 

@@ -46,17 +46,17 @@ class TrainConfig(Config):
     layer_decay: Annotated[
         float, "learning rate of each block relative to the next one; 1: all alike", "(0, 1]"
     ] = 1.0
-    weight_decay: Annotated[float, "of matrices; decoupled but for SGD", "[0, inf)"] = 0.05
+    weight_decay: Annotated[float, "of the matrices; decoupled except for SGD", "[0, inf)"] = 0.05
     warmup_epochs: Annotated[float, "epochs of linear warm-up", "[0, inf)"] = 5.0
     schedule: Annotated[Literal["cosine", "linear"], "decay to 0 after the warm-up"] = "cosine"
-    gradient_clip: Annotated[float, "maximum norm of the gradient; 0: any", "[0, inf)"] = 1.0
+    gradient_clip: Annotated[float, "maximum gradient norm; 0: no clipping", "[0, inf)"] = 1.0
     label_smoothing: Annotated[float, "label smoothing", "[0, 1)"] = 0.1
     balance: Annotated[bool, "weight the loss so that all classes count alike"] = False
     flip: Annotated[
         Literal["off", "random", "alternating"],
         "horizontal flip: with probability 1/2, or every other epoch",
     ] = "random"
-    crop_padding: Annotated[int, "padding before a random crop; 0: no crop", "[0, inf)"] = 4
+    crop_padding: Annotated[int, "pixels of padding for a random crop; 0: none", "[0, inf)"] = 4
     resized_crop: Annotated[
         float, "least share of the image in a random resized crop; 0 disables", "[0, 1]"
     ] = 0.0

@@ -88,6 +88,15 @@ def absent(shape):
     yield
 
 
+def test_the_shares_of_a_step_by_hand(monkeypatch):
+    """Of an epoch of 8 steps in 10 s: a bare step takes 1 s, its passes 0.5 s."""
+    taken = {"epoch": [10.0], "step": [1.0], "passes": [0.5]}
+    monkeypatch.setattr(benchmark, "time_alternating", lambda *_: taken)
+    found = benchmark.time_outside(TINY, "eager", CPU, steps=8)
+    shares = {"outside_share": 0.6, "optimizers_share": 0.4}
+    assert found == pytest.approx({"seconds_per_step": 1.25, **shares})
+
+
 def test_the_benchmark_writes_all_its_parts(tiny, tmp_path, capsys):
     out = tmp_path / "b.json"
     flags = ["--device", "cpu", "--mode", "eager", "--rounds", "1", "--json", str(out)]

@@ -11,7 +11,7 @@ A `Trace` has both, of every block. Ways to combine the blocks' attention into o
     relevance           the same weights, accumulated block by block: class-specific
     LeGrad              max(dy_c/dA, 0) of the class score after each block, summed over the blocks
 
-`kept_probabilities` removes patches in a map's order: how faithful is the map to the model?
+`kept_probabilities` tests how faithful a map is, by removing patches in the map's order.
 """
 
 import math

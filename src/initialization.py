@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from data import Preprocessing, Split
 from evaluation import predict
-from ViT import ViT
+from ViT import ViT, patchify
 
 
 @torch.no_grad()
@@ -28,6 +28,27 @@ def mimetic(model: ViT) -> None:
         left, right = _factors(0.4 * torch.randn(D, D) * D**-0.5 - 0.4 * identity)
         v.copy_(left.T)
         block.attn.proj.weight.copy_(right.T)
+
+
+@torch.no_grad()
+def whiten_patches(model: ViT, split: Split, preprocessing: Preprocessing) -> None:
+    """Gives the patch embedding the weights that make its outputs white over a split's patches.
+
+    Neighboring pixels are nearly equal, so a few directions hold most of the variance of patches,
+    and a random map passes on little else. Here each direction counts alike, but for those of least
+    variance, which are noise. airbench does so for its first convolution (Jordan, arXiv 2404.00498,
+    3.2); a ViT needs no copies of opposite sign, but a random rotation into its width.
+    """
+    rows = torch.linspace(0, len(split) - 1, min(len(split), 5000)).long()
+    images = preprocessing.normalize(split.take(rows.to(split.labels.device)).images).cpu()
+    patches = patchify(images, model.config.patch_size).flatten(0, 1)  # (n N, C P P)
+    variances, axes = torch.linalg.eigh(patches.T.cov())
+    whitening = axes.T / (variances + 0.01).sqrt()[:, None]  # (C P P, C P P)
+    rotation = torch.empty_like(model.embed.proj.weight)  # (D, C P P)
+    width, inputs = rotation.shape
+    # With more outputs than inputs, a rotation alone would make the outputs' variance below 1.
+    nn.init.orthogonal_(rotation, gain=max(1, width / inputs) ** 0.5)
+    model.embed.proj.weight.copy_(rotation @ whitening)
 
 
 @torch.no_grad()

@@ -136,14 +136,11 @@ def rules(config: TrainConfig) -> list[Rule]:
     muon, others = config.optimizer == "muon", "SGD" if config.optimizer == "sgd" else "AdamW"
     decay = {"weight_decay": config.weight_decay}
     of_muon, of_others = {"lr": config.muon_learning_rate} | decay, {"lr": config.learning_rate}
+    matrices = r"(embed\.proj|blocks\.\d+\.(attn|mlp)\.\w+)\.weight"
     return [
         *[Rule(r"blocks\.\d+\.attn\.qkv\.weight", "Muon", of_muon | {"parts": 3})] * muon,
-        *[Rule(r"blocks\.\d+\.(attn|mlp)\.\w+\.weight", "Muon", of_muon)] * muon,
-        Rule(
-            r"(embed\.proj|head|blocks\.\d+\.(attn|mlp)\.\w+)\.weight",
-            others,
-            of_others | decay,
-        ),
+        *[Rule(matrices, "Muon", of_muon)] * muon,
+        Rule(rf"{matrices}|head\.weight", others, of_others | decay),
         Rule(r".*", others, of_others | {"weight_decay": 0.0}),
     ]
 

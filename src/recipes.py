@@ -26,6 +26,9 @@ class TrainConfig(Config):
     initialization: Annotated[
         Literal["paper", "mimetic"], "the reference code's, or mimetic initialization of attention"
     ] = "paper"
+    whiten_patches: Annotated[
+        bool, "begin with a patch embedding whose outputs are white over the training images"
+    ] = False
     init_from: Annotated[
         str | None, "weights to start from: a file, timm:NAME or torchvision:NAME[:WEIGHTS]"
     ] = None
@@ -39,7 +42,7 @@ class TrainConfig(Config):
     ] = 1
     optimizer: Annotated[
         Literal["adamw", "muon", "sgd"],
-        "adamw or sgd for all, or muon for the matrices inside the blocks and adamw for the rest",
+        "adamw or sgd for all, or muon for all matrices but the head's and adamw for the rest",
     ] = "adamw"
     learning_rate: Annotated[float, "peak learning rate of AdamW or SGD", "[0, inf)"] = 1e-3
     muon_learning_rate: Annotated[float, "Muon's peak learning rate", "[0, inf)"] = 0.02
@@ -124,6 +127,7 @@ class Recipe:
 # What results/ablation and results/trend found best on two CPU cores (docs/recipe.md).
 _MUON = TrainConfig(
     initialization="mimetic",
+    whiten_patches=True,
     optimizer="muon",
     learning_rate=3e-3,
     muon_learning_rate=0.01,

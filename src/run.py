@@ -22,7 +22,7 @@ import device as devices
 import utils
 from config import Config, UserError
 from data import Dataset, Preprocessing
-from initialization import mimetic, standardize_features
+from initialization import mimetic, standardize_features, whiten_patches
 from optimizers import learning_rate_factor, load_optimizers, make_optimizers
 from pretrained import load_pretrained
 from processes import ALONE, ALONE_JOB, Job, World, without_averaging
@@ -383,8 +383,11 @@ def new_run(
     model, notes = ViT(model_config), [*dataset.notes]
     if start:
         notes.append(start.initialize(model, dataset.classes))
-    elif config.initialization == "mimetic":
-        mimetic(model)
+    else:
+        if config.initialization == "mimetic":
+            mimetic(model)
+        if config.whiten_patches:
+            whiten_patches(model, dataset.train, preprocessing)
     if config.freeze:
         standardize_features(model.to(device), dataset.train, preprocessing)
     run = Run(model, config, dataset, device, job, recipe=recipe, folder=folder, options=options)

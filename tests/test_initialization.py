@@ -5,8 +5,8 @@ import torch
 
 from data import Preprocessing, Split
 from evaluation import predict
-from initialization import mimetic, standardize_features
-from ViT import ViT, ViTConfig
+from initialization import mimetic, standardize_features, whiten_patches
+from ViT import ViT, ViTConfig, patchify
 
 
 def test_mimetic_attention_has_the_products_of_the_paper():
@@ -39,6 +39,30 @@ def test_mimetic_products_of_whole_rank_are_exact():
     output = model.blocks[0].attn.proj.weight
     torch.testing.assert_close(q.T @ k, 0.7 * similar + 0.7 * torch.eye(16))
     torch.testing.assert_close(v.T @ output.T, 0.4 * contrary - 0.4 * torch.eye(16))
+
+
+@pytest.mark.parametrize(("width", "variance"), [(96, 2.0), (48, 1.0), (24, 1.0)])
+def test_whitened_patches_have_one_variance_in_every_direction(width, variance):
+    """Over neighboring pixels that resemble each other, as an independent PCA measures."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(60, 3, 10, 10, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(40, 40), mode="bilinear")
+    noise = 60 * torch.rand(60, 3, 40, 40, generator=generator)
+    split = Split((195 * smooth + noise).byte(), torch.zeros(60).long())
+    preprocessing = Preprocessing(size=(40, 40), mean=(0.5,) * 3, std=(0.05,) * 3)
+    model = ViT(ViTConfig(image_size=40, patch_size=4, width=width, heads=1, depth=1))
+    whiten_patches(model, split, preprocessing)
+    patches = patchify(preprocessing.normalize(split.take(torch.arange(60)).images), 4)
+    before = torch.pca_lowrank(patches.flatten(0, 1), 48, niter=9)[1]
+    outputs = model.embed.proj(patches).detach().flatten(0, 1)
+    after = torch.pca_lowrank(outputs, min(width, 48), niter=9)[1]
+    assert before[0] > 5 * before[-1]
+    torch.testing.assert_close(
+        after.square() / (len(outputs) - 1),
+        torch.full_like(after, variance),
+        rtol=0.03,
+        atol=0,
+    )
 
 
 def test_standardized_features_leave_the_logits_as_they_are():

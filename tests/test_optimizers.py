@@ -98,13 +98,14 @@ def test_every_parameter_is_in_exactly_one_group_with_the_decay_of_its_kind(opti
         assert decay_of[id(weight)] == (0 if free else 0.3), name
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_those_of_q_k_and_v_apart():
+def test_muon_takes_all_matrices_but_the_heads_and_those_of_q_k_and_v_apart():
     model = ViT(MICRO)
     _, muon = make_optimizers(model, TrainConfig(optimizer="muon"), "bf16")
     parts = {id(w): group["parts"] for group in muon.param_groups for w in group["params"]}
     taken = {name: parts[id(w)] for name, w in model.named_parameters() if id(w) in parts}
     kinds = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}
-    assert taken == {f"blocks.{i}.{kind}.weight": n for i in range(4) for kind, n in kinds.items()}
+    blocks = {f"blocks.{i}.{kind}.weight": n for i in range(4) for kind, n in kinds.items()}
+    assert taken == {"embed.proj.weight": 1} | blocks
 
 
 @pytest.mark.parametrize(
@@ -126,17 +127,18 @@ def test_the_rate_of_a_layer_is_the_next_one_s_times_the_decay(optimizer):
     for name, weight in model.named_parameters():
         part, number = [*name.split("."), "0"][:2]
         exponent = {"embed": 5, "blocks": 4 - int(number) if number.isdigit() else 0}.get(part, 0)
-        fast = optimizer == "muon" and part == "blocks" and weight.ndim == 2
+        fast = optimizer == "muon" and part != "head" and weight.ndim == 2
         full = config.muon_learning_rate if fast else 1.0
         assert rate_of[id(weight)] == pytest.approx(full * 0.5**exponent), name
 
 
 def test_what_is_frozen_is_in_no_group():
     model = ViT(MICRO)
-    model.blocks.requires_grad_(False)
+    for part in (model.embed, model.blocks):
+        part.requires_grad_(False)
     optimizers = make_optimizers(model, TrainConfig(optimizer="muon"), "bf16")
     assert [type(optimizer).__name__ for optimizer in optimizers] == ["AdamW"]
     (optimizer,) = optimizers
     found = {id(w) for group in optimizer.param_groups for w in group["params"]}
     names = {name for name, weight in model.named_parameters() if id(weight) in found}
-    assert names and not any(name.startswith("blocks.") for name in names)
+    assert names and not any(name.startswith(("embed.", "blocks.")) for name in names)

@@ -20,7 +20,7 @@ import sources
 import trainer
 import utils
 from config import UserError
-from initialization import mimetic
+from initialization import mimetic, whiten_patches
 from recipes import Recipe, TrainConfig
 from run import Diverged, Run, RunOptions
 from small import ROOT, rows_of, same_weights, weights_of
@@ -66,14 +66,16 @@ def test_a_recipe_sets_the_initialization_and_the_patches_it_trains_on(
     """With a learning rate of 0 the weights stay as they began."""
     tokens = watch_tokens(monkeypatch)
     still = "--epochs 1 --learning-rate 0 --weight-decay 0 --optimizer adamw --seed 4"
-    for initialization in ("paper", "mimetic"):
-        flags = f"--initialization {initialization} --patch-dropout 0.75 --name {initialization}"
-        assert train(f"{flags} {still}") == 0
-        saved = utils.load_checkpoint(tmp_path / initialization / "last.pt")
+    for name, flags in {"paper": "", "mimetic": "", "white": "--whiten-patches"}.items():
+        flags = f"{flags} --initialization {name.replace('white', 'mimetic')} --name {name}"
+        assert train(f"{flags} --patch-dropout 0.75 {still}") == 0
+        saved = utils.load_checkpoint(tmp_path / name / "last.pt")
         torch.manual_seed(4)
         model = ViT(saved.model)
-        if initialization == "mimetic":
+        if name != "paper":
             mimetic(model)
+        if name == "white":
+            whiten_patches(model, small.SHAPES.train, saved.preprocessing)
         assert same_weights(saved.weights, model.state_dict())
     assert set(tokens) == {4, 16}  # of training and of evaluation
 

@@ -9,6 +9,7 @@
     shape     width, depth and patch dropout at equal operations, on a CPU; two hours
     size      the width at a third of these operations; 15 minutes
     trend     what could make the cpu recipe better, one seed; two hours
+    embedding a white or a random patch embedding, and what then helps; ten minutes on two cores
     transfer  CIFAR-10 from scratch and from a model of CIFAR-100, which `python src/trainer.py
               --recipe cpu --dataset cifar100 --name cifar100` trains; and the other way; an hour
     speed94   options of the speed94 recipe, for a GPU; not yet run
@@ -142,6 +143,20 @@ STUDIES = {
             "batch-125": "--batch-size 125 --epochs 39",
             "combined-batch-500": "--label-smoothing 0 --heads 6 --batch-size 500",
             "combined-muon-low": "--label-smoothing 0 --heads 6 --muon-learning-rate 0.01",
+        },
+        seeds=(0,),
+    ),
+    # Equal time, about: four minutes of one core.
+    "embedding": Study(
+        ROOT / "results/trend/embedding",
+        "--recipe cpu --compile on --no-test --device cpu --width 96 --heads 6 --epochs 12"
+        " --flip random --validate-every 4",
+        {
+            "none": "",
+            "random": "--no-whiten-patches",
+            "alternating": "--flip alternating",
+            "width-64": "--width 64 --heads 4 --epochs 18",
+            "half": "--patch-dropout 0.5 --epochs 6 --warmup-epochs 0.25",
         },
         seeds=(0,),
     ),

@@ -300,11 +300,11 @@ RECIPES = {
         Expect    85.0% validation, 84.7% test accuracy (mean of 3 seeds)
         """,
         model=ViTConfig(
-            patch_size=4, width=64, depth=4, heads=4, pooling="mean", positions="sincos"
+            patch_size=4, width=80, depth=4, heads=5, pooling="mean", positions="sincos"
         ),
         train=replace(
             _MUON,
-            epochs=74,
+            epochs=60,
             muon_learning_rate=0.014,
             warmup_epochs=0.5,
             flip="alternating",
@@ -325,6 +325,7 @@ RECIPES = {
         ),
         train=replace(
             _STRONG,
+            whiten_patches=False,  # of the included model
             epochs=130,
             muon_learning_rate=0.014,
             mixed_epochs=0.9,

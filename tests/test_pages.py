@@ -86,6 +86,7 @@ def test_the_readme_is_short_and_names_every_module():
     [
         ("recipe", "recipe", 13),
         ("recipe", "trend", 22),
+        ("recipe", "embedding", 5),
         ("speed94", "shape", 10),
         ("speed94", "size", 4),
         ("finetuning", "transfer", 8),

@@ -297,9 +297,7 @@ def announce(run: Run) -> None:
         f"{count}{devices.device_name(run.device)}"
     )
     if run.device.type == "cpu" and sum(map(run.flops, run.config.phases())) > FOR_A_GPU:
-        run.say(
-            "this recipe targets a GPU; expect hours or days here (--recipe cpu: eleven minutes)"
-        )
+        run.say("this recipe targets a GPU; expect hours or days here (--recipe cpu: ten minutes)")
 
 
 def validate(run: Run) -> bool:

@@ -146,7 +146,8 @@ def load(tmp_path, name) -> dict:
 
 
 def test_saved_arrays_are_what_the_functions_give(train, draw, tmp_path):
-    assert train("--name run --epochs 1 --pooling class --positions learned") == 0
+    flags = "--epochs 1 --pooling class --positions learned --precision fp32"  # that of figures
+    assert train(f"--name run {flags}") == 0
     assert draw("--index 3 --save-data") == 0
     model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
     images, labels = whole(SHAPES.validation)

@@ -49,9 +49,10 @@ class Study(NamedTuple):
 
 
 # The studies began from earlier cpu recipes.
+_EARLIER = "--recipe cpu --batch-size 250 --flip random --no-whiten-patches"
 _SHORT = (
-    "--recipe cpu --compile on --no-test --device cpu --width 128 --heads 4 --label-smoothing 0.1"
-    " --muon-learning-rate 0.02 --batch-size 250 --flip random --no-whiten-patches"
+    f"{_EARLIER} --compile on --no-test --device cpu --width 128 --heads 4 --label-smoothing 0.1"
+    " --muon-learning-rate 0.02"
 )
 _SHAPE = (
     f"{_SHORT} --epochs 12 --warmup-epochs 0.25 --patch-dropout 0.75 --whole-epochs 0"
@@ -61,10 +62,7 @@ _SHAPE = (
 _FROM = "--init-from checkpoints/cifar100/last.pt"
 _LIKE_CPU = "--batch-size 250 --patch-dropout 0.75 --resized-crop 0 --crop-padding 2"
 _TUNED = f"--recipe finetune {_FROM} {_LIKE_CPU}"
-_SCRATCH = (
-    "--recipe cpu --batch-size 250 --muon-learning-rate 0.01 --width 96 --heads 6 --flip random"
-    " --no-whiten-patches"
-)
+_SCRATCH = f"{_EARLIER} --muon-learning-rate 0.01 --width 96 --heads 6"
 
 STUDIES = {
     "recipe": Study(

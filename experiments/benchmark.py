@@ -287,7 +287,7 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
 
 
 def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) -> dict[str, float]:
-    """Times epochs of `train_epoch`, and bare steps with and without the optimizers, in turns."""
+    """Times epochs of `train_epoch`, bare steps, and their passes alone, alternating."""
     run = run_of(recipe, setting, steps)
     forward = forward_of(run, mode)
 

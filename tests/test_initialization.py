@@ -1,4 +1,4 @@
-"""Initializations besides the paper's: mimetic attention, standardized features."""
+"""Initializations besides the paper's: mimetic attention, white patches, standardized features."""
 
 import pytest
 import torch

@@ -66,9 +66,13 @@ def test_a_recipe_sets_the_initialization_and_the_patches_it_trains_on(
     """With a learning rate of 0 the weights stay as they began."""
     tokens = watch_tokens(monkeypatch)
     still = "--epochs 1 --learning-rate 0 --weight-decay 0 --optimizer adamw --seed 4"
-    for name, flags in {"paper": "", "mimetic": "", "white": "--whiten-patches"}.items():
-        flags = f"{flags} --initialization {name.replace('white', 'mimetic')} --name {name}"
-        assert train(f"{flags} --patch-dropout 0.75 {still}") == 0
+    initializations = {
+        "paper": "--initialization paper",
+        "mimetic": "--initialization mimetic",
+        "white": "--initialization mimetic --whiten-patches",
+    }
+    for name, flags in initializations.items():
+        assert train(f"{flags} --patch-dropout 0.75 --name {name} {still}") == 0
         saved = utils.load_checkpoint(tmp_path / name / "last.pt")
         torch.manual_seed(4)
         model = ViT(saved.model)

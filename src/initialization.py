@@ -36,9 +36,9 @@ def whiten_patches(model: ViT, split: Split, preprocessing: Preprocessing) -> No
 
     Neighboring pixels are nearly equal, so a few directions hold most of the variance of patches,
     and a random map passes on little else. Here each direction counts alike, but for those of least
-    variance, which are noise. airbench (Jordan, arXiv 2404.00498) does so for its first convolution,
-    with copies of opposite sign for the nonlinearity after it; here a random rotation into the
-    model's width takes their place.
+    variance, which are noise. airbench (Jordan, arXiv 2404.00498) does so for its first
+    convolution, with copies of opposite sign for the nonlinearity after it; here a random rotation
+    into the model's width takes their place.
     """
     rows = torch.linspace(0, len(split) - 1, min(len(split), 5000)).long()
     images = preprocessing.normalize(split.take(rows.to(split.labels.device)).images).cpu()

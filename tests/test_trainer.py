@@ -256,6 +256,20 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
     assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 1
 
 
+def test_a_validation_loss_that_is_no_number_stops_the_run(train, tmp_path, monkeypatch, capsys):
+    results = []
+
+    def broken_in_the_second_epoch(*arguments):
+        results.append(evaluation.evaluate(*arguments))
+        return results[0] if len(results) == 1 else results[1]._replace(loss=math.nan)
+
+    monkeypatch.setattr(trainer, "evaluate", broken_in_the_second_epoch)
+    assert train("--name a --epochs 3") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the validation loss is nan at step 10 (epoch 2" in line and "holds step 5" in line
+    assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 1
+
+
 # ---------------------------------------------------------------------------- ways to start a run
 
 

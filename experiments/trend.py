@@ -82,7 +82,7 @@ def draw_operations(axes: Axes, studies: dict[str, dict[str, Point]]) -> None:
     flops = np.geomspace(1e13, 2e16, 50)
     law = f"best of each study: error $\\propto$ operations$^{{-{b:.2f}}}$"
     axes.plot(flops, c * flops**-b, "--", color="0.3", linewidth=1, label=law)
-    print(f"error = {c:.3g} x operations^-{b:.3f}")
+    print(f"error = {c:.3g} x operations^-{b:.4f}")
     for budget in (1e15, 1e16):
         print(f"{budget:.0e} operations: {100 - c * budget**-b:.1f}% validation accuracy")
     axes.set(xscale="log", yscale="log", xlabel="operations of the training (FLOP)")

@@ -1,5 +1,7 @@
 """Initializations besides the paper's, which is in ViT.py."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -40,7 +42,9 @@ def whiten_patches(model: ViT, split: Split, preprocessing: Preprocessing) -> No
     convolution, with copies of opposite sign for the nonlinearity after it; here a random rotation
     into the model's width takes their place.
     """
-    rows = torch.linspace(0, len(split) - 1, min(len(split), 5000)).long()
+    pixels = math.prod(model.config.image_size)
+    count = min(len(split), max(1, 5000 * 32**2 // pixels))  # the memory of 5,000 of 32 x 32
+    rows = torch.linspace(0, len(split) - 1, count).long()
     images = preprocessing.normalize(split.take(rows.to(split.labels.device)).images).cpu()
     patches = patchify(images, model.config.patch_size).flatten(0, 1)  # (n N, C P P)
     variances, axes = torch.linalg.eigh(patches.T.cov())

@@ -177,7 +177,7 @@ RECIPES = {
     ),
     # Many epochs on few patches, as the studies in results/speed94 found best at equal operations,
     # and the size that they extrapolate to (docs/speed94.md). 1.3e16 operations on all 50,000
-    # images, which an H200 does in a minute at 23% of its specified rate.
+    # images, which an H200 does in a minute at 22% of its specified rate.
     "speed94": Recipe(
         about="""For a GPU, untested: aims at 94% in a minute, on a quarter of the patches.
 
@@ -223,16 +223,16 @@ RECIPES = {
         about="""Fine-tune weights on other data: AdamW, a lower rate for lower layers.
 
         Command   python src/trainer.py --recipe finetune --init-from WEIGHTS --dataset folder:PATH
-        Expect    depends on the data; the rate alone was tuned, on one folder (docs/finetuning.md)
+        Expect    depends on the data; not tuned, but three rates were compared (docs/finetuning.md)
         """,
         model=ViTConfig(),
         train=_FINETUNE,
     ),
     "finetune-paper": Recipe(
-        about="""Fine-tune as the paper does (B.1.1): SGD, cosine, no decay, warm-up of 500 steps.
+        about="""Fine-tune as the paper does (B.1.1): SGD, cosine, no weight decay.
 
         Command   python src/trainer.py --recipe finetune-paper --init-from WEIGHTS
-        Steps     10,000 on CIFAR-10, as in the paper's Table 4
+        Steps     10,000 on CIFAR-10, as in the paper's Table 4; 500 of warm-up, as in its code
         Expect    not known: not run yet
         """,
         model=ViTConfig(),

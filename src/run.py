@@ -124,6 +124,8 @@ class Run:
         self.begin_epoch()
         if config.compile == "graphs" and (device.type != "cuda" or self.world.size > 1):
             raise UserError("--compile graphs needs one CUDA device; use --compile on")
+        if options.keep_best and not dataset.validation:
+            raise UserError("--keep-best needs validation images; see --validation-images")
         last = len(dataset.train) % config.batch_size or config.batch_size
         if last < self.world.size:
             raise UserError(
@@ -271,6 +273,7 @@ class Run:
             training=self.config,
             preprocessing=self.preprocessing,
             classes=list(self.dataset.classes),
+            drawn_from=self.dataset.drawn_from,
             weights=on_cpu(dict(self.model.state_dict())),
             optimizers=[on_cpu(optimizer.state_dict()["state"]) for optimizer in self.optimizers],
             history=self.history,
@@ -283,7 +286,7 @@ class Run:
     def keep_best(self) -> None:
         """Writes best.pt, a model without its optimizers, if no epoch was better on validation."""
         accuracies = [row.validation_accuracy or 0 for row in self.history]
-        if self.world.leads and 0 < accuracies[-1] == max(accuracies):
+        if self.world.leads and accuracies[-1] == max(accuracies):
             best = dataclasses.replace(self.checkpoint(), optimizers=None)
             try:
                 utils.save_checkpoint(self.folder / "best.pt", best)
@@ -491,11 +494,17 @@ def dataset_for(
 
 
 def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
-    """Raises UserError where a checkpoint's model is not for the classes of a data set."""
+    """Raises UserError where a data set has other classes than a model, or is split otherwise."""
     wanted, found = (tuple(each.classes) for each in (checkpoint, dataset))
     if wanted != found:
         pairs = zip(wanted, found, strict=False)
         a, b = next((pair for pair in pairs if pair[0] != pair[1]), (len(wanted), len(found)))
         raise UserError(
             f"the classes of {dataset.name} are not the model's: {b!r} instead of {a!r}"
+        )
+    before, now = checkpoint.drawn_from, dataset.drawn_from
+    if before and now and before != now:
+        raise UserError(
+            f"{dataset.name} has {now:,} images instead of {before:,}: it is split anew, and the "
+            "model may have been trained on images that are now held out"
         )

@@ -51,6 +51,7 @@ class Source(NamedTuple):
     validation: Split | None
     test: Split | None
     notes: tuple[str, ...] = ()  # what to tell the user
+    drawn_from: int = 0  # the number of images of which the test set was drawn; 0: it was not
 
 
 # ---------------------------------------------------------------------------- torchvision's
@@ -147,7 +148,7 @@ def _folder(path: Path, wanted: Preprocessing) -> Source:
     whole = split(path)
     kept, out = stratified_split(whole.labels, round(TEST_SHARE * len(whole)))
     note = f"{path} has no folder train: {len(out)} of its pictures are the test set"
-    return Source(classes, whole.subset(kept), None, whole.subset(out), (note,))
+    return Source(classes, whole.subset(kept), None, whole.subset(out), (note,), len(whole))
 
 
 def class_folders(path: Path) -> list[str]:
@@ -212,19 +213,19 @@ DATASETS = {
 FOLDER = "folder:"
 
 
-def preprocessing_for(name: str, size: tuple[int, int] = (32, 32)) -> Preprocessing:
-    """What a new model expects of the images of a data set.
+def preprocessing_for(name: str) -> Preprocessing:
+    """What a new model expects of the images of a data set; 32 x 32 pixels.
 
     Raises:
         UserError: there is no such data set.
     """
     if name.startswith(FOLDER):
-        return Preprocessing(size=size, mean=HALF, std=HALF)
+        return Preprocessing(size=(32, 32), mean=HALF, std=HALF)
     if name not in DATASETS:
         raise UserError(
             f"there is no data set {name!r}; choose from {', '.join(DATASETS)}, {FOLDER}PATH"
         )
-    return Preprocessing(size=size, mean=DATASETS[name].mean, std=DATASETS[name].std)
+    return Preprocessing(size=(32, 32), mean=DATASETS[name].mean, std=DATASETS[name].std)
 
 
 def load_dataset(
@@ -259,12 +260,14 @@ def load_dataset(
     (train, validation, test), notes = _readable(source, wanted, strict)
     if absent := set(range(len(source.classes))) - set(train.labels.tolist()):
         raise UserError(f"{name} has no training image of {source.classes[min(absent)]!r}")
+    drawn_from = source.drawn_from
     share = validation_images * (len(train) if validation_images < 1 else 1)
     if validation is None and share:
+        drawn_from = drawn_from or len(train)
         kept, held_out = stratified_split(train.labels, round(share))
         train, validation = train.subset(kept), train.subset(held_out)
     parts = (split.to(device) if split else None for split in (train, validation, test))
-    return Dataset(name, source.classes, wanted, *parts, (*source.notes, *notes))
+    return Dataset(name, source.classes, wanted, *parts, (*source.notes, *notes), drawn_from)
 
 
 def _readable(

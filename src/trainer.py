@@ -53,7 +53,7 @@ from run import (
     resumed_run,
 )
 from utils import EpochRecord
-from ViT import parameters_of
+from ViT import ViTConfig, parameters_of
 
 Forward = Callable[[Tensor, float], Tensor]  # images and patch dropout to logits, compiled or not
 
@@ -245,8 +245,6 @@ def train(run: Run, command: str = "") -> dict[str, Any] | None:
                 is_last = run.epoch == run.config.epochs
                 if run.epoch % run.config.validate_every == 0 or is_last:
                     validate(run)
-                    if run.options.keep_best:
-                        run.keep_best()
                 if any(run.world.any(is_last, run.save_is_due())):
                     run.save()
                 run.say(epoch_line(run.history[-1], run.config.epochs))
@@ -270,6 +268,8 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     """Trains a recipe in this process, from Python: `fit(RECIPES["demo"], RunOptions())`.
 
     Args:
+        recipe: its weights to start from must agree with what its model has of its own, that is,
+            with the fields that are not those of `ViTConfig()`.
         name: what checkpoints state as the recipe, and the folder where the options name none.
 
     Returns:
@@ -282,7 +282,9 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     devices.keep_freed_memory()
     with joined_job(use_gpus=options.device != "cpu" and torch.cuda.is_available()) as job:
         device = devices.choose_device(options.device, job.world)
-        run = new_run(name, recipe.model, recipe.train, options, device, job)
+        default = ViTConfig()
+        chosen = [n for n in default.fields() if getattr(recipe.model, n) != getattr(default, n)]
+        run = new_run(name, recipe.model, recipe.train, options, device, job, tuple(chosen))
         result = train(run)
         run.leave_others()
         return result
@@ -301,7 +303,7 @@ def announce(run: Run) -> None:
 
 
 def validate(run: Run) -> bool:
-    """Adds the figures of the validation images to the last record of the history.
+    """Adds the figures of the validation images to the last record; --keep-best may keep it.
 
     Returns:
         Whether there are such images, and the record did not have their figures.
@@ -317,6 +319,8 @@ def validate(run: Run) -> bool:
         raise run.diverged(f"the validation loss is {result.loss}", run.step - 1)
     figures = {"validation_loss": result.loss, "validation_accuracy": result.top1}
     run.history[-1] = replace(record, **figures)
+    if run.options.keep_best:
+        run.keep_best()
     return True
 
 

@@ -68,6 +68,7 @@ class Checkpoint(Config):
     training: TrainConfig
     preprocessing: Preprocessing  # of the images that the model expects
     classes: list[str]  # their names, in the order of the logits
+    drawn_from: int = 0  # as in data.Dataset; 0 also where it is not known
     weights: dict[str, Tensor]  # float32, or float16 in an exported model
     optimizers: list[dict[int, dict[str, Tensor]]] | None = None  # parameter's number to its state
     history: list[EpochRecord]

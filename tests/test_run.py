@@ -95,6 +95,7 @@ def test_the_best_epoch_is_kept(train, tmp_path, monkeypatch):
     assert [row.validation_accuracy for row in best.history] == [0.2, 0.5, 0.5]
     assert best.optimizers is None
     assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 4
+    assert train("--name b --keep-best --validation-images 0") == 2
 
 
 # ---------------------------------------------------------------------------- what it refuses

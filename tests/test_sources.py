@@ -56,6 +56,7 @@ def test_a_folder_of_class_folders_is_split_by_class_and_its_broken_file_left_ou
     parts = (dataset.train, dataset.validation, dataset.test)
     # A tenth of 34 + 1, 20 and 12 is tested; a tenth of what is left and whole is held out.
     assert [len(part) for part in parts] == [53, 6, 7] and dataset.preprocessing == WANTED
+    assert dataset.drawn_from == 67
     assert sum(part.labels.bincount(minlength=3) for part in parts).tolist() == [34, 20, 12]
     assert all(part.labels.unique().tolist() == [0, 1, 2] for part in parts)
     (left_out,) = (note for note in dataset.notes if "left out" in note)
@@ -98,6 +99,7 @@ def test_a_folder_with_its_own_splits_keeps_them(folder, tmp_path):
                 picture(number).save(root / part / name / f"{part}{number}.png")
     dataset = load_dataset(f"folder:{root}", WANTED, validation_images=0.5)
     assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [8, 4, 6]
+    assert dataset.drawn_from == 0
     (root / "test/c").mkdir()
     with pytest.raises(UserError, match=r"class 'c', which .*train has not"):
         load_dataset(f"folder:{root}", WANTED, validation_images=0.5)

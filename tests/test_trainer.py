@@ -284,6 +284,10 @@ def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path):
     assert same_weights(saved.weights, weights_of(tmp_path / "mine/last.pt"))
     with pytest.raises(UserError, match="mine exists"):
         trainer.fit(recipe, RunOptions(output_dir=tmp_path), name="mine")
+    start = dataclasses.replace(saved.training, init_from=str(tmp_path / "a"))
+    with pytest.raises(UserError, match="--depth 3 is not that of"):
+        deeper = dataclasses.replace(saved.model, depth=3)
+        trainer.fit(Recipe("", deeper, start), RunOptions(output_dir=tmp_path), name="deeper")
     with pytest.raises(Diverged, match="the loss is"):
         broken = dataclasses.replace(saved.training, learning_rate=1e30)
         trainer.fit(Recipe("", saved.model, broken), RunOptions(output_dir=tmp_path, name="b"))
@@ -361,6 +365,10 @@ def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-3:]] == ["a", "b2", "b10"]
     assert any(line.startswith("class mean") for line in lines)
+    image.save(tmp_path / "pets/a/new.png")  # another split, whose test images were trained on
+    for task in ("--evaluate", "--resume"):
+        assert small.status_of(f"{task} {tmp_path}/whole", tmp_path) == 2
+        assert "58 images instead of 57" in capsys.readouterr().err
 
 
 def stopping_after(epochs):

@@ -222,11 +222,10 @@ def _helpful(attention: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
 
 
 def _product_with_residuals(matrices: list[Tensor]) -> Tensor:
-    """The product, last matrix leftmost, of (M + I) / 2 with rows normalized to sum to 1."""
+    """The product of (M + I) / 2, last matrix leftmost."""
     joint = _identity_like(matrices[0])
     for M in matrices:
-        M = (M + _identity_like(M)) / 2
-        joint = M / M.sum(dim=-1, keepdim=True) @ joint
+        joint = (M + _identity_like(M)) / 2 @ joint
     return joint
 
 

@@ -34,6 +34,7 @@ RUNS = {
     "cpu, seed 0": "cpu/seed0",
     "shipped, width 160": "shipped/width-160",
     "shipped, 110 epochs": "shipped/epochs-110",
+    "shipped, 130 epochs": "shipped/epochs-130",
     "shipped": "shipped",
 }
 
@@ -74,7 +75,7 @@ def draw_operations(axes: Axes, studies: dict[str, dict[str, Point]]) -> None:
     for (name, points), color in zip(studies.items(), ("0.7", "0.5", "tab:blue"), strict=True):
         flops, errors = zip(*((p.flops, p.error) for p in points.values()), strict=True)
         axes.plot(flops, errors, "o", ms=3, color=color, label=f"ablation.py {name}")
-    for (name, folder), marker in zip(RUNS.items(), "sDv^XP", strict=True):
+    for (name, folder), marker in zip(RUNS.items(), "sDv^X*P", strict=True):
         result = json.loads((ROOT / "results" / folder / "result.json").read_text())
         point = point_of([result])
         axes.plot(point.flops, point.error, marker, ms=5, color="tab:orange", label=name)

@@ -10,7 +10,7 @@
     size      the width at a third of these operations; 15 minutes
     trend     what could make the cpu recipe better, one seed; two hours
     embedding a white or a random patch embedding, and what then helps; ten minutes on two cores
-    transfer  CIFAR-10 from scratch and from a model of CIFAR-100, which the command in
+    transfer  CIFAR-10 from scratch and from a model of CIFAR-100, which a command in
               docs/finetuning.md trains first; and the other way; an hour
     speed94   options of the speed94 recipe, for a GPU; not yet run
 

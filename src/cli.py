@@ -108,10 +108,10 @@ def given(arguments: argparse.Namespace, config_class: type[Config]) -> dict[str
 
 def changed_flags(config: Config, names: Iterable[str]) -> list[str]:
     """The flags of those of the named fields whose value is not the default."""
-    flags, default = [], type(config)()
-    for name in config.fields():
+    flags = []
+    for name in config.changed():
         value, flag = getattr(config, name), name.replace("_", "-")
-        if name not in names or value == getattr(default, name):
+        if name not in names:
             continue
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")

@@ -72,6 +72,11 @@ class Config:
             raise UserError(f"{cls.__name__} lacks the field {missing[0]!r}")
         return cls(**{name: _from_plain(fields[name][0], v) for name, v in values.items()})
 
+    def changed(self) -> tuple[str, ...]:
+        """The fields whose value is not the default; of a config whose fields all have one."""
+        default = type(self)()
+        return tuple(n for n in self.fields() if getattr(self, n) != getattr(default, n))
+
     def to_plain(self) -> dict[str, Any]:
         """The config as plain containers, which `torch.load(..., weights_only=True)` reads."""
         return {name: _to_plain(getattr(self, name)) for name in self.fields()}

@@ -309,4 +309,4 @@ class Dataset:
     validation: Split | None
     test: Split | None
     notes: tuple[str, ...] = ()  # lines for the user
-    drawn_from: int = 0  # the number of images of which held-out ones were drawn; 0: none were
+    drawn_from: int = 0  # how many images the held-out ones were drawn from; 0: none were

@@ -43,7 +43,7 @@ def whiten_patches(model: ViT, split: Split, preprocessing: Preprocessing) -> No
     into the model's width takes their place.
     """
     pixels = math.prod(model.config.image_size)
-    count = min(len(split), max(1, 5000 * 32**2 // pixels))  # the memory of 5,000 of 32 x 32
+    count = min(len(split), max(1, 5000 * 32**2 // pixels))  # as many pixels as 5,000 of 32 x 32
     rows = torch.linspace(0, len(split) - 1, count).long()
     images = preprocessing.normalize(split.take(rows.to(split.labels.device)).images).cpu()
     patches = patchify(images, model.config.patch_size).flatten(0, 1)  # (n N, C P P)

@@ -51,7 +51,7 @@ class Source(NamedTuple):
     validation: Split | None
     test: Split | None
     notes: tuple[str, ...] = ()  # what to tell the user
-    drawn_from: int = 0  # the number of images of which the test set was drawn; 0: it was not
+    drawn_from: int = 0  # how many images the test set was drawn from; 0: it was not drawn
 
 
 # ---------------------------------------------------------------------------- torchvision's

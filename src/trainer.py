@@ -53,7 +53,7 @@ from run import (
     resumed_run,
 )
 from utils import EpochRecord
-from ViT import ViTConfig, parameters_of
+from ViT import parameters_of
 
 Forward = Callable[[Tensor, float], Tensor]  # images and patch dropout to logits, compiled or not
 
@@ -268,8 +268,8 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     """Trains a recipe in this process, from Python: `fit(RECIPES["demo"], RunOptions())`.
 
     Args:
-        recipe: its weights to start from must agree with what its model has of its own, that is,
-            with the fields that are not those of `ViTConfig()`.
+        recipe: where it starts from weights, they must agree with the fields of its model that
+            differ from `ViTConfig()`, and they set the others.
         name: what checkpoints state as the recipe, and the folder where the options name none.
 
     Returns:
@@ -282,9 +282,8 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     devices.keep_freed_memory()
     with joined_job(use_gpus=options.device != "cpu" and torch.cuda.is_available()) as job:
         device = devices.choose_device(options.device, job.world)
-        default = ViTConfig()
-        chosen = [n for n in default.fields() if getattr(recipe.model, n) != getattr(default, n)]
-        run = new_run(name, recipe.model, recipe.train, options, device, job, tuple(chosen))
+        chosen = recipe.model.changed()
+        run = new_run(name, recipe.model, recipe.train, options, device, job, chosen)
         result = train(run)
         run.leave_others()
         return result
@@ -303,7 +302,7 @@ def announce(run: Run) -> None:
 
 
 def validate(run: Run) -> bool:
-    """Adds the figures of the validation images to the last record; --keep-best may keep it.
+    """Adds the validation figures to the last record, and keeps the best epoch if asked to.
 
     Returns:
         Whether there are such images, and the record did not have their figures.

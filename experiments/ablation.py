@@ -29,10 +29,10 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-import cli
 import utils
 from common import kept_result, train_and_keep
-from config import UserError
+from config import Parser
+from utils import UserError, run_program
 
 
 class Study(NamedTuple):
@@ -252,7 +252,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(prog="ablation.py", description=__doc__)
+    parser = Parser(prog="ablation.py", description=__doc__)
     parser.add_argument("study", nargs="?", choices=STUDIES, default="recipe", help="(recipe)")
     parser.add_argument("--table", action="store_true", help="print the table; train nothing")
     parser.add_argument("--jobs", type=int, help="parallel runs (on a CPU 2, on a GPU 1)")
@@ -278,4 +278,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run_program(main)
+    run_program(main)

@@ -52,12 +52,13 @@ from common import (
     step_of,
     time_alternating,
 )
-from config import UserError, first_line
+from config import Parser
 from curves import write_figure
 from data import shuffled_batches
 from recipes import RECIPES, Recipe, TrainConfig
 from run import training_flops
 from trainer import train_epoch
+from utils import UserError, first_line, run_program
 from ViT import ViT, ViTConfig, parameters_of
 
 INPUT_IMAGES = 10_000  # in the epoch of the input benchmark
@@ -376,7 +377,7 @@ def measure(name: str, modes: list[str], setting: Setting) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(prog="benchmark.py", description=__doc__)
+    parser = Parser(prog="benchmark.py", description=__doc__)
     parser.add_argument("--recipe", choices=RECIPES, help="whose sizes (that of the device)")
     parser.add_argument("--device", help="cuda, mps or cpu (the best available)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -409,4 +410,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run_program(main)
+    run_program(main)

@@ -22,12 +22,13 @@ from torch import Tensor
 import cli
 import device as devices
 import utils
-from config import UserError
+from checkpoint import load_checkpoint
 from data import CIFAR10_MEAN, CIFAR10_STD, Dataset, Preprocessing, Split
 from device import autocast
-from recipes import REMOVED, Recipe, TrainConfig
-from run import Run, RunOptions
+from recipes import REMOVED, Recipe, RunOptions, TrainConfig
+from run import Run
 from trainer import Forward, compile_model
+from utils import UserError
 from ViT import ViT, ViTConfig
 
 LONG_ENOUGH = 0.05  # seconds of work between two clock readings
@@ -214,7 +215,7 @@ def train_and_keep(
     made = kept / "unfinished"
     flags_now = [*flags, "--output-dir", str(kept), "--name", made.name, "--overwrite"]
     if (made / "last.pt").exists():
-        command, saved = cli.parse(flags, description=""), utils.load_checkpoint(made / "last.pt")
+        command, saved = cli.parse(flags, description=""), load_checkpoint(made / "last.pt")
         if _is_of(command, saved.model.to_plain(), saved.training.to_plain()):
             flags_now = ["--resume", str(made), *["--no-test"] * (not command.options.test)]
             flags_now += ["--device", command.options.device] if command.options.device else []

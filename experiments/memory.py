@@ -17,9 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-import cli
 import device as devices
+from config import Parser
 from run import training_flops
+from utils import run_program
 from ViT import MODELS, ViT, ViTConfig, parameters_of
 
 SIZES = ("small", "base", "large", "huge")
@@ -61,7 +62,7 @@ def row(size: str, image_size: int, batch_size: int) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(prog="memory.py", description=__doc__)
+    parser = Parser(prog="memory.py", description=__doc__)
     parser.add_argument("--batch-size", type=int, default=8, help="images a step (8)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels (224)")
     arguments = parser.parse_args(argv)
@@ -77,4 +78,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run_program(main)
+    run_program(main)

@@ -35,7 +35,6 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-import cli
 import device as devices
 import utils
 from common import (
@@ -49,9 +48,10 @@ from common import (
     step_of,
     train_and_keep,
 )
-from config import UserError, first_line
+from config import Parser
 from recipes import RECIPES, Recipe
 from run import training_flops
+from utils import UserError, first_line, run_program
 
 
 class Plan(NamedTuple):
@@ -236,7 +236,7 @@ PARTS: dict[str, Callable[[Plan, Setting], Any]] = {
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(prog="speedrun.py", description=__doc__)
+    parser = Parser(prog="speedrun.py", description=__doc__)
     parser.add_argument("part", nargs="?", choices=("all", *PARTS), default="all", help="(all)")
     parser.add_argument("--dry-run", action="store_true", help="a small version, on synthetic data")
     parser.add_argument("--device", help="cuda, mps or cpu (the best available)")
@@ -257,4 +257,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run_program(main)
+    run_program(main)

@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "visualization"))
 sys.path.insert(0, str(ROOT / "src"))
 
-import cli
 import figures
 from ablation import STUDIES, Study, results_of
+from config import Parser
+from utils import run_program
 
 # The best run of each study, all older than `shipped`. The last is the best of 22 runs of one seed,
 # so that the law promises too much (docs/recipe.md).
@@ -127,10 +128,10 @@ def draw() -> Figure:
 
 
 def main(argv: list[str]) -> int:
-    cli.Parser(prog="trend.py", description=__doc__).parse_args(argv)
+    Parser(prog="trend.py", description=__doc__).parse_args(argv)
     figures.save(draw(), ROOT / "results/trend/trend.png", 220)
     return 0
 
 
 if __name__ == "__main__":
-    cli.run_program(main)
+    run_program(main)

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from base import GELU, DropPath
-from config import Config, UserError
+from config import Config
+from utils import UserError
 
 # Base, large and huge are the paper's Table 1, tiny and small DeiT's (arXiv 2012.12877); micro is
 # for the demo.

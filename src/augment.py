@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import utils
-from policy import trivial_augment
 from recipes import TrainConfig
+from trivial_augment import trivial_augment
 
 # ---------------------------------------------------------------------------- place
 

@@ -1,133 +1,15 @@
-"""The command line: flags made from configs, errors of one line, the arguments of trainer.py."""
+"""The command line of trainer.py: what it asks for, made from its flags and a recipe."""
 
 import argparse
-import difflib
-import os
-import re
-import shlex
-import sys
-import types
-import typing
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import Config, UserError
+from config import Parser, add_flags, given
 from device import best_device
-from recipes import RECIPES, TrainConfig
-from run import RunOptions
-from utils import ROOT, existing_path
+from recipes import RECIPES, RunOptions, TrainConfig
+from utils import UserError, existing_path
 from ViT import MODELS, ViTConfig
-
-# ---------------------------------------------------------------------------- programs
-
-
-def run_program(main: Callable[[list[str]], int]) -> typing.NoReturn:
-    """Ends the process with the status of `main` for its command line."""
-    try:
-        status = status_of(main, sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output is gone, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
-        status = 141
-    sys.exit(status)
-
-
-def status_of(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """What `main` returns; after a `UserError` one line and 2, after Ctrl-C 130."""
-    try:
-        return main(argv)
-    except UserError as error:
-        complain(str(error))
-        return 2
-    except KeyboardInterrupt:
-        complain("stopped")
-        return 130
-
-
-def complain(message: str) -> None:
-    """One line on standard error, with the program and, of several, the rank of the process."""
-    rank = os.environ.get("RANK", "0")
-    program = Path(sys.argv[0]).name
-    print(f"rank {rank}: " * (rank != "0") + f"{program}: {message}", file=sys.stderr)
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with the nearest flag for a misspelled one."""
-
-    def __init__(self, **options: Any):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> typing.NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            unknown = message.split()[2]
-            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
-            message += f" (did you mean {near[0]}?)" if near else " (--help lists all)"
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def add_flags(
-    group: argparse._ArgumentGroup, config: Config, leave_out: tuple[str, ...] = ()
-) -> None:
-    """Adds a flag for each field of a config; help shows its text and, in brackets, its value.
-
-    A flag that is not given leaves nothing in the parsed arguments, so that `given` can tell.
-    """
-    for name, (kind, text, _) in config.fields().items():
-        if name in leave_out:
-            continue
-        inner = [each for each in typing.get_args(kind) if each is not types.NoneType]
-        if types.NoneType in typing.get_args(kind):
-            kind, inner = inner[0], [*typing.get_args(inner[0])]
-        options: dict[str, Any] = {"type": kind}
-        if kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif typing.get_origin(kind) is typing.Literal:
-            options |= {"choices": inner, "type": str}
-        elif len(inner) > 1:  # int | tuple[int, int]
-            options |= {"type": _height_and_width, "metavar": "PIXELS"}
-        else:
-            options["metavar"] = "DIR" if kind is Path else options["type"].__name__.upper()
-        value = getattr(config, name)
-        if isinstance(value, tuple):
-            value = "x".join(map(str, value))
-        elif isinstance(value, Path) and value.is_relative_to(ROOT):
-            value = f"{value.relative_to(ROOT)}/"
-        shown = "" if value is None else f" ({value})"
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, help=f"{text}{shown}", default=argparse.SUPPRESS, **options)
-
-
-def given(arguments: argparse.Namespace, config_class: type[Config]) -> dict[str, Any]:
-    """The fields of a config class that the command line gave a value."""
-    fields = config_class.fields()
-    return {name: value for name, value in vars(arguments).items() if name in fields}
-
-
-def changed_flags(config: Config, names: Iterable[str]) -> list[str]:
-    """The flags of those of the named fields whose value is not the default."""
-    flags = []
-    for name in config.changed():
-        value, flag = getattr(config, name), name.replace("_", "-")
-        if name not in names:
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags += [f"--{flag}", shlex.quote(str(value))]
-    return flags
-
-
-def _height_and_width(text: str) -> tuple[int, int]:
-    """'32' or '32x48'."""
-    if not (sides := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32 or 32x48")
-    return int(sides[1]), int(sides[2] or sides[1])
-
-
-# ---------------------------------------------------------------------------- trainer.py
 
 TASKS = {
     "resume": ("RUN", "resume a run"),

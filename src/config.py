@@ -1,28 +1,21 @@
-"""Configs: frozen dataclasses that check their values and read themselves from plain containers."""
+"""Configs: frozen dataclasses that check their values, and become flags of a command line."""
 
+import argparse
 import dataclasses
+import difflib
+import re
+import shlex
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-
-class UserError(ValueError):
-    """What a user asks for cannot be done; the message is one line for the user."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, in a line."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def one_line(error: Exception) -> str:
-    """All that an error says, in a line."""
-    return " ".join(str(error).split())
+from utils import ROOT, UserError
 
 
 class Config:
@@ -144,3 +137,80 @@ def _shown(value: Any) -> str:
     if isinstance(value, int | float | str | None) or is_a(value, tuple[int, ...]):
         return repr(value)[:80]
     return f"a {type(value).__name__}"
+
+
+# ---------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, with the nearest flag for a misspelled one."""
+
+    def __init__(self, **options: Any):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> typing.NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            unknown = message.split()[2]
+            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
+            message += f" (did you mean {near[0]}?)" if near else " (--help lists all)"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def add_flags(
+    group: argparse._ArgumentGroup, config: Config, leave_out: tuple[str, ...] = ()
+) -> None:
+    """Adds a flag for each field of a config; help shows its text and, in brackets, its value.
+
+    A flag that is not given leaves nothing in the parsed arguments, so that `given` can tell.
+    """
+    for name, (kind, text, _) in config.fields().items():
+        if name in leave_out:
+            continue
+        inner = [each for each in typing.get_args(kind) if each is not types.NoneType]
+        if types.NoneType in typing.get_args(kind):
+            kind, inner = inner[0], [*typing.get_args(inner[0])]
+        options: dict[str, Any] = {"type": kind}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is typing.Literal:
+            options |= {"choices": inner, "type": str}
+        elif len(inner) > 1:  # int | tuple[int, int]
+            options |= {"type": _height_and_width, "metavar": "PIXELS"}
+        else:
+            options["metavar"] = "DIR" if kind is Path else options["type"].__name__.upper()
+        value = getattr(config, name)
+        if isinstance(value, tuple):
+            value = "x".join(map(str, value))
+        elif isinstance(value, Path) and value.is_relative_to(ROOT):
+            value = f"{value.relative_to(ROOT)}/"
+        shown = "" if value is None else f" ({value})"
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, help=f"{text}{shown}", default=argparse.SUPPRESS, **options)
+
+
+def given(arguments: argparse.Namespace, config_class: type[Config]) -> dict[str, Any]:
+    """The fields of a config class that the command line gave a value."""
+    fields = config_class.fields()
+    return {name: value for name, value in vars(arguments).items() if name in fields}
+
+
+def changed_flags(config: Config, names: Iterable[str]) -> list[str]:
+    """The flags of those of the named fields whose value is not the default."""
+    flags = []
+    for name in config.changed():
+        value, flag = getattr(config, name), name.replace("_", "-")
+        if name not in names:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", shlex.quote(str(value))]
+    return flags
+
+
+def _height_and_width(text: str) -> tuple[int, int]:
+    """'32' or '32x48'."""
+    if not (sides := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32 or 32x48")
+    return int(sides[1]), int(sides[2] or sides[1])

@@ -7,8 +7,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from checkpoint import EpochRecord
 from recipes import TrainConfig
-from utils import EpochRecord, write_whole
+from utils import write_whole
 
 
 def write_curves(path: Path, history: list[EpochRecord], training: TrainConfig, title: str) -> None:

@@ -1,4 +1,4 @@
-"""Images as batches of uint8, and what a model expects of an image; sources.py has the data sets.
+"""Images as batches of uint8, and what a model expects of an image; datasets.py has the data sets.
 
 A `Dataset` has three splits: training, validation and test images. Where a data set has no
 validation images, a stratified part of the training images is held out, the same in every run. A
@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import pil_to_tensor
 
-from config import Config, UserError, one_line
+from config import Config
+from utils import UserError, one_line
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # red, green, blue
 SPLIT_SEED = 0  # the held-out images do not depend on a run's seed, so that runs compare
@@ -235,7 +236,7 @@ def _loader(pictures: Pictures, rows: Sequence[Tensor], collate: Callable) -> It
     try:
         yield from loader
     except UserError as error:  # of a worker, with its traceback before the message
-        raise UserError(str(error).splitlines()[-1].removeprefix("config.UserError: ")) from None
+        raise UserError(str(error).splitlines()[-1].removeprefix("utils.UserError: ")) from None
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
-from processes import ALONE, World
+from distributed import ALONE, World
+from utils import UserError
 
 
 def best_device() -> torch.device:

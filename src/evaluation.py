@@ -8,7 +8,7 @@ from torch import Tensor
 
 from data import Preprocessing, Split
 from device import autocast
-from processes import ALONE, World
+from distributed import ALONE, World
 from ViT import ViT, ViTConfig
 
 LARGEST_ACTIVATION = 2**25  # numbers, of a batch in evaluation; 128 MiB in float32

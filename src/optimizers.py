@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from config import UserError
 from recipes import TrainConfig
+from utils import UserError
 from ViT import ViT
 
 

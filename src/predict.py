@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import cli
 import device as devices
 import utils
-from config import UserError
+from checkpoint import checkpoint_file, load_model
+from config import Parser
 from data import image_files
 from evaluation import batch_size_for
+from utils import UserError, complain, run_program
 
 Predictions = dict[Path, list[tuple[str, float]]]  # classes of files, with their probabilities
 
@@ -34,7 +35,7 @@ def predictions(
     Raises:
         UserError: the checkpoint cannot be used.
     """
-    model, described = utils.load_model(checkpoint, device)
+    model, described = load_model(checkpoint, device)
     top, found, errors = min(top, len(described.classes)), {}, []
     with tqdm(total=len(files), unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(files), size := batch_size_for(model.config)):
@@ -57,7 +58,7 @@ def predictions(
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(prog="predict.py", description=__doc__)
+    parser = Parser(prog="predict.py", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE|FOLDER")
     default = utils.ROOT / "checkpoints/vit_cifar10.pt"
     help_text = f"a checkpoint or a run's folder ({default.relative_to(utils.ROOT)})"
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
     given = (image_files(path) if path.is_dir() else [path] for path in arguments.files)
     files = [file for each in given for file in each]
     device = devices.choose_device(arguments.device)
-    checkpoint = utils.checkpoint_file(arguments.checkpoint)
+    checkpoint = checkpoint_file(arguments.checkpoint)
     found, errors = predictions(files, checkpoint, device, arguments.top)
     if arguments.json:
         rows = [
@@ -83,9 +84,9 @@ def main(argv: list[str]) -> int:
         for file, best in found.items():
             print(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in best))
     for error in errors:
-        cli.complain(error)
+        complain(error)
     return 2 if errors else 0
 
 
 if __name__ == "__main__":
-    cli.run_program(main)
+    run_program(main)

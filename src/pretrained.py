@@ -18,8 +18,9 @@ import torchvision
 from torch import Tensor
 
 import utils
-from config import UserError, first_line
+from checkpoint import Checkpoint, check_weights, checkpoint_file, load_checkpoint
 from data import Preprocessing
+from utils import UserError, first_line
 from ViT import MODELS, ViT, ViTConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -146,10 +147,10 @@ def load_pretrained(origin: str, heads: int | None = None) -> Pretrained:
         return _from_timm(origin, name)
     if library == "torchvision" and name:
         return _from_torchvision(origin, *name.split(":")[:2])
-    path = utils.checkpoint_file(utils.existing_path(origin))
+    path = checkpoint_file(utils.existing_path(origin))
     weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if weights is None:  # a checkpoint of ours
-        checkpoint = utils.load_checkpoint(path)
+        checkpoint = load_checkpoint(path)
         config, expected = checkpoint.model, checkpoint.preprocessing
         weights = {name: weight.float() for name, weight in checkpoint.weights.items()}
         return Pretrained(origin, config, weights, expected, tuple(checkpoint.classes))
@@ -191,7 +192,7 @@ def from_state_dict(
     if "head.weight" not in ours:
         ours |= {"head.weight": torch.zeros(1, config.width), "head.bias": torch.zeros(1)}
     try:
-        utils.check_weights(config, ours)
+        check_weights(config, ours)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from error
     if preprocessing is None:
@@ -331,7 +332,7 @@ def _from_torchvision(origin: str, name: str, weights: str = "DEFAULT") -> Pretr
 # ---------------------------------------------------------------------------- writing
 
 
-def state_dict_for(library: str, checkpoint: utils.Checkpoint) -> dict[str, Tensor]:
+def state_dict_for(library: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights of a checkpoint as timm's or torchvision's model loads them.
 
     Raises:

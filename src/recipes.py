@@ -1,10 +1,13 @@
 """How to train: the options, and named sets of them with the accuracy to expect."""
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from config import Config, UserError
-from sources import DATASETS, FOLDER
+from config import Config
+from datasets import DATASETS, FOLDER
+from utils import ROOT, UserError
 from ViT import MODELS, ViTConfig
 
 
@@ -108,6 +111,29 @@ class TrainConfig(Config):
             Phase(range(first_whole, self.epochs), 0.0),
         )
         return [phase for phase in phases if phase.epochs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Config):
+    """Where a run reads and writes, when, and on which device."""
+
+    name: Annotated[str | None, "the run's folder (the recipe's name)"] = None
+    overwrite: Annotated[bool, "replace a run of that name, or an exported file"] = False
+    output_dir: Annotated[Path, "where the folders of runs are"] = ROOT / "checkpoints"
+    data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = ROOT / "data"
+    strict: Annotated[bool, "refuse image files that cannot be read; else leave them out"] = False
+    test: Annotated[bool, "--no-test skips the test set; use it while tuning"] = True
+    save_minutes: Annotated[float, "minutes between checkpoints; 0: every step", "[0, inf)"] = 1.0
+    keep_best: Annotated[bool, "keep the best epoch by validation accuracy in best.pt"] = False
+    library: Annotated[
+        Literal["timm", "torchvision"] | None, "of --export: write a state dict for it instead"
+    ] = None
+    device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.name is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name):
+            raise UserError(f"--name {self.name!r} must be letters, digits, '.', '_' and '-'")
 
 
 # Options that this code had, with the value of a run that did not use them. Averaging gained

@@ -7,28 +7,36 @@ to save it, and to bring it back where it was.
 import dataclasses
 import gc
 import math
-import re
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import device as devices
 import utils
-from config import Config, UserError
+from checkpoint import (
+    Checkpoint,
+    EpochRecord,
+    Partial,
+    checkpoint_file,
+    load_checkpoint,
+    save_checkpoint,
+    versions,
+    write_metrics,
+)
 from data import Dataset, Preprocessing
+from datasets import load_dataset, preprocessing_for
+from distributed import ALONE, ALONE_JOB, Job, World, without_averaging
 from initialization import mimetic, standardize_features, whiten_patches
 from optimizers import learning_rate_factor, load_optimizers, make_optimizers
 from pretrained import load_pretrained
-from processes import ALONE, ALONE_JOB, Job, World, without_averaging
-from recipes import Phase, TrainConfig
-from sources import load_dataset, preprocessing_for
-from utils import Checkpoint, EpochRecord
+from recipes import Phase, RunOptions, TrainConfig
+from utils import Diverged, UserError
 from ViT import ViT, ViTConfig, patches_kept
 
 EXPORTED = {None: "model.pt", "timm": "model_timm.pth", "torchvision": "model_torchvision.pth"}
@@ -36,34 +44,8 @@ RUN_FILES = (
     *("last.pt", "best.pt", "metrics.csv", "curves.png", "result.json"),
     *EXPORTED.values(),
 )
+NO_OPTIONS = RunOptions()
 _IMPORTED = time.perf_counter()
-
-
-class Diverged(Exception):
-    """The loss or a weight is no longer finite; all ranks of a job raise it together."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(Config):
-    """Where a run reads and writes, when, and on which device."""
-
-    name: Annotated[str | None, "the run's folder (the recipe's name)"] = None
-    overwrite: Annotated[bool, "replace a run of that name, or an exported file"] = False
-    output_dir: Annotated[Path, "where the folders of runs are"] = utils.ROOT / "checkpoints"
-    data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
-    strict: Annotated[bool, "refuse image files that cannot be read; else leave them out"] = False
-    test: Annotated[bool, "--no-test skips the test set; use it while tuning"] = True
-    save_minutes: Annotated[float, "minutes between checkpoints; 0: every step", "[0, inf)"] = 1.0
-    keep_best: Annotated[bool, "keep the best epoch by validation accuracy in best.pt"] = False
-    library: Annotated[
-        Literal["timm", "torchvision"] | None, "of --export: write a state dict for it instead"
-    ] = None
-    device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.name is not None and not re.fullmatch(r"[\w.-]*\w[\w.-]*", self.name):
-            raise UserError(f"--name {self.name!r} must be letters, digits, '.', '_' and '-'")
 
 
 # ---------------------------------------------------------------------------- its state
@@ -98,7 +80,7 @@ class Run:
         *,
         recipe: str = "",
         folder: Path = Path(),
-        options: RunOptions = RunOptions(),
+        options: RunOptions = NO_OPTIONS,
     ):
         self.config, self.dataset, self.device, self.job = config, dataset, device, job
         self.recipe, self.folder, self.options = recipe, folder, options
@@ -250,14 +232,14 @@ class Run:
         if not self.world.leads:
             return
         partial = (
-            utils.Partial(steps=done.steps, losses=losses, correct=correct, seconds=done.seconds)
+            Partial(steps=done.steps, losses=losses, correct=correct, seconds=done.seconds)
             if done.steps
             else None
         )
         try:
             # The rows first: a run that is killed in between resumes, and writes them again.
-            utils.write_metrics(self.folder / "metrics.csv", self.history)
-            utils.save_checkpoint(self.folder / "last.pt", self.checkpoint(partial))
+            write_metrics(self.folder / "metrics.csv", self.history)
+            save_checkpoint(self.folder / "last.pt", self.checkpoint(partial))
             self.saved_step, self.save_failed = self.step, False
         except OSError as error:
             self.save_failed = True
@@ -265,7 +247,7 @@ class Run:
             reason = error.strerror or error
             print(f"cannot save step {self.step} to {self.folder}: {reason}{next_try}", flush=True)
 
-    def checkpoint(self, partial: utils.Partial | None = None) -> Checkpoint:
+    def checkpoint(self, partial: Partial | None = None) -> Checkpoint:
         """The run as it is, on the CPU."""
         return Checkpoint(
             recipe=self.recipe,
@@ -280,7 +262,7 @@ class Run:
             partial=partial,
             compile_seconds=self.compile_seconds,
             total_seconds=self.total_seconds(),
-            versions=utils.versions(),
+            versions=versions(),
         )
 
     def keep_best(self) -> None:
@@ -289,7 +271,7 @@ class Run:
         if self.world.leads and accuracies[-1] == max(accuracies):
             best = dataclasses.replace(self.checkpoint(), optimizers=None)
             try:
-                utils.save_checkpoint(self.folder / "best.pt", best)
+                save_checkpoint(self.folder / "best.pt", best)
             except OSError as error:
                 self.say(f"cannot write {self.folder / 'best.pt'}: {error.strerror or error}")
 
@@ -411,11 +393,11 @@ def resumed_run(
     Raises:
         UserError: the checkpoint or a change cannot be used.
     """
-    path = utils.checkpoint_file(path)
+    path = checkpoint_file(path)
     if path.name != "last.pt":  # which the run would overwrite
         raise UserError(f"--resume takes a run's folder or its last.pt, not {path}")
     _take_folder(path.parent, job)
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     before = checkpoint.training
     config = dataclasses.replace(before, **changes)
     dataset = dataset_for(config, checkpoint.preprocessing, options, device, job.world)

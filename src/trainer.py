@@ -34,25 +34,23 @@ import cli
 import device as devices
 import utils
 from augment import augment
-from cli import complain
-from config import UserError, first_line
+from checkpoint import (
+    EpochRecord,
+    checkpoint_file,
+    code_commit,
+    load_checkpoint,
+    load_model,
+    save_model,
+)
+from config import changed_flags
 from data import shuffled_batches
+from distributed import World, joined_job, without_averaging
 from evaluation import Evaluation, evaluate
 from optimizers import set_learning_rates
 from pretrained import state_dict_for
-from processes import Stopped, World, WorldError, joined_job, without_averaging
-from recipes import Phase, Recipe
-from run import (
-    EXPORTED,
-    Diverged,
-    Run,
-    RunOptions,
-    check_fit,
-    dataset_for,
-    new_run,
-    resumed_run,
-)
-from utils import EpochRecord
+from recipes import Phase, Recipe, RunOptions
+from run import EXPORTED, Run, check_fit, dataset_for, new_run, resumed_run
+from utils import Diverged, Stopped, UserError, WorldError, complain, first_line, run_program
 from ViT import parameters_of
 
 Forward = Callable[[Tensor, float], Tensor]  # images and patch dropout to logits, compiled or not
@@ -233,7 +231,7 @@ def train(run: Run, command: str = "") -> dict[str, Any] | None:
         be written.
     """
     announce(run)
-    commit = utils.code_commit()  # now, as it may change while the run trains
+    commit = code_commit()  # now, as it may change while the run trains
     phases = run.config.phases()
     forwards = [forward_for(run, phase) for phase in phases]
     began, resumed = time.perf_counter(), run.step > 0
@@ -413,8 +411,8 @@ def is_finished(run: Run) -> bool:
 
 def report(path: Path, options: RunOptions, device: torch.device, world: World) -> None:
     """--evaluate: loss, top-1, top-5 and the accuracy of each class on the test set."""
-    path = utils.checkpoint_file(path)
-    model, checkpoint = utils.load_model(path, device)
+    path = checkpoint_file(path)
+    model, checkpoint = load_model(path, device)
     training = replace(checkpoint.training, validation_images=0)
     dataset = dataset_for(training, checkpoint.preprocessing, options, device, world)
     check_fit(checkpoint, dataset)
@@ -439,16 +437,16 @@ def export(path: Path, library: str | None, overwrite: bool) -> None:
     Args:
         library: "timm" or "torchvision" writes its state dict instead, to model_<library>.pth.
     """
-    path = utils.checkpoint_file(path)
+    path = checkpoint_file(path)
     target = path.with_name(EXPORTED[library])
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; --overwrite replaces it")
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     try:
         if library:
             utils.write_torch(target, state_dict_for(library, checkpoint))
         else:
-            utils.save_model(target, checkpoint)
+            save_model(target, checkpoint)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror}") from error
     then = f"{library} loads it strictly" if library else "--evaluate checks it"
@@ -465,7 +463,7 @@ def resume_hint(run: Run | None) -> str:
     if not run.saved_step:
         return "nothing is saved"
     unsaved = "the last steps could not be saved; " * run.save_failed
-    flags = cli.changed_flags(run.options, cli.TASK_FLAGS["resume"])
+    flags = changed_flags(run.options, cli.TASK_FLAGS["resume"])
     return unsaved + " ".join(["resume with --resume", str(run.folder), *flags])
 
 
@@ -529,4 +527,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run_program(main)
+    run_program(main)

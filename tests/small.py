@@ -21,12 +21,12 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import cli
 import data
 import run
 import shapes
 import trainer
 import utils
+from checkpoint import load_checkpoint
 
 TINY = "--patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 40 --warmup-epochs 0.5".split()
 PROGRAM = ["src/trainer.py"]  # sys.argv, of which errors name the program
@@ -50,7 +50,7 @@ SHAPES = data.Dataset(
 
 
 def load_small(name, preprocessing=None, *, validation_images, **_):
-    """In place of `sources.load_dataset`."""
+    """In place of `datasets.load_dataset`."""
     validation = SHAPES.validation if validation_images else None
     expected = preprocessing or SHAPES.preprocessing
     return dataclasses.replace(SHAPES, validation=validation, preprocessing=expected)
@@ -85,7 +85,7 @@ def result_of(path):
 
 
 def weights_of(path):
-    return utils.load_checkpoint(path).weights
+    return load_checkpoint(path).weights
 
 
 def same_weights(first, second):
@@ -94,7 +94,7 @@ def same_weights(first, second):
 
 def differing(first, second):
     """How many numbers differ between two runs' ends: weights, optimizers, metrics and result."""
-    ends = [utils.load_checkpoint(folder / "last.pt") for folder in (first, second)]
+    ends = [load_checkpoint(folder / "last.pt") for folder in (first, second)]
     a, b = map(tensors_of, ends)
     count = sum(int((x[key] != y[key]).sum()) for x, y in zip(a, b, strict=True) for key in x)
     count += rows_of(first / "metrics.csv") != rows_of(second / "metrics.csv")
@@ -131,7 +131,7 @@ def die_in_save(place, number):
 
 def status_of(flags, folder):
     """The exit status of the trainer; its errors are one line on standard error."""
-    return cli.status_of(trainer.main, arguments(flags, folder))
+    return utils.status_of(trainer.main, arguments(flags, folder))
 
 
 def work(flags, folder, log, environment, death, double):

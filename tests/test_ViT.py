@@ -11,8 +11,8 @@ from torch import nn
 
 import benchmark
 import ViT as vit_module
-from config import UserError
 from pretrained import state_dict_for
+from utils import UserError
 from ViT import (
     MLP,
     MODELS,

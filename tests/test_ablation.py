@@ -16,6 +16,7 @@ from ablation import STUDIES, Study
 from common import kept_result, train_and_keep
 from run import training_flops
 from small import ROOT
+from utils import status_of
 
 TINY = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1 --no-test"
 
@@ -80,7 +81,7 @@ def test_a_result_is_recognized_whatever_the_data_and_weights_settle(
 def test_an_unfinished_run_of_other_flags_is_not_resumed(tmp_path):
     flags = f"{TINY} --device cpu".split()
     other = [*flags, "--label-smoothing", "0.3", "--output-dir", str(tmp_path)]
-    assert cli.status_of(trainer.main, [*other, "--name", "unfinished"]) == 0
+    assert status_of(trainer.main, [*other, "--name", "unfinished"]) == 0
     result = train_and_keep(flags, tmp_path, {})
     assert result["training"]["label_smoothing"] == 0
     assert kept_result(tmp_path, flags) == result

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import benchmark
-import cli
 import common
 from common import Setting, ratio, time_alternating
 from recipes import Recipe, TrainConfig
+from utils import status_of
 from ViT import ViTConfig
 
 CPU = Setting(torch.device("cpu"), "fp32", rounds=3)
@@ -128,7 +128,7 @@ def test_the_benchmark_writes_all_its_parts(tiny, tmp_path, capsys):
 def test_bad_input_is_one_line_and_exit_status_2(monkeypatch, capsys, flags, named):
     monkeypatch.setattr(sys, "argv", ["benchmark.py"])
     try:
-        status = cli.status_of(benchmark.main, flags.split())
+        status = status_of(benchmark.main, flags.split())
     except SystemExit as stop:  # of the parser
         status = stop.code
     (line,) = capsys.readouterr().err.splitlines()

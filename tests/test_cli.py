@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 
 import cli
+import datasets
 import run
 import small
-import sources
-from config import UserError
-from recipes import RECIPES
-from run import RunOptions
+from recipes import RECIPES, RunOptions
+from utils import UserError, status_of
 from ViT import MODELS
 
 # ---------------------------------------------------------------------------- bad input
@@ -61,7 +60,7 @@ def test_bad_input_is_one_line_and_exit_status_2(train, tmp_path, capsys, flags,
 def test_an_unknown_data_set_is_refused_before_anything_is_written(
     train, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(run, "load_dataset", sources.load_dataset)
+    monkeypatch.setattr(run, "load_dataset", datasets.load_dataset)
     assert train("--name a --epochs 1 --dataset imagenet") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no data set 'imagenet'; choose from cifar10, cifar100, " in line
@@ -75,10 +74,10 @@ def test_an_error_of_a_user_is_one_line_with_the_program_and_the_rank(monkeypatc
     def interrupted(argv):
         raise KeyboardInterrupt
 
-    assert cli.status_of(refusing, ["a"]) == 2
+    assert status_of(refusing, ["a"]) == 2
     assert capsys.readouterr().err == "trainer.py: ['a'] cannot be done\n"
     monkeypatch.setenv("RANK", "3")
-    assert cli.status_of(interrupted, []) == 130
+    assert status_of(interrupted, []) == 130
     assert capsys.readouterr().err == "rank 3: trainer.py: stopped\n"
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from config import Config, UserError, is_a
+from config import Config, is_a
 from recipes import TrainConfig
+from utils import UserError
 from ViT import ViTConfig
 
 

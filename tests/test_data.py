@@ -17,8 +17,7 @@ import torchvision.transforms.v2.functional as reference
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-import sources
-from config import UserError
+import datasets
 from data import (
     Preprocessing,
     Split,
@@ -26,8 +25,9 @@ from data import (
     shuffled_batches,
     stratified_split,
 )
+from datasets import load_dataset
 from small import CIFAR10, default_dtype, needs_cifar10
-from sources import load_dataset
+from utils import UserError
 
 CLASSES = [f"class {label}" for label in range(10)]
 
@@ -140,7 +140,7 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(
     failure, archive, serve, tmp_path, monkeypatch
 ):
     packed, _ = archive
-    monkeypatch.setattr(sources, "DOWNLOAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(datasets, "DOWNLOAD_TIMEOUT", 0.5)
     over = threading.Event()
     folder = tmp_path
     url = "http://127.0.0.1:9/nothing-listens-here"

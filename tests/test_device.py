@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import device as devices
-from config import UserError
-from processes import World
+from distributed import World
+from utils import UserError
 
 
 def test_without_a_name_the_best_device_is_chosen(monkeypatch):

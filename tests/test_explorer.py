@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-import cli
 import small
-import utils
 import vis
+from checkpoint import load_model
 from data import Preprocessing
 from test_vis import write_checkpoint
+from utils import status_of
 from ViT import Trace
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -47,7 +47,7 @@ def make(monkeypatch, tmp_path):
         checkpoint = tmp_path / "run/last.pt"
         write_checkpoint(checkpoint, dataset, **options)
         where = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
-        assert cli.status_of(vis.main, ["explorer", *where, *flags.split()]) == 0
+        assert status_of(vis.main, ["explorer", *where, *flags.split()]) == 0
         return tmp_path / "out/explorer.html"
 
     return written
@@ -77,7 +77,7 @@ def visit(browser):
 
 def halved(folder):
     """The model of a run with its weights in half precision, as the page has them."""
-    model, checkpoint = utils.load_model(folder / "run/last.pt")
+    model, checkpoint = load_model(folder / "run/last.pt")
     model.load_state_dict({name: w.half().float() for name, w in model.state_dict().items()})
     model.embed.pos_embed.data = model.embed.pos_embed.data.half().float()
     return model, checkpoint.preprocessing

@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_leaves
 import cli
 import data
 import device as devices
-import policy
-import processes
+import distributed
 import run as runs
 import small
 import trainer
+import trivial_augment
 import utils
 from common import Setting, forward_of, random_dataset, run_of
 from evaluation import predict
@@ -102,7 +102,7 @@ class Watch(TorchDispatchMode):
 def watch(monkeypatch):
     """A test on a fake GPU; what needs a CUDA driver has a stand-in."""
     watch, put, after_step = Watch(), monkeypatch.setattr, trainer.after_step
-    caches = (data._pixel_scale, policy.magnitudes)
+    caches = (data._pixel_scale, trivial_augment.magnitudes)
 
     def built_there(config):
         with GPU:
@@ -143,7 +143,7 @@ def watch(monkeypatch):
     put(torch.cuda, "default_generators", (torch.Generator(),))
     put(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     put("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    put(processes.World, "any", lambda world, *wishes: list(wishes))  # which reads a CPU tensor
+    put(distributed.World, "any", lambda world, *wishes: list(wishes))  # which reads a CPU tensor
     put(runs.Run, "check_losses", epoch_ends)
     put(trainer, "after_step", after_step_noted)
     for cached in caches:

@@ -12,12 +12,12 @@ import torch
 import ablation
 import cli
 import trainer
-import utils
 import vis
+from checkpoint import load_model
+from datasets import load_dataset
 from evaluation import evaluate
 from recipes import RECIPES
 from small import CIFAR10, ROOT, needs_cifar10
-from sources import load_dataset
 
 README = ROOT / "README.md"
 CARD = ROOT / "checkpoints/README.md"
@@ -53,7 +53,7 @@ def test_every_line_of_code_is_in_the_file_it_names():
 
 
 def test_the_five_lines_that_classify_an_image_do(monkeypatch, capsys):
-    (code,) = re.findall(r"```python\n(from utils.*?)```", README.read_text(), flags=re.DOTALL)
+    (code,) = re.findall(r"```python\n(from checkpoint.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(list(filter(None, code.splitlines()))) == 5
     monkeypatch.chdir(ROOT)
     exec(code, {})
@@ -119,7 +119,7 @@ def test_the_models_in_the_results_table_have_the_accuracy_of_their_results():
 
 
 def test_the_shipped_model_is_small_and_that_of_its_recipe():
-    model, checkpoint = utils.load_model(SHIPPED)
+    model, checkpoint = load_model(SHIPPED)
     result = json.loads((ROOT / "results/shipped/result.json").read_text())
     assert SHIPPED.stat().st_size < 25e6
     assert {weight.dtype for weight in checkpoint.weights.values()} == {torch.float16}
@@ -133,7 +133,7 @@ def test_the_shipped_model_is_small_and_that_of_its_recipe():
 @needs_cifar10
 def test_the_shipped_model_is_about_as_good_as_stated_on_some_test_images():
     """100 of them: within 4 standard deviations of the accuracy of all."""
-    model, checkpoint = utils.load_model(SHIPPED)
+    model, checkpoint = load_model(SHIPPED)
     dataset = load_dataset("cifar10", validation_images=5000, data_dir=CIFAR10)
     some = dataset.test.subset(torch.arange(100))
     stated = json.loads((ROOT / "results/shipped/result.json").read_text())["test_accuracy"]

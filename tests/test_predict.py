@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-import cli
 import predict
-import utils
+from checkpoint import load_model
 from small import ROOT
 from trainer import main as train_main
+from utils import status_of
 
 SHIPPED = ROOT / "checkpoints/vit_cifar10.pt"
 DEER = ROOT / "docs/deer.png"
@@ -25,7 +25,7 @@ def files(tmp_path):
 
 
 def probabilities(path):
-    model, checkpoint = utils.load_model(SHIPPED)
+    model, checkpoint = load_model(SHIPPED)
     images = checkpoint.preprocessing.read(path)[None]
     with torch.no_grad():
         return model(checkpoint.preprocessing.normalize(images)).softmax(dim=1)[0], checkpoint
@@ -76,6 +76,6 @@ def test_a_file_that_cannot_be_read_does_not_keep_back_the_others(files, capsys)
     ],
 )
 def test_what_cannot_be_classified_is_one_line(flags, named, capsys):
-    assert cli.status_of(predict.main, flags.split()) == 2
+    assert status_of(predict.main, flags.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line

@@ -11,11 +11,9 @@ import torch
 import torchvision
 from torch import nn
 
-import cli
 import small
 import trainer
-import utils
-from config import UserError
+from checkpoint import Checkpoint, load_checkpoint, load_model
 from data import Preprocessing
 from pretrained import (
     FREE,
@@ -25,6 +23,7 @@ from pretrained import (
     state_dict_for,
 )
 from recipes import TrainConfig
+from utils import UserError, status_of
 from ViT import ViT, ViTConfig
 
 CLASSES = tuple("abcdefghij")
@@ -85,7 +84,7 @@ def test_a_timm_model_gives_the_same_logits_in_both_directions(name):
 def checkpoint_of(start):
     """A checkpoint with starting weights."""
     model = ours_of(start)
-    return utils.Checkpoint(
+    return Checkpoint(
         recipe="test",
         model=start.config,
         training=TrainConfig(),
@@ -224,7 +223,7 @@ def test_a_run_with_a_frozen_backbone(tiny, tmp_path, monkeypatch, capsys):
     assert trainer.main([*flags.split(), "frozen", "--freeze"]) == 0
     out = capsys.readouterr().out
     assert "loaded, a new head for 10 classes" in out
-    saved = utils.load_checkpoint(tmp_path / "frozen/last.pt")
+    saved = load_checkpoint(tmp_path / "frozen/last.pt")
     assert saved.preprocessing == Preprocessing(
         size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop=0.9
     )
@@ -239,7 +238,7 @@ def test_a_flag_that_contradicts_the_weights_is_refused(flags, tiny, tmp_path, m
     torch.save(tiny.state_dict(), tmp_path / "weights.pth")
     monkeypatch.setattr("run.load_dataset", small.load_small)
     command = f"--recipe finetune --init-from {tmp_path}/weights.pth --dataset shapes {flags}"
-    assert cli.status_of(trainer.main, [*command.split(), "--output-dir", str(tmp_path)]) == 2
+    assert status_of(trainer.main, [*command.split(), "--output-dir", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{flags} is not that of {tmp_path}/weights.pth, " in line
 
@@ -279,8 +278,8 @@ def test_an_exported_state_dict_is_what_the_library_loads(tmp_path, capsys):
     (tmp_path / "last.pt").write_bytes(shipped)
     assert load_pretrained(str(tmp_path)).classes[0] == "airplane"  # a run's folder will do
     export = ["--export", str(tmp_path), "--library"]
-    assert cli.status_of(trainer.main, [*export, "timm"]) == 0
-    ours, checkpoint = utils.load_model(tmp_path / "last.pt")
+    assert status_of(trainer.main, [*export, "timm"]) == 0
+    ours, checkpoint = load_model(tmp_path / "last.pt")
     config = checkpoint.model
     theirs = timm.create_model(
         "vit_tiny_patch16_224",
@@ -298,7 +297,7 @@ def test_an_exported_state_dict_is_what_the_library_loads(tmp_path, capsys):
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), ours(images), rtol=0, atol=1e-4)
     capsys.readouterr()
-    assert cli.status_of(trainer.main, [*export, "torchvision"]) == 2
+    assert status_of(trainer.main, [*export, "torchvision"]) == 2
     assert "torchvision has no ViT with mean pooling" in capsys.readouterr().err
 
 

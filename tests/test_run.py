@@ -9,13 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import run
 import trainer
-import utils
-from config import UserError
+from checkpoint import load_checkpoint
 from data import Preprocessing
 from evaluation import Evaluation
-from recipes import TrainConfig
-from run import Run, RunOptions, new_run, training_flops
+from recipes import RunOptions, TrainConfig
+from run import Run, new_run, training_flops
 from small import SHAPES, rows_of
+from utils import UserError
 from ViT import ViT, ViTConfig
 
 SAVE_IS_DUE = Run.save_is_due  # which the fixture `train` replaces
@@ -28,7 +28,7 @@ def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tm
     assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "a/last.pt").read_bytes() == before
     assert train("--name a --epochs 1 --seed 3 --overwrite") == 0
-    assert utils.load_checkpoint(tmp_path / "a/last.pt").training.seed == 3
+    assert load_checkpoint(tmp_path / "a/last.pt").training.seed == 3
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(train, tmp_path, capsys):
@@ -80,7 +80,7 @@ def test_a_run_saves_by_the_minute_and_at_its_end(train, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "save", lambda run, **how: saved.append(run.step) or save(run, **how))
     assert train("--name a --epochs 5") == 0
     assert saved == [4, 8, 12, 16, 20, 24, 25]
-    assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 5
+    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 5
 
 
 def test_the_best_epoch_is_kept(train, tmp_path, monkeypatch):
@@ -91,10 +91,10 @@ def test_the_best_epoch_is_kept(train, tmp_path, monkeypatch):
 
     monkeypatch.setattr("trainer.evaluate", validated)
     assert train("--name a --epochs 4 --keep-best --no-test") == 0
-    best = utils.load_checkpoint(tmp_path / "a/best.pt")
+    best = load_checkpoint(tmp_path / "a/best.pt")
     assert [row.validation_accuracy for row in best.history] == [0.2, 0.5, 0.5]
     assert best.optimizers is None
-    assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 4
+    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 4
     assert train("--name b --keep-best --validation-images 0") == 2
 
 

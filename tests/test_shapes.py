@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from datasets import load_dataset
 from shapes import SHAPES, draw_shapes
-from sources import load_dataset
 
 
 def test_shapes_are_the_same_for_the_same_seed_and_balanced():

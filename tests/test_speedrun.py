@@ -5,9 +5,9 @@ import statistics
 
 import pytest
 
-import cli
 import speedrun
 import trainer
+from utils import status_of
 
 DRY = speedrun.DRY_PLAN
 
@@ -16,7 +16,7 @@ DRY = speedrun.DRY_PLAN
 def measure(tmp_path):
     """measure(part) runs a part of a dry run into tmp_path and returns its exit status."""
     flags = ["--dry-run", "--device", "cpu", "--out", str(tmp_path)]
-    return lambda part: cli.status_of(speedrun.main, [part, *flags])
+    return lambda part: status_of(speedrun.main, [part, *flags])
 
 
 def result_of(folder):
@@ -105,6 +105,6 @@ def test_a_mode_that_does_not_work_is_reported(measure, monkeypatch, tmp_path, c
 
 def test_without_a_gpu_it_names_the_dry_run(capsys, tmp_path):
     flags = ["--device", "cpu", "--out", str(tmp_path / "x")]
-    assert cli.status_of(speedrun.main, flags) == 2
+    assert status_of(speedrun.main, flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--dry-run" in line and not (tmp_path / "x").exists()

@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import datasets
 import evaluation
 import run
 import small
-import sources
 import trainer
-import utils
-from config import UserError
+from checkpoint import load_checkpoint, save_checkpoint
 from initialization import mimetic, whiten_patches
-from recipes import Recipe, TrainConfig
-from run import Diverged, Run, RunOptions
+from recipes import Recipe, RunOptions, TrainConfig
+from run import Run
 from small import ROOT, rows_of, same_weights, weights_of
+from utils import Diverged, UserError
 from ViT import EncoderBlock, ViT, ViTConfig
 
 
@@ -73,7 +73,7 @@ def test_a_recipe_sets_the_initialization_and_the_patches_it_trains_on(
     }
     for name, flags in initializations.items():
         assert train(f"{flags} --patch-dropout 0.75 --name {name} {still}") == 0
-        saved = utils.load_checkpoint(tmp_path / name / "last.pt")
+        saved = load_checkpoint(tmp_path / name / "last.pt")
         torch.manual_seed(4)
         model = ViT(saved.model)
         if name != "paper":
@@ -253,7 +253,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
     # Linear decay over 10 steps with 2 (half an epoch of 5, rounded to even) of warm-up.
     assert "loss is nan at step 9 (epoch 2, learning rate 0.00075)" in line
     assert "--learning-rate" in line and "holds step 5" in line
-    assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 1
+    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
 
 
 def test_a_validation_loss_that_is_no_number_stops_the_run(train, tmp_path, monkeypatch, capsys):
@@ -267,7 +267,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(train, tmp_path, monk
     assert train("--name a --epochs 3") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "the validation loss is nan at step 10 (epoch 2" in line and "holds step 5" in line
-    assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 1
+    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
 
 
 # ---------------------------------------------------------------------------- ways to start a run
@@ -275,7 +275,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(train, tmp_path, monk
 
 def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path):
     assert train("--name a --epochs 2") == 0
-    saved = utils.load_checkpoint(tmp_path / "a/last.pt")
+    saved = load_checkpoint(tmp_path / "a/last.pt")
     recipe = Recipe("from Python", saved.model, saved.training)
     result = trainer.fit(recipe, RunOptions(output_dir=tmp_path), name="mine")
     written = json.loads((tmp_path / "mine/result.json").read_text())
@@ -298,14 +298,14 @@ def test_without_a_recipe_the_machine_chooses_one_and_says_so(tmp_path, monkeypa
     flags = [*small.TINY, "--epochs", "1", "--output-dir", str(tmp_path), "--patch-dropout", "0"]
     assert trainer.main([*flags, "--device", "cpu"]) == 0
     assert "recipe cpu, made for a CPU" in capsys.readouterr().out
-    assert utils.load_checkpoint(tmp_path / "cpu/last.pt").recipe == "cpu"
+    assert load_checkpoint(tmp_path / "cpu/last.pt").recipe == "cpu"
 
 
 def test_a_checkpoint_of_other_classes_is_not_evaluated(train, tmp_path, capsys):
     assert train("--name a --epochs 1") == 0
     path = tmp_path / "a/last.pt"
-    saved = utils.load_checkpoint(path)
-    utils.save_checkpoint(path, dataclasses.replace(saved, classes=[*saved.classes[:9], "cat"]))
+    saved = load_checkpoint(path)
+    save_checkpoint(path, dataclasses.replace(saved, classes=[*saved.classes[:9], "cat"]))
     capsys.readouterr()
     assert train(f"--evaluate {path}") == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -351,7 +351,7 @@ def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
             noise = torch.randint(256, (9, 11, 3), generator=torch.Generator().manual_seed(number))
             image = Image.fromarray(noise.to(torch.uint8).numpy())
             image.save(tmp_path / "pets" / name / f"{number}.png")
-    monkeypatch.setattr(sources, "LARGEST_IN_MEMORY", 1000)
+    monkeypatch.setattr(datasets, "LARGEST_IN_MEMORY", 1000)
     monkeypatch.setattr(run.Run, "save_is_due", small.after_each_epoch)
     flags = f"--recipe demo --dataset folder:{tmp_path}/pets --epochs 3 --name"
     assert small.status_of(f"{flags} whole", tmp_path) == 0

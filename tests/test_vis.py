@@ -14,7 +14,6 @@ from PIL import Image
 
 import augment
 import catalogue
-import cli
 import data
 import explain
 import figures
@@ -23,10 +22,11 @@ import steps
 import utils
 import vis
 from catalogue import OF_AN_IMAGE, OF_THE_MODEL, STEPS
-from config import UserError
+from checkpoint import Checkpoint, load_model, save_checkpoint, versions
 from recipes import TrainConfig
 from small import ROOT, SHAPES
 from test_figures import assert_readable
+from utils import UserError, status_of
 from ViT import Trace, ViT, ViTConfig
 
 KINDS = {"image": set(OF_AN_IMAGE)} | {name: set(of) for name, of in OF_THE_MODEL.items()}
@@ -46,7 +46,7 @@ def draw(monkeypatch, tmp_path):
         if not checkpoint.exists():
             write_checkpoint(checkpoint, SHAPES)
         paths = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
-        return cli.status_of(vis.main, [*paths, "--dpi", "40", *flags.split()])
+        return status_of(vis.main, [*paths, "--dpi", "40", *flags.split()])
 
     return run
 
@@ -73,7 +73,7 @@ def write_checkpoint(path, dataset, training=None, **options):
     model = ViT(config)
     torch.nn.init.normal_(model.head.weight)
     training = {"dataset": "shapes", "validation_images": 50} | (training or {})
-    checkpoint = utils.Checkpoint(
+    checkpoint = Checkpoint(
         recipe="demo",
         model=config,
         training=TrainConfig(**training),
@@ -81,9 +81,9 @@ def write_checkpoint(path, dataset, training=None, **options):
         classes=list(dataset.classes),
         weights=dict(model.state_dict()),
         history=[],
-        versions=utils.versions(),
+        versions=versions(),
     )
-    utils.save_checkpoint(path, checkpoint)
+    save_checkpoint(path, checkpoint)
 
 
 def cropped(dataset, rows, columns, channels=3):
@@ -149,7 +149,7 @@ def test_saved_arrays_are_what_the_functions_give(train, draw, tmp_path):
     flags = "--epochs 1 --pooling class --positions learned --precision fp32"  # that of figures
     assert train(f"--name run {flags}") == 0
     assert draw("--index 3 --save-data") == 0
-    model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
+    model, checkpoint = load_model(tmp_path / "run/last.pt")
     images, labels = whole(SHAPES.validation)
     logits, trace = traced(model, checkpoint, images)
 
@@ -261,7 +261,7 @@ def test_augmentation_has_a_row_for_each_operation_of_the_recipe(draw, tmp_path,
 @pytest.mark.parametrize("target", ["pred", "label", "star"])
 def test_the_target_comes_first_and_then_the_most_probable_other_class(draw, tmp_path, target):
     assert draw(f"image --index 0 --query cls --target {target}") == 0
-    model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
+    model, checkpoint = load_model(tmp_path / "run/last.pt")
     images, labels = SHAPES.validation.take(torch.arange(1))
     logits, _ = traced(model, checkpoint, images)
     order = [checkpoint.classes[k] for k in logits[0].argsort(descending=True)]
@@ -395,7 +395,7 @@ def test_steps_show_the_chosen_patch_layer_and_head(draw, tmp_path):
     """The figures' arrays against the model's own parts."""
     write_checkpoint(tmp_path / "run/last.pt", SHAPES)
     assert draw("steps --index 3 --query 2,4 --layer 2 --head 1 --save-data") == 0
-    model, checkpoint = utils.load_model(tmp_path / "run/last.pt")
+    model, checkpoint = load_model(tmp_path / "run/last.pt")
     pixels, _ = SHAPES.validation.take(torch.tensor([3]))
     logits, trace = traced(model, checkpoint, pixels)
 
@@ -481,7 +481,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(draw, tmp_path, capsys):
 
 def test_the_newest_checkpoint_is_the_default(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(vis, "ROOT", tmp_path)
-    assert cli.status_of(vis.main, ["model"]) == 2
+    assert status_of(vis.main, ["model"]) == 2
     assert "src/trainer.py --recipe demo" in capsys.readouterr().err
     for age, name in enumerate(("b/last.pt", "a.pt", "c/last.pt")):
         path = tmp_path / "checkpoints" / name

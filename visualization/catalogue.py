@@ -27,12 +27,13 @@ import figures
 import steps
 import utils
 from augment import augment
-from config import Config, UserError
+from checkpoint import EpochRecord, load_model
+from config import Config
 from data import Batch, Dataset, Split
+from datasets import load_dataset
 from evaluation import evaluate, predict
 from run import RUN_FILES, check_fit
-from sources import load_dataset
-from utils import EpochRecord
+from utils import UserError
 from ViT import Trace, parameters_of, patchify
 
 PROBE_IMAGES = 128  # of the figures of many images
@@ -125,7 +126,7 @@ class Model:
 
     def __init__(self, path: Path, device: torch.device, options: Options):
         self.path, self.device, self.options = path, device, options
-        self.vit, self.checkpoint = utils.load_model(path, device)
+        self.vit, self.checkpoint = load_model(path, device)
         self.config, self.classes = self.checkpoint.model, self.checkpoint.classes
         self.run = path.resolve().parent.name if path.name in RUN_FILES else path.stem
 

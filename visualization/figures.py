@@ -20,8 +20,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 import curves
+from checkpoint import EpochRecord
 from recipes import TrainConfig
-from utils import EpochRecord
 
 ATTENTION = "inferno"  # color map of weights, which start at 0
 SIGNED = "RdBu_r"  # color map of values of both signs; 0 is white

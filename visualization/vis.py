@@ -33,7 +33,6 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))  # the model's modules, from whatever folder this is run
 
-import cli
 import figures
 import utils
 from catalogue import (
@@ -48,9 +47,11 @@ from catalogue import (
     Subject,
     draw_explorer,
 )
-from config import UserError
+from checkpoint import checkpoint_file, versions
+from config import Parser, add_flags, given
 from data import image_files
 from device import choose_device
+from utils import UserError, run_program
 
 OF_IMAGES = ("image", "steps", "explorer")
 GROUPS = (*OF_IMAGES, *OF_THE_MODEL)
@@ -64,7 +65,7 @@ Drawing = Callable[[], Picture | Page]
 
 def parse_arguments(argv: list[str]) -> Options:
     """Raises UserError where a value is out of range."""
-    parser = cli.Parser(prog="vis.py", description=__doc__, argument_default=argparse.SUPPRESS)
+    parser = Parser(prog="vis.py", description=__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("what", nargs="?", choices=("all", *GROUPS), default="all", help="(all)")
     images = parser.add_mutually_exclusive_group()
     images.add_argument(
@@ -83,8 +84,8 @@ def parse_arguments(argv: list[str]) -> Options:
         "middle patch)",
     )
     added = ("what", "index", "image", "dir", "layer", "head", "query")
-    cli.add_flags(parser, Options(), leave_out=added)
-    return Options(**cli.given(parser.parse_args(argv), Options))
+    add_flags(parser, Options(), leave_out=added)
+    return Options(**given(parser.parse_args(argv), Options))
 
 
 def _numbers(text: str) -> list[int]:
@@ -299,7 +300,7 @@ def manifest(
         "split": vars(model).get("split_name"),  # None where no data set was used
         "figures": drawn,
         "not_applicable": missing,
-        "versions": utils.versions() | {"matplotlib": matplotlib.__version__},
+        "versions": versions() | {"matplotlib": matplotlib.__version__},
     }
 
 
@@ -312,7 +313,7 @@ def portable(value: Any) -> Any:
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
     named = options.checkpoint and utils.existing_path(str(options.checkpoint))
-    path = utils.checkpoint_file(named or newest_checkpoint())
+    path = checkpoint_file(named or newest_checkpoint())
     model = Model(path, choose_device(options.device), options)
     check_options(model)
     draw_all(model, shlex.join(["python", "visualization/vis.py", *argv]))
@@ -320,4 +321,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run_program(main)
+    run_program(main)

@@ -9,10 +9,10 @@ import torch
 import torchvision.datasets as tv
 from PIL import Image
 
-import sources
-from config import UserError
+import datasets
 from data import Preprocessing, Split, StreamedSplit
-from sources import class_folders, load_dataset, preprocessing_for
+from datasets import class_folders, load_dataset, preprocessing_for
+from utils import UserError
 
 SIZE = (16, 16)
 WANTED = Preprocessing(size=SIZE, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -69,7 +69,7 @@ def test_a_folder_of_class_folders_is_split_by_class_and_its_broken_file_left_ou
 
 def test_streamed_images_are_those_in_memory(folder, monkeypatch):
     held = load_dataset(f"folder:{folder}", WANTED, validation_images=6)
-    monkeypatch.setattr(sources, "LARGEST_IN_MEMORY", 1000)
+    monkeypatch.setattr(datasets, "LARGEST_IN_MEMORY", 1000)
     streamed = load_dataset(f"folder:{folder}", WANTED, validation_images=6)
     assert isinstance(streamed.train, StreamedSplit) and type(held.train) is Split
     assert any("decoded again in every epoch" in note for note in streamed.notes)
@@ -81,7 +81,7 @@ def test_streamed_images_are_those_in_memory(folder, monkeypatch):
 
 
 def test_a_file_that_breaks_after_loading_is_an_error_of_one_line(folder, monkeypatch):
-    monkeypatch.setattr(sources, "LARGEST_IN_MEMORY", 1000)
+    monkeypatch.setattr(datasets, "LARGEST_IN_MEMORY", 1000)
     dataset = load_dataset(f"folder:{folder}", WANTED, validation_images=0)
     for file in folder.glob("class 2/*.png"):
         file.write_bytes(b"nonsense")

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torchvision.transforms.v2 as v2
 
-import policy
-from policy import BINS, OPS, apply, trivial_augment
+import trivial_augment
+from trivial_augment import BINS, OPS, apply
 
 TORCHVISIONS = v2.TrivialAugmentWide()
-SPACE = policy.magnitudes(torch.device("cpu"))  # (sign, operation, bin)
+SPACE = trivial_augment.magnitudes(torch.device("cpu"))  # (sign, operation, bin)
 DEGREES = (45.0, 135.0)  # the sources of the pixels on both diagonals lie between two pixels
 BLENDS = ("Brightness", "Color", "Contrast", "Sharpness")
 
@@ -81,7 +81,7 @@ def test_a_gpus_way_gives_the_same_as_a_cpus():
     op = torch.arange(200) % len(OPS)
     magnitude = SPACE[torch.arange(200) % 2, op, 20]
     expected = apply(images, op, magnitude)
-    assert torch.equal(policy.apply_to_all(images, op, magnitude), expected)
+    assert torch.equal(trivial_augment.apply_to_all(images, op, magnitude), expected)
 
 
 # ---------------------------------------------------------------------------- draws
@@ -101,8 +101,10 @@ def test_operations_magnitudes_and_signs_are_drawn_alike(monkeypatch):
     """By a chi-square of each, within five standard deviations of what is expected."""
     images = torch.zeros(50_000, 1, 1, 1, dtype=torch.uint8)
     draws = []
-    monkeypatch.setattr(policy, "apply", lambda images, *drawn: draws.append(drawn) or images)
-    trivial_augment(images, generator(0))
+    monkeypatch.setattr(
+        trivial_augment, "apply", lambda images, *drawn: draws.append(drawn) or images
+    )
+    trivial_augment.trivial_augment(images, generator(0))
     ((op, magnitude),) = draws
 
     def alike(counts):

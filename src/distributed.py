@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError, one_line
+from utils import Stopped, UserError, WorldError, one_line
 
 try:
     import fcntl
@@ -29,24 +29,7 @@ except ImportError:  # Windows has no flock
     fcntl = None
 
 
-class WorldError(Exception):
-    """The processes of a job cannot work together; the message is one line for the user."""
-
-
 # ---------------------------------------------------------------------------- signals
-
-
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM ends the process; like KeyboardInterrupt not an Exception, so
-    that no handler of errors catches it.
-
-    Args:
-        number: the signal.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.status = 128 + number  # as a shell reports it: 130 for Ctrl-C, 143 for SIGTERM
 
 
 class StopSignals:

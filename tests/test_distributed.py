@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import processes
+import distributed
 import run
 import small
 import trainer
-import utils
+from checkpoint import load_checkpoint, load_model
 from run import Run
 from small import ROOT, differing, finished, result_of, rows_of, start, start_ranks
 
@@ -56,7 +56,7 @@ def stop_and_resume(train, signal_at, tmp_path, flags, steps, accumulate=1):
     for begun, step in zip([0, *steps], steps, strict=False):
         signal_at(signal.SIGTERM, accumulate * (step - begun))
         assert train(task) == 143
-        saved = utils.load_checkpoint(tmp_path / "parts/last.pt")
+        saved = load_checkpoint(tmp_path / "parts/last.pt")
         assert len(saved.history) * 5 + saved.partial.steps == step
         task = f"--resume {tmp_path / 'parts'}"
     signal_at(signal.SIGTERM, -1)
@@ -95,7 +95,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     assert train("--name a --epochs 3 --no-test --save-minutes 5") == status
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f"resume with --resume {tmp_path / 'a'} --no-test --save-minutes 5.0")
-    saved = utils.load_checkpoint(tmp_path / "a/last.pt")
+    saved = load_checkpoint(tmp_path / "a/last.pt")
     assert (len(saved.history), saved.partial.steps) == (1, 2)
     assert signal.getsignal(number) is before
 
@@ -131,8 +131,8 @@ def test_a_signal_in_the_final_test_leaves_only_that_to_do(train, tmp_path, monk
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    source = "import os, signal, processes\n"
-    source += "with processes.StopSignals() as stop, stop.postponed():\n"
+    source = "import os, signal, distributed\n"
+    source += "with distributed.StopSignals() as stop, stop.postponed():\n"
     source += "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", source], env=environment)
@@ -164,7 +164,7 @@ def test_killed_around_the_renames_of_a_save_and_at_random_moments(tmp_path):
         assert killed or (death is None and process.exitcode == 0)
         kills += killed
         if (folder / "last.pt").exists():
-            utils.load_model(folder / "last.pt")
+            load_model(folder / "last.pt")
             task = f"--resume {folder} --save-minutes 0"
             resumes += 1
     assert finished(start(task, tmp_path)) == 0
@@ -199,7 +199,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(train, tmp_path, caps
     finished(first)
     stray = folder / ".last.pt.part"
     stray.write_bytes(b"half a checkpoint")
-    done = len(utils.load_checkpoint(folder / "last.pt").history)
+    done = len(load_checkpoint(folder / "last.pt").history)
     assert train(f"--resume {folder} --epochs {done + 1}") == 0
     assert not stray.exists()
 
@@ -208,10 +208,10 @@ def test_where_there_are_no_locks_a_run_says_so_and_trains(train, monkeypatch, c
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(processes.fcntl, "flock", no_locks)
+    monkeypatch.setattr(distributed.fcntl, "flock", no_locks)
     assert train("--name a --epochs 1") == 0
     assert "cannot lock" in capsys.readouterr().out
-    monkeypatch.setattr(processes, "fcntl", None)  # as on Windows
+    monkeypatch.setattr(distributed, "fcntl", None)  # as on Windows
     assert train("--name b --epochs 1") == 0
     assert "cannot lock" in capsys.readouterr().out
 
@@ -261,7 +261,7 @@ def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint_and_ends_the_run_
     out, error = capsys.readouterr()
     assert "test accuracy" in out  # the figures are not lost with the files
     assert "cannot write the result" in error and len(error.splitlines()) == 1
-    assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 1
+    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"last.pt", "metrics.csv"}
 
 
@@ -284,7 +284,7 @@ def test_a_folder_removed_under_a_run_is_made_again(train, tmp_path, monkeypatch
 
     monkeypatch.setattr(Run, "save", removing)
     assert train("--name a --epochs 2") == 0
-    assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 2
+    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 2
 
 
 def test_a_stop_that_cannot_save_says_so(train, signal_at, failing_saves, capsys):
@@ -313,7 +313,7 @@ def test_weights_that_are_no_numbers_are_never_saved(train, tmp_path, monkeypatc
     assert train("--name a --epochs 2 --validation-images 0") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "weights are not finite at step 10 (epoch 2" in line and "holds step 5" in line
-    assert len(utils.load_checkpoint(tmp_path / "a/last.pt").history) == 1
+    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
 
 
 # ---------------------------------------------------------------------------- memory
@@ -426,7 +426,7 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_a_checkpoint(train, tmp_path):
     assert finished(ranks[0]) == 1
     assert "another process of this job has ended" in (tmp_path / "log0").read_text()
     assert "Traceback" not in (tmp_path / "log0").read_text()
-    done = len(utils.load_checkpoint(folder / "last.pt").history)
+    done = len(load_checkpoint(folder / "last.pt").history)
     assert train(f"--resume {folder} --epochs {done + 1}") == 0
 
 

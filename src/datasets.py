@@ -23,7 +23,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from config import UserError, one_line
 from data import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -36,6 +35,7 @@ from data import (
     stratified_split,
 )
 from shapes import SHAPES, draw_shapes
+from utils import UserError, one_line
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte until a server counts as stalled
 LARGEST_IN_MEMORY = 2**32  # bytes of all splits together

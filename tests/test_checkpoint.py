@@ -1,0 +1,353 @@
+"""Checkpoints that describe themselves and run nothing; damage; the commit of the code."""
+
+import math
+import os
+import pickle
+import random
+import re
+import subprocess
+
+import pytest
+import torch
+
+import small
+from checkpoint import code_commit, load_checkpoint, load_model, save_model
+from utils import UserError
+
+
+@pytest.fixture
+def checkpoint(train, tmp_path):
+    assert train("--name a --epochs 1") == 0
+    return tmp_path / "a/last.pt"
+
+
+def test_a_checkpoint_gives_back_the_model(checkpoint):
+    model, content = load_model(checkpoint)
+    plain = torch.load(checkpoint, weights_only=True)
+    assert plain["classes"] == list(small.SHAPES.classes) == content.classes
+    assert plain["preprocessing"]["mean"] == (0.31,) * 3
+    assert content.preprocessing == small.SHAPES.preprocessing
+    assert plain["model"]["width"] == 16 and plain["training"]["batch_size"] == 40
+    assert not model.training
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, plain["weights"][name])
+
+
+def test_an_exported_model_is_a_small_checkpoint_of_half_precision(train, tmp_path, capsys):
+    """Loaded in full precision."""
+    assert train("--name a --epochs 2 --optimizer muon") == 0
+    assert train(f"--export {tmp_path / 'a'}") == 0
+    last, exported = tmp_path / "a/last.pt", tmp_path / "a/model.pt"
+    assert f"wrote {exported}" in capsys.readouterr().out
+    weights = load_checkpoint(last).weights
+    plain = torch.load(exported, weights_only=True)
+    model, content = load_model(exported)
+    for name, weight in model.state_dict().items():
+        assert plain["weights"][name].dtype == torch.float16 and weight.dtype == torch.float32
+        assert torch.equal(weight, weights[name].half().float())
+    assert content.history[1].epoch == 2 and content.classes == plain["classes"]
+    assert exported.stat().st_size < last.stat().st_size / 3
+
+    before = exported.read_bytes()
+    assert train(f"--evaluate {exported}") == 0
+    capsys.readouterr()
+    for task, named in (
+        (f"--resume {exported}", f"its last.pt, not {exported}"),
+        (f"--export {tmp_path / 'a'}", "--overwrite"),
+        (f"--export {tmp_path / 'b'}", f"{tmp_path / 'b'}"),
+    ):
+        assert train(task) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert named in line
+    assert exported.read_bytes() == before
+    assert train(f"--export {tmp_path / 'a'} --overwrite") == 0
+
+
+def test_weights_too_large_for_half_precision_are_not_exported(checkpoint, tmp_path):
+    content = load_checkpoint(checkpoint)
+    content.weights["head.bias"][3] = 1e5
+    with pytest.raises(UserError, match="65,504"):
+        save_model(tmp_path / "model.pt", content)
+    assert not (tmp_path / "model.pt").exists()
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def damage(name, path, tmp_path):
+    content = path.read_bytes()
+    whole = torch.load(path, weights_only=True)
+    trap = Trap(tmp_path / "sprung")
+    if name == "text":
+        path.write_text("not a checkpoint")
+    elif name == "empty":
+        path.write_bytes(b"")
+    elif name == "cut off":
+        path.write_bytes(content[: len(content) // 2])
+    elif name == "pickle":
+        path.write_bytes(pickle.dumps(trap))
+    elif name == "torch pickle":
+        torch.save(whole | {"weights": trap}, path)
+    elif name == "bare weights":
+        torch.save(whole["weights"], path)
+    elif name == "a list":
+        torch.save([whole], path)
+    elif name == "folder":
+        path.unlink()
+        path.mkdir()
+    elif name == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif name == "gone":
+        path.unlink()
+
+
+DAMAGES = "text,empty,cut off,pickle,torch pickle,bare weights,a list,folder,pipe,gone"
+
+
+@pytest.mark.parametrize("name", DAMAGES.split(","))
+def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(name, checkpoint, tmp_path):
+    damage(name, checkpoint, tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_model(checkpoint)
+    assert str(checkpoint) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "sprung").exists()
+
+
+# Places in a checkpoint, as the keys that lead there, what to put there, and what the line names.
+GONE = "a value that is taken away"
+INVALID = [
+    ("format", 99, "format 99, this code reads 3 to 5"),
+    ("format", 2, "format 2"),
+    ("format", True, "src/trainer.py did not write it"),
+    ("format", GONE, "src/trainer.py did not write it"),
+    ("weights", GONE, "Checkpoint lacks the field 'weights'"),
+    ("surprise", 1, "Checkpoint has no field 'surprise'"),
+    ("model.width", 32, "size mismatch"),
+    ("model.width", 10**30, "damaged"),
+    ("model.depth", 10**9, "depth is 1000000000"),
+    ("model.color", "red", "ViTConfig has no field 'color'"),
+    ("model.image_size", (32, 32, 32), "image_size must be"),
+    ("model.image_size", (2**20, 2**20), "1048576 x 1048576"),
+    ("weights.head.bias", GONE, 'Missing key(s) in state_dict: "head.bias"'),
+    ("weights.head.extra", torch.zeros(1), 'Unexpected key(s) in state_dict: "head.extra"'),
+    ("weights.head.bias", torch.zeros(11), "size mismatch for head.bias"),
+    ("weights.head.bias", torch.zeros(10).double(), "head.bias is of torch.float64"),
+    ("weights.head.bias", torch.full((10,), math.inf), "weights must be"),
+    ("history.0.epoch", 7, "history must have a row for each epoch"),
+    ("history.0.train_loss", GONE, "EpochRecord lacks the field 'train_loss'"),
+    ("partial.losses", torch.zeros(4), "partial must have one loss for each step"),
+    ("partial.losses", torch.zeros(1).expand(10**13), "losses must be"),
+    ("partial", {"steps": 6, "losses": torch.ones(6), "correct": 9, "seconds": 1.0}, "step 6 of 5"),
+    ("classes", ["cat"], "1 names, but the model has 10 classes"),
+    ("classes", [f"class {n}" for n in range(10)], "'disc' instead of 'class 0'"),
+    ("preprocessing.size", (16, 16), "preprocessing is not that of 3 x 32 x 32 pixels"),
+    ("optimizers", [], "without its optimizers"),
+    ("optimizers", [{}], "optimizers has 1 entries, not 2"),
+    ("optimizers.0", {}, "the state of AdamW is not that of"),
+    ("optimizers.0.1.exp_avg", torch.zeros(3), "'exp_avg' of AdamW is not that of weight 1"),
+    ("optimizers.0.1.exp_avg", GONE, "'exp_avg' of AdamW is not that of weight 1"),
+    ("optimizers.0.1.speed", torch.zeros(3), "'speed' of AdamW is not that of weight 1"),
+    ("optimizers.1.0.momentum_buffer", torch.tensor(math.nan), "optimizers must be"),
+]
+
+
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory):
+    """A checkpoint from within an epoch, by both optimizers."""
+    folder = tmp_path_factory.mktemp("half_way")
+    flags = "--name a --epochs 2 --optimizer muon --save-minutes 0"
+    start = small.start(flags, folder)
+    assert small.finished(start) == 0
+    whole = torch.load(folder / "a/last.pt", weights_only=True)
+    whole["history"] = whole["history"][:1]
+    whole["partial"] = {"steps": 3, "losses": torch.ones(3), "correct": 9, "seconds": 1.0}
+    torch.save(whole, folder / "a/last.pt")
+    return folder / "a/last.pt"
+
+
+@pytest.mark.parametrize(("place", "value", "named"), INVALID, ids=lambda value: f"{value!s:.40}")
+def test_a_checkpoint_with_an_invalid_field_is_refused_in_one_line(
+    train, half_way, tmp_path, capsys, place, value, named
+):
+    path = tmp_path / "last.pt"
+    content = torch.load(half_way, weights_only=True)
+    *keys, last = place.split(".", 1) if place.startswith("weights") else place.split(".")
+    inner = content
+    for key in keys:
+        inner = inner[int(key) if key.isdigit() else key]
+    last = int(last) if last.isdigit() else last
+    if value is GONE:
+        del inner[last]
+    else:
+        inner[last] = value
+    torch.save(content, path)
+    assert train(f"--resume {path}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    data_only = "instead of" in named  # the line is about the data set
+    assert named in line and (data_only or str(path) in line) and len(line) < 500
+
+
+def resumed(train, content, folder):
+    """The folder of a run that resumes from the content of a checkpoint."""
+    folder.mkdir()
+    torch.save(content, folder / "last.pt")
+    assert train(f"--resume {folder}") == 0
+    return folder
+
+
+def test_fields_that_a_file_lacks_have_their_defaults(train, half_way, tmp_path):
+    """And without `INVALID` fields the checkpoint `half_way` is a good one."""
+    content = torch.load(half_way, weights_only=True)
+    whole = resumed(train, content, tmp_path / "whole")
+    for fields, name in ((content, "total_seconds"), (content["training"], "cutmix")):
+        del fields[name]
+    del content["model"]["drop_path"]
+    loaded = load_checkpoint(save(content, tmp_path / "lacking.pt"))
+    assert (loaded.total_seconds, loaded.training.cutmix, loaded.model.drop_path) == (0.0, 0.0, 0.0)
+    assert small.differing(whole, resumed(train, content, tmp_path / "lacking")) == 0
+
+
+def save(content, path):
+    torch.save(content, path)
+    return path
+
+
+# ---------------------------------------------------------------------------- older formats
+
+OLD_NAMES = {
+    r"^embed\.proj\.": "embed.projection.",
+    r"^embed\.cls_token$": "embed.class_token",
+    r"^embed\.pos_embed$": "embed.positions",
+    r"\.attn\.qkv\.": ".attention.qkv.",
+    r"\.attn\.proj\.": ".attention.output.",
+    r"\.mlp\.fc1\.": ".mlp.expand.",
+    r"\.mlp\.fc2\.": ".mlp.contract.",
+}
+
+
+def in_format_3(new):
+    """The content of a checkpoint as code from before format 4 wrote it."""
+
+    def renamed(weights):
+        old = {}
+        for name, weight in (weights or {}).items():
+            for pattern, replacement in OLD_NAMES.items():
+                name = re.sub(pattern, replacement, name)
+            old[name] = weight
+        return old
+
+    training = dict(new["training"])
+    training["initialisation"] = training.pop("initialization")
+    training |= {"colour": 0.0, "averaging": 0.0, "erase": 0.0, "magnitude": 9}
+    return {
+        "format": 3,
+        "model_config": new["model"],
+        "train_config": training,
+        "recipe": new["recipe"],
+        "weights": renamed(new["weights"]),
+        "averaged": {},
+        "optimizers": new["optimizers"] or [],
+        "epoch": len(new["history"]),
+        "partial": new["partial"] or {},
+        "history": new["history"],
+        "seconds": {"compile": new["compile_seconds"], "total": new["total_seconds"]},
+        "classes": new["classes"],
+        "mean": list(new["preprocessing"]["mean"]),
+        "std": list(new["preprocessing"]["std"]),
+        "versions": new["versions"],
+    }
+
+
+@pytest.mark.parametrize("flags", [None, "--optimizer adamw --patch-dropout 0.5"])
+def test_a_run_of_format_3_resumes_to_the_same_end(train, half_way, tmp_path, flags):
+    """From within an epoch, by both optimizers, or between epochs."""
+    path = half_way
+    if flags:
+        options = "--pooling class --positions learned --initialization mimetic"
+        assert train(f"--name start --epochs 1 {flags} {options}") == 0
+        path = tmp_path / "start/last.pt"
+    new = torch.load(path, weights_only=True)
+    new["training"]["epochs"] = 2
+    old = in_format_3(new)
+    assert not old["weights"].keys() & {name for name in new["weights"] if "attn" in name}
+    ends = [resumed(train, each, tmp_path / name) for name, each in (("new", new), ("old", old))]
+    assert small.differing(*ends) == 0
+
+
+def test_a_run_of_format_4_that_used_a_removed_option_is_evaluated_but_not_resumed(
+    train, half_way, tmp_path, capsys
+):
+    """Its averaged weights are those that were evaluated."""
+    new = torch.load(half_way, weights_only=True)
+    averaged = {name: weight + 1 for name, weight in new["weights"].items()}
+    for used in ({"averaging": 0.9}, {"color": 0.1}, {"erase": 0.5}, {"policy": "rand"}):
+        training = new["training"] | {"averaging": 0.0, "erase": 0.0, "magnitude": 9} | used
+        old = new | {"format": 4, "training": training}
+        old["averaged"] = averaged if "averaging" in used else None
+        path = save(old, tmp_path / "last.pt")
+        model, checkpoint = load_model(path)
+        added = 1 if "averaging" in used else 0
+        assert torch.equal(model.head.bias, new["weights"]["head.bias"] + added)
+        assert checkpoint.training == load_checkpoint(half_way).training
+        assert train(f"--resume {path}") == 2
+        assert "without its optimizers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mean", "seconds", "weights", "model_config"])
+def test_a_damaged_file_of_format_3_is_refused_in_one_line(half_way, tmp_path, name):
+    old = in_format_3(torch.load(half_way, weights_only=True))
+    for content in ({k: v for k, v in old.items() if k != name}, old | {name: 7}):
+        with pytest.raises(UserError) as caught:
+            load_checkpoint(save(content, tmp_path / "old.pt"))
+        assert str(tmp_path / "old.pt") in str(caught.value) and "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------- damage
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line_or_harmless(half_way, tmp_path):
+    """Cut off or with a bit changed at 100 random places; a bit of padding does no harm."""
+    content, path = half_way.read_bytes(), tmp_path / "damaged.pt"
+    chance, good, refused = random.Random(0), load_checkpoint(half_way), 0
+    for _ in range(100):
+        place, bit = chance.randrange(len(content)), 1 << chance.randrange(8)
+        flipped = content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :]
+        for damaged in (content[:place], flipped):
+            path.write_bytes(damaged)
+            try:
+                loaded = load_checkpoint(path)
+            except UserError as error:
+                assert "\n" not in str(error) and str(path) in str(error)
+                refused += 1
+            else:
+                assert repr(loaded) == repr(good)  # which leaves out most of a tensor
+                pairs = zip(small.tensors_of(loaded), small.tensors_of(good), strict=True)
+                assert damaged == flipped and all(small.same_weights(*pair) for pair in pairs)
+    assert refused > 150
+
+
+def test_the_commit_of_the_code_has_a_mark_where_files_have_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr("checkpoint.ROOT", tmp_path)
+    assert code_commit() is None
+
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src/ViT.py").write_text("committed")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    commit = code_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "src/ViT.py").write_text("changed")
+    assert code_commit() == commit + "+"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +25,13 @@ import utils
 from checkpoint import load_checkpoint
 from data import CIFAR10_MEAN, CIFAR10_STD, Dataset, Preprocessing, Split
 from device import autocast
-from recipes import REMOVED, Recipe, RunOptions, TrainConfig
+from recipes import Recipe, RunOptions, TrainConfig
 from run import Run
 from trainer import Forward, compile_model
 from utils import UserError
 from ViT import ViT, ViTConfig
 
+REMOVED = {"averaging": 0.0, "color": 0.0, "erase": 0.0, "magnitude": 9}  # options of older results
 LONG_ENOUGH = 0.05  # seconds of work between two clock readings
 
 
@@ -174,7 +175,7 @@ def kept_result(kept: Path, flags: list[str]) -> dict[str, Any] | None:
     command = cli.parse(flags, description="")
     # An option that was added after a run had its default.
     for key, config in (("model", ViTConfig()), ("training", TrainConfig())):
-        result[key] = config.to_plain() | result[key]
+        result[key] = asdict(config) | result[key]
     for name, off in REMOVED.items():
         if result["training"].get(name) == off:
             del result["training"][name]
@@ -188,7 +189,7 @@ def _is_of(command: cli.Command, model: dict[str, Any], training: dict[str, Any]
 
     The data set settles channels and classes; starting weights, all that no flag has set.
     """
-    asked = {"model": command.model.to_plain(), "training": command.training.to_plain()}
+    asked = {"model": asdict(command.model), "training": asdict(command.training)}
     found = {"model": model, "training": training}
     asked, found = (json.loads(json.dumps(each)) for each in (asked, found))  # tuples to lists
     named = asked["model"].keys() - {"channels", "classes"}
@@ -216,7 +217,7 @@ def train_and_keep(
     flags_now = [*flags, "--output-dir", str(kept), "--name", made.name, "--overwrite"]
     if (made / "last.pt").exists():
         command, saved = cli.parse(flags, description=""), load_checkpoint(made / "last.pt")
-        if _is_of(command, saved.model.to_plain(), saved.training.to_plain()):
+        if _is_of(command, asdict(saved.model), asdict(saved.training)):
             flags_now = ["--resume", str(made), *["--no-test"] * (not command.options.test)]
             flags_now += ["--device", command.options.device] if command.options.device else []
     program = [sys.executable, str(utils.ROOT / "src/trainer.py"), *flags_now]

@@ -4,7 +4,7 @@ import io
 import subprocess
 import warnings
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from config import Config
 from data import Preprocessing
-from recipes import REMOVED, TrainConfig
+from recipes import TrainConfig
 from utils import ROOT, UserError, one_line, write_table, write_torch
 from ViT import ViT, ViTConfig
 
 # ---------------------------------------------------------------------------- checkpoints
 
 CHECKPOINT_FORMAT = 5
+CONFIGS = {"model": ViTConfig, "training": TrainConfig, "preprocessing": Preprocessing}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +40,20 @@ class EpochRecord(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Partial(Config):
+class Partial:
     """How far an epoch was when it was saved."""
 
-    steps: Annotated[int, "done", "[1, inf)"]
+    steps: int  # done
     losses: Tensor  # (steps,)
     correct: int  # training images classified correctly
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint(Config):
-    """Everything that a checkpoint holds.
+class Checkpoint:
+    """Everything that a checkpoint holds; a field with a default may be missing in a file.
 
-    A field with a default may be missing in a file. No random state is kept: every seed follows
-    from `training.seed` and the step (`seed_for`).
+    No random state is kept: every seed follows from `training.seed` and the step (`seed_for`).
     """
 
     recipe: str
@@ -71,7 +71,6 @@ class Checkpoint(Config):
     versions: dict[str, str]
 
     def __post_init__(self):
-        super().__post_init__()
         K, (H, W) = self.model.classes, self.model.image_size
         if len(self.classes) != K:
             raise UserError(f"classes has {len(self.classes)} names, but the model has {K} classes")
@@ -81,8 +80,6 @@ class Checkpoint(Config):
             )
         if [row.epoch for row in self.history] != list(range(1, len(self.history) + 1)):
             raise UserError("history must have a row for each epoch, in their order")
-        if self.partial and self.partial.losses.shape != (self.partial.steps,):
-            raise UserError("partial must have one loss for each step")
         check_weights(self.model, self.weights)
 
 
@@ -91,14 +88,14 @@ def check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if len(blocks) != config.depth:
         raise UserError(f"depth is {config.depth}, but there are weights of {len(blocks)} blocks")
-    for name, weight in weights.items():
-        if weight.dtype not in (torch.float16, torch.get_default_dtype()):
-            raise UserError(f"{name} is of {weight.dtype}")
     try:
         with torch.device("meta"):
             ViT(config).load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise UserError(one_line(error)) from error
+    for name, weight in weights.items():
+        if not (weight.is_floating_point() and weight.isfinite().all()):
+            raise UserError(f"{name} has values that are not finite numbers")
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -107,7 +104,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         OSError: the file cannot be written; one that was there is still there.
     """
-    write_torch(path, {"format": CHECKPOINT_FORMAT, **checkpoint.to_plain()})
+    content = vars(checkpoint) | {"history": [asdict(row) for row in checkpoint.history]}
+    content |= {name: asdict(content[name]) for name in CONFIGS}
+    content["partial"] = vars(checkpoint.partial) if checkpoint.partial else None
+    write_torch(path, {"format": CHECKPOINT_FORMAT, **content})
 
 
 def save_model(path: Path, checkpoint: Checkpoint) -> None:
@@ -142,76 +142,29 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         content.seek(0)
         with warnings.catch_warnings(action="ignore"):
             plain = torch.load(content, map_location="cpu", weights_only=True)
-        return Checkpoint.from_plain(_migrated(plain))
+        return _from_dict(plain)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except UserError as error:
-        raise UserError(f"{path} is not a usable checkpoint: {str(error)[:300]}") from error
+    except (UserError, TypeError, KeyError) as error:
+        reason = one_line(error)[:300]
+        raise UserError(f"{path} is not a usable checkpoint: {reason}") from error
     except Exception as error:  # a damaged file can fail in any way inside zipfile and torch.load
         raise UserError(f"{path} is not a checkpoint, or is damaged") from error
 
 
-def _migrated(plain: Any) -> dict[str, Any]:
-    """The fields of today's format, of a file of today's or of an older one."""
-    if type(plain) is not dict or type(plain.get("format")) is not int:
+def _from_dict(content: Any) -> Checkpoint:
+    """What `save_checkpoint` wrote. A class refuses a field that it does not know by name."""
+    if type(content) is not dict or type(content.get("format")) is not int:
         raise UserError("src/trainer.py did not write it")
-    if plain["format"] == 3:
-        plain = _from_format_3(plain)
-    if plain["format"] == 4:
-        plain = _from_format_4(plain)
-    if plain["format"] != CHECKPOINT_FORMAT:
+    if content["format"] != CHECKPOINT_FORMAT:
         raise UserError(
-            f"it has checkpoint format {plain['format']}, this code reads 3 to {CHECKPOINT_FORMAT}"
+            f"it has checkpoint format {content['format']}, this code reads {CHECKPOINT_FORMAT}"
         )
-    return {name: value for name, value in plain.items() if name != "format"}
-
-
-def _from_format_3(plain: dict[str, Any]) -> dict[str, Any]:
-    """Format 4 has timm's names of weights, American spelling, and `Preprocessing`."""
-    names = {"projection": "proj", "class_token": "cls_token", "positions": "pos_embed"}
-    names |= {"attention": "attn", "output": "proj", "expand": "fc1", "contract": "fc2"}
-    spelled = {"initialisation": "initialization", "colour": "color"}
-
-    def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            ".".join(names.get(part, part) for part in name.split(".")): weight
-            for name, weight in weights.items()
-        }
-
-    return {
-        "format": 4,
-        "recipe": plain["recipe"],
-        "model": plain["model_config"],
-        "training": {spelled.get(k, k): value for k, value in plain["train_config"].items()},
-        "preprocessing": {
-            "size": plain["model_config"]["image_size"],
-            "mean": tuple(plain["mean"]),
-            "std": tuple(plain["std"]),
-        },
-        "classes": plain["classes"],
-        "weights": renamed(plain["weights"]),
-        "averaged": renamed(plain["averaged"]) or None,
-        "optimizers": plain["optimizers"] or None,
-        "history": plain["history"],
-        "partial": plain["partial"] or None,
-        "compile_seconds": plain["seconds"]["compile"],
-        "total_seconds": plain["seconds"]["total"],
-        "versions": plain["versions"],
-    }
-
-
-def _from_format_4(plain: dict[str, Any]) -> dict[str, Any]:
-    """Format 5 lacks the `REMOVED` options; a run that used one can be evaluated, not resumed."""
-    training, changed = dict(plain["training"]), {"format": 5}
-    used = [training.pop(name, off) != off for name, off in REMOVED.items()]
-    if training.get("policy") == "rand":
-        used, training["policy"] = [True], "off"
-    if any(used):
-        changed |= {"optimizers": None, "partial": None}
-    if plain.get("averaged"):  # the weights that were evaluated
-        changed["weights"] = plain["averaged"]
-    kept = {name: value for name, value in plain.items() if name != "averaged"}
-    return kept | changed | {"training": training}
+    fields = {name: value for name, value in content.items() if name != "format"}
+    fields |= {name: config(**fields[name]) for name, config in CONFIGS.items()}
+    fields["history"] = [EpochRecord(**row) for row in fields["history"]]
+    fields["partial"] = Partial(**fields["partial"]) if fields.get("partial") else None
+    return Checkpoint(**fields)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[ViT, Checkpoint]:
@@ -260,7 +213,7 @@ def checkpoint_file(path: Path) -> Path:
 
 def write_metrics(path: Path, history: list[EpochRecord]) -> None:
     """metrics.csv: a row for each epoch."""
-    rows = ({name: _short(value) for name, value in row.to_plain().items()} for row in history)
+    rows = ({name: _short(value) for name, value in asdict(row).items()} for row in history)
     write_table(path, EpochRecord.fields(), rows)
 
 

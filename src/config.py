@@ -10,10 +10,7 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from utils import ROOT, UserError
 
@@ -48,82 +45,33 @@ class Config:
             for name, hint in declared.items()
         }
 
-    @classmethod
-    def from_plain(cls, values: Any) -> Self:
-        """A config from what `to_plain` gave; a field that is missing gets its default.
-
-        Raises:
-            UserError: a field is unknown, or missing without a default, or its value is refused.
-        """
-        if not is_a(values, dict[str, Any]):
-            raise UserError(f"{cls.__name__} must be a dict, not {_shown(values)}")
-        fields = cls.fields()
-        if unknown := values.keys() - fields:
-            raise UserError(f"{cls.__name__} has no field {_shown(min(unknown))}")
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-        if missing := [name for name in required if name not in values]:
-            raise UserError(f"{cls.__name__} lacks the field {missing[0]!r}")
-        return cls(**{name: _from_plain(fields[name][0], v) for name, v in values.items()})
-
     def changed(self) -> tuple[str, ...]:
         """The fields whose value is not the default; of a config whose fields all have one."""
         default = type(self)()
         return tuple(n for n in self.fields() if getattr(self, n) != getattr(default, n))
 
-    def to_plain(self) -> dict[str, Any]:
-        """The config as plain containers, which `torch.load(..., weights_only=True)` reads."""
-        return {name: _to_plain(getattr(self, name)) for name in self.fields()}
-
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value, with all that it contains, is of a declared type.
-
-    An int is a float too. Floats and tensors must be finite, tensors dense and on the CPU.
-    """
+    """Whether a value is of a field's declared type. An int is a float too; floats are finite."""
     container, inner = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return True
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    if kind is Tensor:
-        plain = type(value) is Tensor and value.layout is torch.strided and not value.is_quantized
-        plain = plain and value.device.type == "cpu" and value.is_contiguous()
-        return plain and bool(value.isfinite().all())
     if container in (types.UnionType, typing.Union):
         return any(is_a(value, each) for each in inner)
     if container is typing.Literal:
         return type(value) is str and value in inner
-    if container is None:
-        return type(value) is kind or (kind is Path and isinstance(value, Path))
-    if type(value) is not container:
-        return False
-    if container is dict:
-        return all(is_a(k, inner[0]) and is_a(v, inner[1]) for k, v in value.items())
-    if container is list or inner[-1] is Ellipsis:
-        return all(is_a(each, inner[0]) for each in value)
-    return len(value) == len(inner) and all(map(is_a, value, inner))
+    if container in (list, tuple):
+        any_length = container is list or inner[-1] is Ellipsis
+        kinds = inner[:1] * len(value) if any_length and type(value) is container else inner
+        fits = type(value) is container and len(value) == len(kinds)
+        return fits and all(map(is_a, value, kinds))
+    return type(value) is kind or (kind is Path and isinstance(value, Path))
 
 
 def _contains(interval: str, value: float) -> bool:
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     return above and (value <= high if interval[-1] == "]" else value < high)
-
-
-def _from_plain(kind: Any, value: Any) -> Any:
-    inner = typing.get_args(kind)
-    if typing.get_origin(kind) is list:
-        return [_from_plain(inner[0], x) for x in value] if type(value) is list else value
-    for each in inner or (kind,):  # inner of `Partial | None`
-        if isinstance(each, type) and issubclass(each, Config) and value is not None:
-            return each.from_plain(value)
-    return value
-
-
-def _to_plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_to_plain(each) for each in value]
-    return value.to_plain() if isinstance(value, Config) else value
 
 
 def _spelled(kind: Any) -> str:

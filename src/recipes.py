@@ -136,11 +136,6 @@ class RunOptions(Config):
             raise UserError(f"--name {self.name!r} must be letters, digits, '.', '_' and '-'")
 
 
-# Options that this code had, with the value of a run that did not use them. Averaging gained
-# nothing in two studies of one seed; the others were in no trained recipe, and were not studied.
-REMOVED = {"averaging": 0.0, "color": 0.0, "erase": 0.0, "magnitude": 9}
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A model, how to train it, and the accuracy to expect."""

@@ -248,7 +248,7 @@ class Run:
             print(f"cannot save step {self.step} to {self.folder}: {reason}{next_try}", flush=True)
 
     def checkpoint(self, partial: Partial | None = None) -> Checkpoint:
-        """The run as it is, on the CPU."""
+        """The run as it is."""
         return Checkpoint(
             recipe=self.recipe,
             model=self.model.config,
@@ -256,8 +256,8 @@ class Run:
             preprocessing=self.preprocessing,
             classes=list(self.dataset.classes),
             drawn_from=self.dataset.drawn_from,
-            weights=on_cpu(dict(self.model.state_dict())),
-            optimizers=[on_cpu(optimizer.state_dict()["state"]) for optimizer in self.optimizers],
+            weights=dict(self.model.state_dict()),
+            optimizers=[optimizer.state_dict()["state"] for optimizer in self.optimizers],
             history=self.history,
             partial=partial,
             compile_seconds=self.compile_seconds,
@@ -299,13 +299,6 @@ class Run:
                 self.progress.losses[: partial.steps] = partial.losses
                 self.progress.correct += partial.correct
         self.saved_step = self.step
-
-
-def on_cpu(tree: Any) -> Any:
-    """Containers of tensors with the tensors on the CPU."""
-    if isinstance(tree, dict):
-        return {key: on_cpu(value) for key, value in tree.items()}
-    return tree.cpu()
 
 
 def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: bool = False) -> int:

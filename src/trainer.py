@@ -21,7 +21,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -347,8 +347,8 @@ def result_of(
         "command": command,
         "commit": commit,
         "recipe": run.recipe,
-        "model": run.model.config.to_plain(),
-        "training": run.config.to_plain(),
+        "model": asdict(run.model.config),
+        "training": asdict(run.config),
         "parameters": parameters_of(run.model),
         "epochs": run.config.epochs,
         "seed": run.config.seed,

@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -52,7 +53,7 @@ def write_result(study, change, seed, accuracy, without=()):
     folder = study.folder / change / f"seed{seed}"
     folder.mkdir(parents=True)
     command = cli.parse(ablation.flags_of(study, change, seed), "")
-    model, training = command.model.to_plain(), command.training.to_plain()
+    model, training = asdict(command.model), asdict(command.training)
     training = {name: value for name, value in training.items() if name not in without}
     content = {"model": model, "training": training, "validation_accuracy": accuracy}
     content["seconds"] = {"training": 10.0 + seed}
@@ -72,8 +73,8 @@ def test_a_result_is_recognized_whatever_the_data_and_weights_settle(
     tmp_path, flags, changed, is_of
 ):
     command = cli.parse(flags.split(), "")
-    model = command.model.to_plain() | changed
-    content = {"model": model, "training": command.training.to_plain()}
+    model = asdict(command.model) | changed
+    content = {"model": model, "training": asdict(command.training)}
     (tmp_path / "result.json").write_text(json.dumps(content))
     assert (kept_result(tmp_path, flags.split()) is not None) == is_of
 

@@ -124,27 +124,25 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(name, che
 # Places in a checkpoint, as the keys that lead there, what to put there, and what the line names.
 GONE = "a value that is taken away"
 INVALID = [
-    ("format", 99, "format 99, this code reads 3 to 5"),
+    ("format", 99, "format 99, this code reads 5"),
     ("format", 2, "format 2"),
     ("format", True, "src/trainer.py did not write it"),
     ("format", GONE, "src/trainer.py did not write it"),
-    ("weights", GONE, "Checkpoint lacks the field 'weights'"),
-    ("surprise", 1, "Checkpoint has no field 'surprise'"),
+    ("weights", GONE, "'weights'"),
+    ("surprise", 1, "'surprise'"),
     ("model.width", 32, "size mismatch"),
-    ("model.width", 10**30, "damaged"),
+    ("model.width", 10**30, "not a usable checkpoint"),
     ("model.depth", 10**9, "depth is 1000000000"),
-    ("model.color", "red", "ViTConfig has no field 'color'"),
+    ("model.color", "red", "ViTConfig.__init__() got an unexpected keyword argument 'color'"),
     ("model.image_size", (32, 32, 32), "image_size must be"),
     ("model.image_size", (2**20, 2**20), "1048576 x 1048576"),
     ("weights.head.bias", GONE, 'Missing key(s) in state_dict: "head.bias"'),
     ("weights.head.extra", torch.zeros(1), 'Unexpected key(s) in state_dict: "head.extra"'),
     ("weights.head.bias", torch.zeros(11), "size mismatch for head.bias"),
-    ("weights.head.bias", torch.zeros(10).double(), "head.bias is of torch.float64"),
-    ("weights.head.bias", torch.full((10,), math.inf), "weights must be"),
+    ("weights.head.bias", torch.zeros(10, dtype=torch.int64), "Only Tensors of floating point"),
+    ("weights.head.bias", torch.full((10,), math.inf), "head.bias has values that are not finite"),
     ("history.0.epoch", 7, "history must have a row for each epoch"),
-    ("history.0.train_loss", GONE, "EpochRecord lacks the field 'train_loss'"),
-    ("partial.losses", torch.zeros(4), "partial must have one loss for each step"),
-    ("partial.losses", torch.zeros(1).expand(10**13), "losses must be"),
+    ("history.0.train_loss", GONE, "'train_loss'"),
     ("partial", {"steps": 6, "losses": torch.ones(6), "correct": 9, "seconds": 1.0}, "step 6 of 5"),
     ("classes", ["cat"], "1 names, but the model has 10 classes"),
     ("classes", [f"class {n}" for n in range(10)], "'disc' instead of 'class 0'"),
@@ -152,10 +150,6 @@ INVALID = [
     ("optimizers", [], "without its optimizers"),
     ("optimizers", [{}], "optimizers has 1 entries, not 2"),
     ("optimizers.0", {}, "the state of AdamW is not that of"),
-    ("optimizers.0.1.exp_avg", torch.zeros(3), "'exp_avg' of AdamW is not that of weight 1"),
-    ("optimizers.0.1.exp_avg", GONE, "'exp_avg' of AdamW is not that of weight 1"),
-    ("optimizers.0.1.speed", torch.zeros(3), "'speed' of AdamW is not that of weight 1"),
-    ("optimizers.1.0.momentum_buffer", torch.tensor(math.nan), "optimizers must be"),
 ]
 
 
@@ -218,96 +212,6 @@ def test_fields_that_a_file_lacks_have_their_defaults(train, half_way, tmp_path)
 def save(content, path):
     torch.save(content, path)
     return path
-
-
-# ---------------------------------------------------------------------------- older formats
-
-OLD_NAMES = {
-    r"^embed\.proj\.": "embed.projection.",
-    r"^embed\.cls_token$": "embed.class_token",
-    r"^embed\.pos_embed$": "embed.positions",
-    r"\.attn\.qkv\.": ".attention.qkv.",
-    r"\.attn\.proj\.": ".attention.output.",
-    r"\.mlp\.fc1\.": ".mlp.expand.",
-    r"\.mlp\.fc2\.": ".mlp.contract.",
-}
-
-
-def in_format_3(new):
-    """The content of a checkpoint as code from before format 4 wrote it."""
-
-    def renamed(weights):
-        old = {}
-        for name, weight in (weights or {}).items():
-            for pattern, replacement in OLD_NAMES.items():
-                name = re.sub(pattern, replacement, name)
-            old[name] = weight
-        return old
-
-    training = dict(new["training"])
-    training["initialisation"] = training.pop("initialization")
-    training |= {"colour": 0.0, "averaging": 0.0, "erase": 0.0, "magnitude": 9}
-    return {
-        "format": 3,
-        "model_config": new["model"],
-        "train_config": training,
-        "recipe": new["recipe"],
-        "weights": renamed(new["weights"]),
-        "averaged": {},
-        "optimizers": new["optimizers"] or [],
-        "epoch": len(new["history"]),
-        "partial": new["partial"] or {},
-        "history": new["history"],
-        "seconds": {"compile": new["compile_seconds"], "total": new["total_seconds"]},
-        "classes": new["classes"],
-        "mean": list(new["preprocessing"]["mean"]),
-        "std": list(new["preprocessing"]["std"]),
-        "versions": new["versions"],
-    }
-
-
-@pytest.mark.parametrize("flags", [None, "--optimizer adamw --patch-dropout 0.5"])
-def test_a_run_of_format_3_resumes_to_the_same_end(train, half_way, tmp_path, flags):
-    """From within an epoch, by both optimizers, or between epochs."""
-    path = half_way
-    if flags:
-        options = "--pooling class --positions learned --initialization mimetic"
-        assert train(f"--name start --epochs 1 {flags} {options}") == 0
-        path = tmp_path / "start/last.pt"
-    new = torch.load(path, weights_only=True)
-    new["training"]["epochs"] = 2
-    old = in_format_3(new)
-    assert not old["weights"].keys() & {name for name in new["weights"] if "attn" in name}
-    ends = [resumed(train, each, tmp_path / name) for name, each in (("new", new), ("old", old))]
-    assert small.differing(*ends) == 0
-
-
-def test_a_run_of_format_4_that_used_a_removed_option_is_evaluated_but_not_resumed(
-    train, half_way, tmp_path, capsys
-):
-    """Its averaged weights are those that were evaluated."""
-    new = torch.load(half_way, weights_only=True)
-    averaged = {name: weight + 1 for name, weight in new["weights"].items()}
-    for used in ({"averaging": 0.9}, {"color": 0.1}, {"erase": 0.5}, {"policy": "rand"}):
-        training = new["training"] | {"averaging": 0.0, "erase": 0.0, "magnitude": 9} | used
-        old = new | {"format": 4, "training": training}
-        old["averaged"] = averaged if "averaging" in used else None
-        path = save(old, tmp_path / "last.pt")
-        model, checkpoint = load_model(path)
-        added = 1 if "averaging" in used else 0
-        assert torch.equal(model.head.bias, new["weights"]["head.bias"] + added)
-        assert checkpoint.training == load_checkpoint(half_way).training
-        assert train(f"--resume {path}") == 2
-        assert "without its optimizers" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["mean", "seconds", "weights", "model_config"])
-def test_a_damaged_file_of_format_3_is_refused_in_one_line(half_way, tmp_path, name):
-    old = in_format_3(torch.load(half_way, weights_only=True))
-    for content in ({k: v for k, v in old.items() if k != name}, old | {name: 7}):
-        with pytest.raises(UserError) as caught:
-            load_checkpoint(save(content, tmp_path / "old.pt"))
-        assert str(tmp_path / "old.pt") in str(caught.value) and "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------- damage

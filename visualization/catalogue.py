@@ -8,7 +8,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -372,7 +372,7 @@ def draw_explorer(model: Model, subjects: list[Subject]) -> Page:
     content = {
         "about": f"{model.run}: {config.depth} layers, {config.heads} heads, {count:,} weights. "
         "This page computes the model for each picture, in your browser.",
-        "model": config.to_plain(),
+        "model": asdict(config),
         "grid": config.grid,
         **{name: getattr(preprocessing, name) for name in ("mean", "std", "interpolation", "crop")},
         "classes": model.classes,

@@ -21,6 +21,7 @@ import io
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -290,13 +291,13 @@ def manifest(
     """The content of manifest.json: the figures, and what made them."""
     with open(model.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    options = {name: portable(value) for name, value in model.options.to_plain().items()}
+    options = {name: portable(value) for name, value in asdict(model.options).items()}
     return {
         "command": command,
         "arguments": options,
         "checkpoint": portable(model.path),
         "checkpoint_sha256": digest,
-        "model": model.config.to_plain(),
+        "model": asdict(model.config),
         "split": vars(model).get("split_name"),  # None where no data set was used
         "figures": drawn,
         "not_applicable": missing,

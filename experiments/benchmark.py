@@ -19,12 +19,12 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT / "src"))
 import cli
 import device as devices
 import utils
-from augment import augment
+from augment import Augmentation
 from common import (
     Setting,
     add_gradients,
@@ -241,13 +241,12 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
     """Times an epoch of flipped, cropped and normalized batches, of this code and of DataLoader."""
     device, dataset = setting.device, random_dataset(INPUT_IMAGES, setting.device)
     config = TrainConfig(flip="random", crop_padding=4)
-    coins = torch.zeros(INPUT_IMAGES, dtype=torch.bool, device=device)
+    augment = Augmentation(config, 10, INPUT_IMAGES, device)
 
     def own_epoch() -> None:
         order = shuffled_batches(dataset.train, batch_size, utils.generator_for(0))
         for seed, (rows, batch) in enumerate(zip(order, dataset.train.batches(order), strict=True)):
-            targets = F.one_hot(batch.labels, 10).float()
-            images, _ = augment(batch.images, targets, config, seed, coins[rows], 0)
+            images, _ = augment(*batch, rows, 0, seed)
             dataset.preprocessing.normalize(images)
 
     def their_epoch(loader: DataLoader) -> None:
@@ -289,14 +288,14 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
 
 def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) -> dict[str, float]:
     """Times epochs of `train_epoch`, bare steps, and their passes alone, alternating."""
-    run = run_of(recipe, setting, steps)
-    forward = forward_of(run, mode)
-
-    def epoch() -> None:
-        run.end_epoch(train_epoch(run, forward, run.config.patch_dropout))
-
-    step, passes = step_of(run, forward), step_of(run, forward, optimize=False)
-    taken = time_alternating({"epoch": epoch, "step": step, "passes": passes}, setting)
+    run, state = run_of(recipe, setting, steps)
+    forward = forward_of(run, state, mode)
+    works = {
+        "step": step_of(run, replace(state), forward),  # which counts steps that no epoch has
+        "passes": step_of(run, state, forward, optimize=False),
+        "epoch": lambda: train_epoch(run, state, forward),
+    }
+    taken = time_alternating(works, setting)
     step_share, passes_share = (steps * ratio(taken[x], taken["epoch"]) for x in ("step", "passes"))
     return {
         "seconds_per_step": statistics.median(taken["epoch"]) / steps,

@@ -26,8 +26,8 @@ from checkpoint import load_checkpoint
 from data import CIFAR10_MEAN, CIFAR10_STD, Dataset, Preprocessing, Split
 from device import autocast
 from recipes import Recipe, RunOptions, TrainConfig
-from run import Run
-from trainer import Forward, compile_model
+from run import Run, State, assemble
+from trainer import Forward, compiled, update
 from utils import UserError
 from ViT import ViT, ViTConfig
 
@@ -110,19 +110,21 @@ def random_dataset(count: int, device: torch.device) -> Dataset:
     return Dataset("random", tuple("abcdefghij"), preprocessing, train, None, None)
 
 
-def run_of(recipe: Recipe, setting: Setting, steps: int) -> Run:
+def run_of(recipe: Recipe, setting: Setting, steps: int) -> tuple[Run, State]:
     """A run of a recipe on random images, with that many steps an epoch, that saves nothing."""
-    endless = {"epochs": 1_000_000, "warmup_epochs": 1, "precision": setting.precision}
+    endless = {"epochs": 10_000, "warmup_epochs": 1, "whole_epochs": 0}
+    compiling = "graphs" if recipe.train.compile == "graphs" else "on"
+    endless |= {"precision": setting.precision, "compile": compiling}
     config = replace(recipe.train, **endless)
     dataset = random_dataset(steps * config.batch_size, setting.device)
     options = RunOptions(save_minutes=1e9)
-    return Run(ViT(recipe.model), config, dataset, setting.device, options=options)
+    return assemble(ViT(recipe.model), config, dataset, setting.device, options=options)
 
 
-def forward_of(run: Run, mode: str) -> Forward:
+def forward_of(run: Run, state: State, mode: str) -> Forward:
     """The model of a run, for training: "eager" or "compiled"."""
-    run.model.train()
-    return run.parallel if mode == "eager" else compile_model(run, run.config.patch_dropout)
+    state.model.train()
+    return run.parallel if mode == "eager" else compiled(run, state)
 
 
 def add_gradients(
@@ -134,7 +136,7 @@ def add_gradients(
     F.cross_entropy(logits.float(), targets).backward()
 
 
-def step_of(run: Run, forward: Forward, optimize: bool = True) -> Callable[[], None]:
+def step_of(run: Run, state: State, forward: Forward, optimize: bool = True) -> Callable[[], None]:
     """A step of `train_epoch` without its input, on a batch of random images.
 
     Args:
@@ -142,17 +144,15 @@ def step_of(run: Run, forward: Forward, optimize: bool = True) -> Callable[[], N
     """
     batch = run.dataset.train.take(torch.arange(run.config.batch_size, device=run.device))
     targets = F.one_hot(batch.labels, len(run.dataset.classes)).float()
-    patch_dropout = run.config.patch_dropout
+    dropout = run.patch_dropout(0)
 
     def step() -> None:
-        if run.config.compile == "graphs":
-            torch.compiler.cudagraph_mark_step_begin()
-        inputs = run.preprocessing.normalize(batch.images)
-        add_gradients(lambda x: forward(x, patch_dropout), inputs, targets, run.precision)
-        for optimizer in run.optimizers:
-            if optimize:
-                optimizer.step()
-            optimizer.zero_grad()
+        inputs = run.normalize(batch.images)
+        add_gradients(lambda x: forward(x, dropout), inputs, targets, run.precision)
+        if optimize:
+            update(run, state)
+        else:
+            state.model.zero_grad()
 
     return step
 

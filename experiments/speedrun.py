@@ -122,11 +122,11 @@ def images_per_second(recipe: Recipe, mode: str, setting: Setting) -> float | No
     train = replace(recipe.train, compile="graphs") if mode == "graphs" else recipe.train
     torch.compiler.reset()  # it compiles only a few models of one class in a process
     try:
-        run = run_of(Recipe("", model, train), setting, steps=1)
-        forward = forward_of(run, "eager" if mode == "eager" else "compiled")
+        run, state = run_of(Recipe("", model, train), setting, steps=1)
+        forward = forward_of(run, state, "eager" if mode == "eager" else "compiled")
         if mode != "eager" and forward is run.parallel:
             return None  # compiling has failed, and has said so
-        step = step_of(run, forward)
+        step = step_of(run, state, forward)
         seconds_of(step, 3, setting.device)
         taken = [seconds_of(step, 5, setting.device) for _ in range(setting.rounds)]
     except (RuntimeError, UserError) as error:

@@ -2,7 +2,8 @@
 
 Each function takes and returns uint8 images (B, C, H, W); those that mix two images also take and
 return targets (B, K), the probability of each class. A generator lives on the images' device; the
-same state of it gives the same result. Nothing waits for the device.
+same state of it gives the same result. Nothing waits for the device. `Augmentation` is what a
+recipe makes of them.
 `python visualization/vis.py data` draws what a checkpoint's recipe does to some images.
 """
 
@@ -11,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import utils
 from recipes import TrainConfig
 from trivial_augment import trivial_augment
+from utils import copied, generator_for, seed_for
 
 # ---------------------------------------------------------------------------- place
 
@@ -120,54 +121,68 @@ def _interval(center: Tensor, length: Tensor, limit: int) -> tuple[Tensor, Tenso
 # ---------------------------------------------------------------------------- a batch
 
 
-def augment(
-    images: Tensor, targets: Tensor, config: TrainConfig, seed: int, coins: Tensor, epoch: int
-) -> tuple[Tensor, Tensor]:
-    """Everything that a recipe does to a batch before the model sees it.
+class Augmentation:
+    """Everything that a recipe does to a batch before the model sees it: the only door to it.
 
     Args:
-        images: (B, C, H, W) uint8.
-        targets: (B, K)
-        seed: of all the batch's draws.
-        coins: (B,) bool, of each image for `alternating_flip`.
-        epoch: counted from 0.
+        config: of the recipe.
+        classes: K.
+        count: of the training images.
+        device: of the batches.
     """
-    generator = utils.generator_for(seed, device=images.device)
-    if config.flip == "random":
-        images = random_flip(images, generator)
-    elif config.flip == "alternating":
-        images = alternating_flip(images, coins, epoch)
-    if config.crop_padding:
-        images = random_crop(images, config.crop_padding, generator)
-    if config.resized_crop:
-        images = random_resized_crop(images, config.resized_crop, generator)
-    if config.policy == "trivial" and epoch < config.policy_epochs * config.epochs:
-        images = trivial_augment(images, generator)
-    if (config.mixup or config.cutmix) and epoch < config.mixed_epochs * config.epochs:
-        images, targets = _mix(images, targets, config, seed, generator)
-    return images, targets
 
+    def __init__(self, config: TrainConfig, classes: int, count: int, device: torch.device):
+        self.config, self.classes = config, classes
+        coins = torch.rand(count, generator=generator_for(config.seed))
+        self.coins = coins.to(device) < 0.5  # of each image, for alternating flips
 
-def _mix(
-    images: Tensor, targets: Tensor, config: TrainConfig, seed: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Mixup or CutMix; with both, one of them for each image."""
-    host = np.random.default_rng(utils.seed_for(seed, 2))  # torch's Beta takes no generator
+    def __call__(
+        self, images: Tensor, labels: Tensor, rows: Tensor, epoch: int, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        """The images (B, C, H, W) uint8 as the model sees them, and targets (B, K).
 
-    def shares(alpha: float) -> Tensor:
-        draw = torch.from_numpy(host.beta(alpha, alpha, len(images))).to(targets.dtype)
-        # From pinned memory a copy to a GPU does not wait for it.
-        draw = draw.pin_memory() if images.is_cuda else draw
-        return draw.to(images.device, non_blocking=True)
+        Args:
+            labels: (B,)
+            rows: (B,), the places of the images among the training images.
+            epoch: counted from 0.
+            seed: of all the batch's draws.
+        """
+        config, left = self.config, self.config.epochs - epoch  # epochs to come, this one too
+        generator = generator_for(seed, device=images.device)
+        targets = F.one_hot(labels, self.classes).to(torch.get_default_dtype())
+        if config.flip == "random":
+            images = random_flip(images, generator)
+        elif config.flip == "alternating":
+            images = alternating_flip(images, self.coins[rows], epoch)
+        if config.crop_padding:
+            images = random_crop(images, config.crop_padding, generator)
+        if config.resized_crop:
+            images = random_resized_crop(images, config.resized_crop, generator)
+        if config.policy == "trivial" and left > config.policy_off_epochs:
+            images = trivial_augment(images, generator)
+        if (config.mixup or config.cutmix) and left > config.mixing_off_epochs:
+            images, targets = self._mix(images, targets, seed, generator)
+        return images, targets
 
-    if not config.cutmix:
-        return mixup(images, targets, shares(config.mixup))
-    cut = cutmix(images, targets, shares(config.cutmix), generator)
-    if not config.mixup:
-        return cut
-    blended = mixup(images, targets, shares(config.mixup))
-    choice = torch.rand(len(images), generator=generator, device=images.device) < 0.5
-    return (
-        torch.where(choice[:, None, None, None], cut[0], blended[0]),
-        torch.where(choice[:, None], cut[1], blended[1]),
-    )
+    def _mix(
+        self, images: Tensor, targets: Tensor, seed: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Mixup or CutMix; with both, one of them for each image."""
+        config = self.config
+        host = np.random.default_rng(seed_for(seed, 2))  # torch's Beta takes no generator
+
+        def shares(alpha: float) -> Tensor:
+            draw = torch.from_numpy(host.beta(alpha, alpha, len(images))).to(targets.dtype)
+            return copied(draw, images.device)
+
+        if not config.cutmix:
+            return mixup(images, targets, shares(config.mixup))
+        cut = cutmix(images, targets, shares(config.cutmix), generator)
+        if not config.mixup:
+            return cut
+        blended = mixup(images, targets, shares(config.mixup))
+        choice = torch.rand(len(images), generator=generator, device=images.device) < 0.5
+        return (
+            torch.where(choice[:, None, None, None], cut[0], blended[0]),
+            torch.where(choice[:, None], cut[1], blended[1]),
+        )

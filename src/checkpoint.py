@@ -1,10 +1,15 @@
-"""What a run leaves on disk: checkpoints that describe themselves, and the run log."""
+"""All that a run leaves on disk: checkpoints that describe themselves, the run log, its folder."""
 
 import io
+import math
+import os
 import subprocess
+import tempfile
+import time
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +18,25 @@ import torchvision
 from torch import Tensor
 
 from config import Config
-from data import Preprocessing
+from data import Dataset, Preprocessing
 from recipes import TrainConfig
-from utils import ROOT, UserError, one_line, write_table, write_torch
+from utils import ROOT, UserError, complain, one_line, write_json, write_table, write_torch
 from ViT import ViT, ViTConfig
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock
+    fcntl = None
+
+EXPORTED = {None: "model.pt", "timm": "model_timm.pth", "torchvision": "model_torchvision.pth"}
+RUN_FILES = (
+    *("last.pt", "best.pt", "metrics.csv", "curves.png", "result.json"),
+    *EXPORTED.values(),
+)
 
 # ---------------------------------------------------------------------------- checkpoints
 
-CHECKPOINT_FORMAT = 5
+CHECKPOINT_FORMAT = 6
 CONFIGS = {"model": ViTConfig, "training": TrainConfig, "preprocessing": Preprocessing}
 
 
@@ -40,18 +56,8 @@ class EpochRecord(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Partial:
-    """How far an epoch was when it was saved."""
-
-    steps: int  # done
-    losses: Tensor  # (steps,)
-    correct: int  # training images classified correctly
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Everything that a checkpoint holds; a field with a default may be missing in a file.
+    """The configs of a run and its `State.to_dict()`; a field with a default may be missing.
 
     No random state is kept: every seed follows from `training.seed` and the step (`seed_for`).
     """
@@ -62,13 +68,14 @@ class Checkpoint:
     preprocessing: Preprocessing  # of the images that the model expects
     classes: list[str]  # their names, in the order of the logits
     drawn_from: int = 0  # as in data.Dataset; 0 also where it is not known
-    weights: dict[str, Tensor]  # float32, or float16 in an exported model
-    optimizers: list[dict[int, dict[str, Tensor]]] | None = None  # parameter's number to its state
-    history: list[EpochRecord]
-    partial: Partial | None = None  # of the epoch under way
-    compile_seconds: float = 0.0
-    total_seconds: float = 0.0
     versions: dict[str, str]
+    # The state. An exported model has weights, in float16, and a history.
+    weights: dict[str, Tensor]
+    optimizers: list[dict[int, dict[str, Tensor]]] | None = None  # parameter's number to its state
+    step: int = 0  # done
+    history: list[EpochRecord]
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of the epoch under way, over all ranks
+    seconds: dict[str, float] = field(default_factory=dict)  # as in `State`
 
     def __post_init__(self):
         K, (H, W) = self.model.classes, self.model.image_size
@@ -106,7 +113,6 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """
     content = vars(checkpoint) | {"history": [asdict(row) for row in checkpoint.history]}
     content |= {name: asdict(content[name]) for name in CONFIGS}
-    content["partial"] = vars(checkpoint.partial) if checkpoint.partial else None
     write_torch(path, {"format": CHECKPOINT_FORMAT, **content})
 
 
@@ -122,7 +128,12 @@ def save_model(path: Path, checkpoint: Checkpoint) -> None:
     halves = {name: weight.half() for name, weight in checkpoint.weights.items()}
     if not all(half.isfinite().all() for half in halves.values()):
         raise UserError(f"{path} cannot hold weights above 65,504 in half precision")
-    save_checkpoint(path, replace(checkpoint, weights=halves, optimizers=None, partial=None))
+    save_checkpoint(path, model_only(replace(checkpoint, weights=halves)))
+
+
+def model_only(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint without what only a resumed run needs."""
+    return replace(checkpoint, optimizers=None, sums={})
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -156,15 +167,36 @@ def _from_dict(content: Any) -> Checkpoint:
     """What `save_checkpoint` wrote. A class refuses a field that it does not know by name."""
     if type(content) is not dict or type(content.get("format")) is not int:
         raise UserError("src/trainer.py did not write it")
+    content = _from_format_5(content) if content["format"] == 5 else content
     if content["format"] != CHECKPOINT_FORMAT:
         raise UserError(
-            f"it has checkpoint format {content['format']}, this code reads {CHECKPOINT_FORMAT}"
+            f"it has checkpoint format {content['format']}, this code reads 5 and "
+            f"{CHECKPOINT_FORMAT}"
         )
     fields = {name: value for name, value in content.items() if name != "format"}
     fields |= {name: config(**fields[name]) for name, config in CONFIGS.items()}
     fields["history"] = [EpochRecord(**row) for row in fields["history"]]
-    fields["partial"] = Partial(**fields["partial"]) if fields.get("partial") else None
     return Checkpoint(**fields)
+
+
+def _from_format_5(old: dict[str, Any]) -> dict[str, Any]:
+    """Format 6 has sums in place of each step's loss, and one unit for all that ends in a run."""
+    new, history = dict(old, format=6), old["history"]
+    partial = new.pop("partial", None) or {"steps": 0, "seconds": 0.0}
+    new["step"] = (history[-1]["step"] if history else 0) + partial["steps"]
+    if partial["steps"]:
+        correct = torch.tensor(partial["correct"])
+        new["sums"] = {"loss": partial["losses"].sum(), "correct": correct}
+    new["seconds"] = {"epoch": partial["seconds"]}
+    new["seconds"] |= {each: new.pop(f"{each}_seconds", 0.0) for each in ("compile", "total")}
+    training = new["training"] = dict(old["training"])
+    for off, share in (
+        ("policy_off_epochs", "policy_epochs"),
+        ("mixing_off_epochs", "mixed_epochs"),
+    ):
+        epochs = training["epochs"]
+        training[off] = epochs - math.ceil(training.pop(share, 1.0) * epochs)
+    return new
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[ViT, Checkpoint]:
@@ -208,7 +240,143 @@ def checkpoint_file(path: Path) -> Path:
     return path / "last.pt" if path.is_dir() else path
 
 
-# ---------------------------------------------------------------------------- the run log
+def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
+    """Raises UserError where a data set has other classes than a model, or is split otherwise."""
+    wanted, found = (tuple(each.classes) for each in (checkpoint, dataset))
+    if wanted != found:
+        pairs = zip(wanted, found, strict=False)
+        a, b = next((pair for pair in pairs if pair[0] != pair[1]), (len(wanted), len(found)))
+        raise UserError(
+            f"the classes of {dataset.name} are not the model's: {b!r} instead of {a!r}"
+        )
+    before, now = checkpoint.drawn_from, dataset.drawn_from
+    if before and now and before != now:
+        raise UserError(
+            f"{dataset.name} has {now:,} images instead of {before:,}: it is split anew, and the "
+            "model may have been trained on images that are now held out"
+        )
+
+
+# ---------------------------------------------------------------------------- a run's folder
+
+
+class RunFolder:
+    """Where a run is saved: taken by one run at a time, its files written whole or not at all.
+
+    As a context manager it gives the folder back at the end. Only rank 0 takes it and writes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.saved_step = 0  # of the checkpoint that can be resumed; 0: there is none
+        self.save_failed = False  # the last time it was tried
+        self.saved_at = time.perf_counter()
+        self._lock: int | None = None
+        self._replaced: set[str] = set()  # files of an earlier run, until this one is saved
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def refuse_existing(self, overwrite: bool) -> None:
+        """Raises UserError where the folder holds a run that is not to be replaced."""
+        if any((self.path / name).exists() for name in RUN_FILES) and not overwrite:
+            raise UserError(
+                f"{self.path} exists; --resume continues it, --overwrite replaces it, --name names "
+                "another"
+            )
+
+    def make(self, overwrite: bool) -> None:
+        """Makes and takes the folder of a new run.
+
+        Raises:
+            UserError: it is in use, exists, or cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.take()
+            self.refuse_existing(overwrite)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass  # fails now rather than after an epoch where nothing can be written
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
+        self._replaced = set(RUN_FILES)
+
+    def take(self) -> None:
+        """Keeps other runs out until this object or the process ends, however it ends.
+
+        The lock is on the folder itself: no lock file is left behind by a run that was killed.
+
+        Raises:
+            UserError: another run has it, or it is not there.
+        """
+        if fcntl is None:
+            print(f"cannot lock {self.path} on this platform; do not start a second run in it")
+            return
+        try:
+            self._lock = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.path} is in use by another run; wait for it, or stop it"
+            ) from None
+        except OSError as error:
+            if self._lock is None:
+                raise UserError(f"cannot use {self.path}: {error.strerror}") from error
+            # Some network file systems have no locks.
+            print(f"cannot lock {self.path} ({error.strerror}); do not start a second run in it")
+
+    def save(self, checkpoint: Checkpoint, *, last: bool = False) -> None:
+        """Writes last.pt and metrics.csv; where that fails, says so and keeps the last good ones.
+
+        Args:
+            last: the run does not try again.
+        """
+        try:
+            # The rows first: a run that is killed in between resumes, and writes them again.
+            write_metrics(self.path / "metrics.csv", checkpoint.history)
+            save_checkpoint(self.path / "last.pt", checkpoint)
+            for name in self._replaced - {"metrics.csv", "last.pt"}:
+                (self.path / name).unlink(missing_ok=True)
+            self._replaced = set()
+            self.saved_step, self.save_failed = checkpoint.step, False
+        except OSError as error:
+            self.save_failed = True
+            next_try = "" if last else "; training continues, and the next checkpoint tries again"
+            reason = error.strerror or error
+            print(f"cannot save step {checkpoint.step} to {self.path}: {reason}{next_try}")
+
+    def save_best(self, checkpoint: Checkpoint) -> None:
+        """Writes best.pt, a model that no run resumes; where that fails, says so."""
+        self._replaced.discard("best.pt")
+        try:
+            save_checkpoint(self.path / "best.pt", model_only(checkpoint))
+        except OSError as error:
+            print(f"cannot write {self.path / 'best.pt'}: {error.strerror or error}", flush=True)
+
+    def write_result(self, result: dict[str, Any], draw: Callable[[Path], None]) -> bool:
+        """Writes curves.png and result.json; returns whether all of a run is written.
+
+        Args:
+            draw: writes the curves to a path.
+        """
+        try:
+            draw(self.path / "curves.png")
+            write_json(self.path / "result.json", result)
+        except OSError as error:
+            complain(f"cannot write the result to {self.path}: {error.strerror or error}")
+            return False
+        if self.save_failed:
+            complain(f"the last checkpoint could not be written to {self.path}")
+        return not self.save_failed
+
+    def kept(self) -> list[str]:
+        """What there is to resume, as a line for an error; none where nothing is saved."""
+        return [f"{self.path / 'last.pt'} holds step {self.saved_step}"] * bool(self.saved_step)
 
 
 def write_metrics(path: Path, history: list[EpochRecord]) -> None:

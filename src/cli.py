@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from config import Parser, add_flags, given
+from checkpoint import checkpoint_file
+from config import Parser, add_flags, changed_flags, given
 from device import best_device
 from recipes import RECIPES, RunOptions, TrainConfig
 from utils import UserError, existing_path
@@ -16,7 +17,7 @@ TASKS = {
     "evaluate": ("CHECKPOINT", "evaluate a checkpoint, or a run's last, on the test set"),
     "export": ("RUN", "write the model of a run to model.pt: weights only, for sharing"),
 }
-DATA_FLAGS = ("data_dir", "device", "strict")
+DATA_FLAGS = ("data_dir", "device")
 TASK_FLAGS = {  # that each task takes
     "resume": (*DATA_FLAGS, "test", "save_minutes", "keep_best", "epochs", "accumulate"),
     "evaluate": DATA_FLAGS,
@@ -29,7 +30,7 @@ class Command:
     """What a command line of trainer.py asks for."""
 
     task: str  # "train", or one of TASKS
-    path: Path | None  # of the task
+    path: Path | None  # of the checkpoint of the task
     recipe: str
     model: ViTConfig
     training: TrainConfig
@@ -37,6 +38,13 @@ class Command:
     model_changes: dict[str, Any]  # the fields of the configs that flags set
     training_changes: dict[str, Any]
     note: str  # on how the recipe was chosen
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run that is begun or resumed."""
+        if self.task == "resume":
+            return self.path.parent
+        return self.options.output_dir / (self.options.name or self.recipe)
 
 
 def parse(argv: list[str], description: str) -> Command:
@@ -66,7 +74,7 @@ def parse(argv: list[str], description: str) -> Command:
     run = parser.add_argument_group("run")
     tasks = run.add_mutually_exclusive_group()
     for task, (metavar, text) in TASKS.items():
-        tasks.add_argument(f"--{task}", metavar=metavar, type=existing_path, help=text)
+        tasks.add_argument(f"--{task}", metavar=metavar, type=_checkpoint, help=text)
     add_flags(run, RunOptions())
     model = parser.add_argument_group("model (value of the recipe)")
     model.add_argument("--model", choices=MODELS, help="a size: sets --width, --depth and --heads")
@@ -111,3 +119,14 @@ def _refuse_other_flags(arguments: argparse.Namespace, task: str) -> None:
             allowed = ", ".join(f"--{each}" for each in TASK_FLAGS[task]).replace("_", "-")
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} cannot be used with --{task}, which takes {allowed}")
+
+
+def _checkpoint(text: str) -> Path:
+    """A checkpoint as named, or the last one of a run's folder."""
+    return checkpoint_file(existing_path(text))
+
+
+def resume_hint(folder: Path, options: RunOptions) -> str:
+    """How to resume a run, with the flags that its checkpoint does not hold."""
+    flags = changed_flags(options, TASK_FLAGS["resume"])
+    return " ".join(["resume with --resume", str(folder), *flags])

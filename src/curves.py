@@ -26,16 +26,16 @@ def write_figure(path: Path, figure: Figure, **options: Any) -> None:
     write_whole(path, buffer.getbuffer())
 
 
-def changes(training: TrainConfig) -> dict[float, list[str]]:
+def changes(training: TrainConfig) -> dict[int, list[str]]:
     """After how many epochs something ends before the last one, and what."""
     epochs = training.epochs
     ends = {
-        "TrivialAugment": training.policy_epochs * epochs * (training.policy != "off"),
-        "mixing": training.mixed_epochs * epochs * bool(training.mixup or training.cutmix),
-        "patch dropout": (epochs - training.whole_epochs) * bool(training.patch_dropout),
+        "TrivialAugment": training.policy_off_epochs if training.policy != "off" else 0,
+        "mixing": training.mixing_off_epochs if training.mixup or training.cutmix else 0,
+        "patch dropout": training.whole_epochs if training.patch_dropout else 0,
     }
-    times = sorted({after for after in ends.values() if 0 < after < epochs})
-    return {time: [name for name, after in ends.items() if after == time] for time in times}
+    times = sorted({before for before in ends.values() if 0 < before < epochs}, reverse=True)
+    return {epochs - time: [name for name, end in ends.items() if end == time] for time in times}
 
 
 def draw_curves(figure: Figure, history: list[EpochRecord], training: TrainConfig) -> None:

@@ -34,6 +34,7 @@ from data import (
     image_files,
     stratified_split,
 )
+from distributed import ALONE, World
 from shapes import SHAPES, draw_shapes
 from utils import UserError, one_line
 
@@ -235,7 +236,7 @@ def load_dataset(
     validation_images: float,
     device: torch.device | str = "cpu",
     data_dir: str | Path = "data",
-    strict: bool = False,
+    world: World = ALONE,
 ) -> Dataset:
     """Loads a data set and splits it.
 
@@ -246,18 +247,19 @@ def load_dataset(
             data set's own validation images are used where it has any.
         device: where the images will live.
         data_dir: the folder of data sets; what is missing there is downloaded into it.
-        strict: refuse image files that cannot be read, instead of leaving them out.
+        world: one process of each host goes first, to download and decode.
 
     Raises:
         UserError: the data set cannot be loaded or split.
     """
     default = preprocessing_for(name)  # which refuses a name that is not known
     wanted = preprocessing or default
-    if name.startswith(FOLDER):
-        source = _folder(Path(name.removeprefix(FOLDER)).expanduser(), wanted)
-    else:
-        source = DATASETS[name].load(Path(data_dir), wanted)
-    (train, validation, test), notes = _readable(source, wanted, strict)
+    with world.one_of_each_host_first():
+        if name.startswith(FOLDER):
+            source = _folder(Path(name.removeprefix(FOLDER)).expanduser(), wanted)
+        else:
+            source = DATASETS[name].load(Path(data_dir), wanted)
+        (train, validation, test), notes = _readable(source, wanted)
     if absent := set(range(len(source.classes))) - set(train.labels.tolist()):
         raise UserError(f"{name} has no training image of {source.classes[min(absent)]!r}")
     drawn_from = source.drawn_from
@@ -270,9 +272,7 @@ def load_dataset(
     return Dataset(name, source.classes, wanted, *parts, (*source.notes, *notes), drawn_from)
 
 
-def _readable(
-    source: Source, wanted: Preprocessing, strict: bool
-) -> tuple[list[Split | None], list[str]]:
+def _readable(source: Source, wanted: Preprocessing) -> tuple[list[Split | None], list[str]]:
     """The splits of a source without the files that cannot be read, and lines for the user."""
     splits, notes, failed = [source.train, source.validation, source.test], [], []
     count = sum(len(split) for split in splits if split)
@@ -289,8 +289,6 @@ def _readable(
         if keep or not isinstance(split.pictures.items, Tensor):  # a tensor has no broken images
             splits[number], errors = split.decoded(keep)
             failed += errors
-    if failed and strict:
-        raise UserError(f"{failed[0]} (--no-strict leaves it out)")
     if failed:
         notes.append(f"{len(failed)} of {count:,} images left out: {'; '.join(failed[:3])}")
     return splits, notes

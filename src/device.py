@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from distributed import ALONE, World
-from utils import UserError
+from utils import UserError, is_out_of_memory
 
 
 def best_device() -> torch.device:
@@ -97,16 +97,6 @@ def device_name(device: torch.device) -> str:
     except (OSError, StopIteration):
         pass  # not Linux, or a processor without a name
     return name if device.type == "mps" else f"{name}, {torch.get_num_threads()} threads"
-
-
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")  # CPU, CUDA, cuBLAS
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """torch has an exception for its CUDA allocator; the others have a message."""
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        message in str(error) for message in OUT_OF_MEMORY
-    )
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

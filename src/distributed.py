@@ -1,109 +1,59 @@
-"""Signals that stop a run, the lock of its folder, and the processes that train it together.
+"""Signals that stop a run, and the processes that train one model together.
 
-    StopSignals    Ctrl-C and SIGTERM, handled between two steps of the training loop
-    folder_lock    one run at a time in a folder
+    StopSignals    Ctrl-C and SIGTERM, noted for the training loop
     World          the processes that train one model together, started by torchrun
-    Job            the three of them, for one process
 
 A process that torchrun did not start is a world of one, and no method then communicates.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import Stopped, UserError, WorldError, one_line
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock
-    fcntl = None
-
+from utils import Stopped, WorldError, one_line
 
 # ---------------------------------------------------------------------------- signals
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into `Stopped`: at once, or when the loop is ready.
+    """A block in which Ctrl-C and SIGTERM do not interrupt: the training loop looks at `received`.
 
     A second signal takes its default action, which ends the process there and then.
+
+    Raises:
+        Stopped: at the end of the block, if a signal has come.
     """
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._postponed = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._handle) for number in self.NUMBERS}
+        self._before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.received and error is None:
+            raise Stopped(self.received)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         for each in self.NUMBERS:
             signal.signal(each, signal.SIG_DFL)
         self.received = number
-        if not self._postponed:
-            raise Stopped(number)
-
-    @contextmanager
-    def postponed(self) -> Iterator[None]:
-        """A block that no signal interrupts; it checks `received` itself, or is stopped at its end.
-
-        Raises:
-            Stopped: on leaving, a signal has come and nobody has raised for it.
-        """
-        self._postponed = True
-        try:
-            yield
-        finally:
-            self._postponed = False
-        if self.received:
-            raise Stopped(self.received)
-
-
-# ---------------------------------------------------------------------------- the run folder
-
-
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder until the block or the process ends, however it ends.
-
-    The lock is on the folder itself: no lock file is left behind by a run that was killed.
-
-    Raises:
-        UserError: another run has it.
-        OSError: there is no such folder, or it cannot be read.
-    """
-    if fcntl is None:
-        print(f"cannot lock {folder} on this platform; do not start a second run in it")
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is in use by another run; wait for it, or stop it") from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"cannot lock {folder} ({error.strerror}); do not start a second run in it")
-        yield
-    finally:
-        os.close(handle)
 
 
 # ---------------------------------------------------------------------------- many devices
@@ -195,30 +145,7 @@ def joined_world(use_gpus: bool) -> Iterator[World]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise WorldError("another process of this job has ended, and so does this one") from error
+    # A DistributedDataParallel that is left over holds the group; if it held it last, torch 2.11
+    # would deadlock: the group's destructor waits for a thread that waits for Python.
+    gc.collect()
     dist.destroy_process_group()  # not after an error: it might wait for a process that is gone
-
-
-@dataclass(frozen=True)
-class Job:
-    """This process among others: its world, its signals, and the locks it holds."""
-
-    world: World
-    stop: StopSignals
-    held: ExitStack
-
-    def lock(self, folder: Path) -> None:
-        """Takes a folder for all ranks until the job ends; raises what `folder_lock` does."""
-        if self.world.leads:
-            self.held.enter_context(folder_lock(folder))
-        self.world.wait()
-
-
-# Handles no signals; what it locks stays locked until the process ends.
-ALONE_JOB = Job(ALONE, StopSignals(), ExitStack())
-
-
-@contextmanager
-def joined_job(use_gpus: bool) -> Iterator[Job]:
-    """A job for the time of a block; see `joined_world` for what it takes and raises."""
-    with ExitStack() as held, StopSignals() as stop, joined_world(use_gpus) as world:
-        yield Job(world, stop, held)

@@ -1,14 +1,22 @@
-"""The logits of a split, and how good they are; the trainer and the pictures use it."""
+"""The logits of a split, how good they are, and the table that says so."""
 
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import datasets
+from checkpoint import check_fit, load_model
 from data import Preprocessing, Split
 from device import autocast
 from distributed import ALONE, World
+from recipes import RunOptions
+from utils import UserError
 from ViT import ViT, ViTConfig
 
 LARGEST_ACTIVATION = 2**25  # numbers, of a batch in evaluation; 128 MiB in float32
@@ -74,3 +82,38 @@ def evaluate(
         top5=found.sum().item() / len(split),
         of_class=(hits_of_class / images_of_class).tolist(),
     )
+
+
+def report(path: Path, options: RunOptions, device: torch.device, world: World = ALONE) -> None:
+    """--evaluate: prints loss, top-1, top-5 and the accuracy of each class on the test set.
+
+    Raises:
+        UserError: the checkpoint or its data set cannot be used.
+    """
+    model, checkpoint = load_model(path, device)
+    dataset = datasets.load_dataset(
+        checkpoint.training.dataset,
+        checkpoint.preprocessing,
+        validation_images=0,
+        device=device,
+        data_dir=options.data_dir,
+        world=world,
+    )
+    check_fit(checkpoint, dataset)
+    if not dataset.test:
+        raise UserError(f"{dataset.name} has no test set")
+    result = evaluate(model, dataset.test, checkpoint.preprocessing, world)
+    if world.leads:
+        print(f"{path}: {len(dataset.test):,} test images of {dataset.name}")
+        print("\n".join(table(result, dataset.classes)))
+
+
+def table(result: Evaluation, classes: Sequence[str]) -> list[str]:
+    """The figures of an evaluation, a line each."""
+    width = max(10, *map(len, classes))
+    class_mean = statistics.fmean(filter(math.isfinite, result.of_class))
+    lines = [f"{'loss':12}{result.loss:8.4f}"]
+    shares = {"top-1": result.top1, "top-5": result.top5, "class mean": class_mean}
+    lines += [f"{name:12}{share:8.2%}" for name, share in shares.items()]
+    of_class = zip(classes, result.of_class, strict=True)
+    return lines + [f"  {name:{width}}{share:8.2%}" for name, share in of_class]

@@ -177,11 +177,6 @@ def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[tor
     return optimizers
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["lr"] = group["peak_lr"] * factor
-
-
 def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
     """Restores what optimizers remember of each of their parameters; their options stay.
 

@@ -17,10 +17,16 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-import utils
-from checkpoint import Checkpoint, check_weights, checkpoint_file, load_checkpoint
+from checkpoint import (
+    EXPORTED,
+    Checkpoint,
+    check_weights,
+    checkpoint_file,
+    load_checkpoint,
+    save_model,
+)
 from data import Preprocessing
-from utils import UserError, first_line
+from utils import UserError, existing_path, first_line, write_torch
 from ViT import MODELS, ViT, ViTConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -147,7 +153,7 @@ def load_pretrained(origin: str, heads: int | None = None) -> Pretrained:
         return _from_timm(origin, name)
     if library == "torchvision" and name:
         return _from_torchvision(origin, *name.split(":")[:2])
-    path = checkpoint_file(utils.existing_path(origin))
+    path = checkpoint_file(existing_path(origin))
     weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if weights is None:  # a checkpoint of ours
         checkpoint = load_checkpoint(path)
@@ -359,3 +365,27 @@ def state_dict_for(library: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
         pairs = tuple(pair for pair in pairs if pair[0] != "fc_norm.")
     back = tuple((ours, theirs) for theirs, ours in reversed(pairs))
     return {_replaced(name, back): weight for name, weight in weights.items()}
+
+
+def export(path: Path, library: str | None, overwrite: bool) -> None:
+    """--export: writes model.pt beside a checkpoint: weights only, for sharing.
+
+    Args:
+        library: "timm" or "torchvision" writes its state dict instead, to model_<library>.pth.
+
+    Raises:
+        UserError: the checkpoint cannot be used, the file exists or cannot be written.
+    """
+    target = path.with_name(EXPORTED[library])
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; --overwrite replaces it")
+    checkpoint = load_checkpoint(path)
+    try:
+        if library:
+            write_torch(target, state_dict_for(library, checkpoint))
+        else:
+            save_model(target, checkpoint)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
+    then = f"{library} loads it strictly" if library else "--evaluate checks it"
+    print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB; {then}")

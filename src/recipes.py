@@ -3,19 +3,12 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from config import Config
 from datasets import DATASETS, FOLDER
 from utils import ROOT, UserError
 from ViT import MODELS, ViTConfig
-
-
-class Phase(NamedTuple):
-    """Epochs, counted from 0, that leave out the same share of the patches."""
-
-    epochs: range
-    patch_dropout: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +60,15 @@ class TrainConfig(Config):
         float, "least share of the image in a random resized crop; 0 disables", "[0, 1]"
     ] = 0.0
     policy: Annotated[Literal["off", "trivial"], "TrivialAugmentWide, as in torchvision"] = "off"
-    policy_epochs: Annotated[float, "share of the epochs that use the policy", "[0, 1]"] = 1.0
     mixup: Annotated[float, "Mixup alpha; 0 disables", "[0, inf)"] = 0.0
     cutmix: Annotated[
         float, "CutMix alpha; 0 disables; with Mixup, one of the two for each image", "[0, inf)"
     ] = 0.0
-    mixed_epochs: Annotated[float, "share of the epochs that mix images", "[0, 1]"] = 1.0
     patch_dropout: Annotated[float, "share of patches left out in training", "[0, 1)"] = 0.0
+    # What ends within a run ends a number of epochs before it does.
     whole_epochs: Annotated[int, "epochs at the end without patch dropout", "[0, inf)"] = 0
+    policy_off_epochs: Annotated[int, "epochs at the end without the policy", "[0, inf)"] = 0
+    mixing_off_epochs: Annotated[int, "epochs at the end without mixing", "[0, inf)"] = 0
     validate_every: Annotated[int, "epochs between validations", "[1, inf)"] = 1
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], "auto is bf16 autocast where the hardware multiplies bf16"
@@ -102,16 +96,6 @@ class TrainConfig(Config):
                 "(--warmup-epochs, --epochs)"
             )
 
-    def phases(self) -> list[Phase]:
-        """The epochs with patch dropout, and those without it at the end."""
-        whole = self.whole_epochs if self.patch_dropout else 0
-        first_whole = max(0, self.epochs - whole)
-        phases = (
-            Phase(range(first_whole), self.patch_dropout),
-            Phase(range(first_whole, self.epochs), 0.0),
-        )
-        return [phase for phase in phases if phase.epochs]
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Config):
@@ -121,7 +105,6 @@ class RunOptions(Config):
     overwrite: Annotated[bool, "replace a run of that name, or an exported file"] = False
     output_dir: Annotated[Path, "where the folders of runs are"] = ROOT / "checkpoints"
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = ROOT / "data"
-    strict: Annotated[bool, "refuse image files that cannot be read; else leave them out"] = False
     test: Annotated[bool, "--no-test skips the test set; use it while tuning"] = True
     save_minutes: Annotated[float, "minutes between checkpoints; 0: every step", "[0, inf)"] = 1.0
     keep_best: Annotated[bool, "keep the best epoch by validation accuracy in best.pt"] = False
@@ -164,9 +147,7 @@ _STRONG = replace(
     _MUON,
     warmup_epochs=2.0,
     policy="trivial",
-    policy_epochs=0.9,
     cutmix=1.0,
-    mixed_epochs=0.8,
     whole_epochs=4,
     validate_every=5,
 )
@@ -194,7 +175,7 @@ RECIPES = {
         model=ViTConfig(
             patch_size=4, width=256, depth=6, heads=8, pooling="mean", positions="sincos"
         ),
-        train=replace(_STRONG, epochs=300),
+        train=replace(_STRONG, epochs=300, policy_off_epochs=30, mixing_off_epochs=60),
     ),
     # Many epochs on few patches, as the studies in results/speed94 found best at equal operations,
     # and the size that they extrapolate to (docs/speed94.md). 1.3e16 operations on all 50,000
@@ -216,6 +197,7 @@ RECIPES = {
             muon_learning_rate=0.02,
             flip="alternating",
             policy="off",
+            mixing_off_epochs=72,
         ),
     ),
     "best": Recipe(
@@ -228,7 +210,14 @@ RECIPES = {
         model=ViTConfig(
             **MODELS["small"], patch_size=2, pooling="mean", positions="sincos", drop_path=0.1
         ),
-        train=replace(_STRONG, epochs=200, patch_dropout=0.5, mixup=0.8),
+        train=replace(
+            _STRONG,
+            epochs=200,
+            patch_dropout=0.5,
+            mixup=0.8,
+            policy_off_epochs=20,
+            mixing_off_epochs=40,
+        ),
     ),
     "baseline": Recipe(
         about="""The paper's choices at CIFAR scale: ViT-Ti/4, AdamW, cosine, flip and crop.
@@ -349,9 +338,9 @@ RECIPES = {
             epochs=145,
             muon_learning_rate=0.014,
             flip="alternating",
-            policy_epochs=0.9448,  # of 145: all but the last 8, as below
-            mixed_epochs=0.9448,
             whole_epochs=8,
+            policy_off_epochs=8,
+            mixing_off_epochs=8,
             validate_every=10,
         ),
     ),

@@ -1,146 +1,154 @@
-"""A run: its options, its state, its folder and its checkpoints; started anew or resumed.
+"""A run: `Run` is what it works with, `State` what a step changes; begun anew or resumed.
 
-The training loop of trainer.py moves a `Run` from step to step; here is what it takes to begin one,
-to save it, and to bring it back where it was.
+The training loop of trainer.py moves the `State` from step to step. A checkpoint is the configs of
+the `Run` and `State.to_dict()`.
 """
 
 import dataclasses
-import gc
+import json
 import math
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+import datasets
 import device as devices
-import utils
+from augment import Augmentation
 from checkpoint import (
     Checkpoint,
     EpochRecord,
-    Partial,
-    checkpoint_file,
+    RunFolder,
+    check_fit,
     load_checkpoint,
-    save_checkpoint,
     versions,
-    write_metrics,
 )
-from data import Dataset, Preprocessing
-from datasets import load_dataset, preprocessing_for
-from distributed import ALONE, ALONE_JOB, Job, World, without_averaging
+from data import Dataset, Preprocessing, shuffled_batches
+from distributed import ALONE, StopSignals, World, without_averaging
 from initialization import mimetic, standardize_features, whiten_patches
 from optimizers import learning_rate_factor, load_optimizers, make_optimizers
 from pretrained import load_pretrained
-from recipes import Phase, RunOptions, TrainConfig
-from utils import Diverged, UserError
-from ViT import ViT, ViTConfig, patches_kept
+from recipes import RunOptions, TrainConfig
+from utils import Diverged, UserError, generator_for, one_line, seed_default_generators, seed_for
+from ViT import ViT, ViTConfig, parameters_of, patches_kept
 
-EXPORTED = {None: "model.pt", "timm": "model_timm.pth", "torchvision": "model_torchvision.pth"}
-RUN_FILES = (
-    *("last.pt", "best.pt", "metrics.csv", "curves.png", "result.json"),
-    *EXPORTED.values(),
-)
+_STARTED = time.perf_counter()
 NO_OPTIONS = RunOptions()
-_IMPORTED = time.perf_counter()
 
 
-# ---------------------------------------------------------------------------- its state
+# ---------------------------------------------------------------------------- what a step changes
 
 
 @dataclass
-class Progress:
-    """Progress within the current epoch; with several ranks, this rank's part of it."""
+class State:
+    """All that a step changes; with several ranks, the sums are of this rank's images."""
 
-    losses: Tensor  # (steps per epoch,): of each step done, then zeros
-    correct: Tensor  # () int64: training images classified correctly
-    steps: int = 0  # done
-    seconds: float = 0.0
-
-
-class Run:
-    """A run in progress: what it works with, and the state that a checkpoint brings back.
-
-    Args:
-        model: on the CPU, as initialized.
-        recipe: the name that checkpoints and result.json state.
-        folder: where it is saved; locked by the job.
-    """
-
-    def __init__(
-        self,
-        model: ViT,
-        config: TrainConfig,
-        dataset: Dataset,
-        device: torch.device,
-        job: Job = ALONE_JOB,
-        *,
-        recipe: str = "",
-        folder: Path = Path(),
-        options: RunOptions = NO_OPTIONS,
-    ):
-        self.config, self.dataset, self.device, self.job = config, dataset, device, job
-        self.recipe, self.folder, self.options = recipe, folder, options
-        self.preprocessing = dataset.preprocessing
-        self.precision = devices.resolve_precision(config.precision, device)
-        self.model = model.to(device)
-        if config.freeze:
-            for name, weight in model.named_parameters():
-                weight.requires_grad_(name.startswith("head."))
-        self.parallel = self.world.parallel(model)  # the model, over all ranks
-        self.optimizers = make_optimizers(model, config, self.precision)
-        self.class_weights = None
-        if config.balance:
-            counts = dataset.train.labels.bincount(minlength=len(dataset.classes))  # (K,)
-            self.class_weights = len(dataset.train) / (len(counts) * counts)
-        coins = utils.generator_for(config.seed)  # of each image, for alternating flips
-        self.coins = torch.rand(len(dataset.train), generator=coins).to(device) < 0.5
-        self.history: list[EpochRecord] = []
-        self.compile_seconds = self.earlier_seconds = 0.0  # the latter of earlier processes
-        self.saved_step = 0  # of the checkpoint that can be resumed; 0: there is none
-        self.save_failed = False  # the last time it was tried
-        self.looked_at = self.saved_at = time.perf_counter()
-        self.begin_epoch()
-        if config.compile == "graphs" and (device.type != "cuda" or self.world.size > 1):
-            raise UserError("--compile graphs needs one CUDA device; use --compile on")
-        if options.keep_best and not dataset.validation:
-            raise UserError("--keep-best needs validation images; see --validation-images")
-        last = len(dataset.train) % config.batch_size or config.batch_size
-        if last < self.world.size:
-            raise UserError(
-                f"the last batch of an epoch has {last} images, too few for {self.world.size} "
-                f"processes; choose another --batch-size than {config.batch_size}"
-            )
-
-    def leave_others(self) -> None:
-        """Drops the DistributedDataParallel wrapper, after training and before the job ends.
-
-        It holds the process group. If it holds the last reference, torch 2.11 deadlocks: the
-        group's destructor waits for a thread that waits for Python.
-        """
-        self.parallel = self.model
-        gc.collect()
-
-    @property
-    def world(self) -> World:
-        return self.job.world
+    model: ViT
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0  # done since the run began
+    history: list[EpochRecord] = field(default_factory=list)
+    sums: dict[str, Tensor] = field(default_factory=dict)  # over the epoch so far, of one number
+    epoch_seconds: float = 0.0  # of the epoch so far
+    compile_seconds: float = 0.0
+    earlier_seconds: float = 0.0  # of earlier processes of the run
 
     @property
     def epoch(self) -> int:
-        """Epochs done, which is also the number of the next one, counted from 0."""
+        """Epochs done, which is also the number of the current one, counted from 0."""
         return len(self.history)
+
+    @property
+    def total_seconds(self) -> float:
+        """Of all processes of the run, each from when torch is imported."""
+        return self.earlier_seconds + time.perf_counter() - _STARTED
+
+    def count(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Adds a part of a batch to the sums; a new metric is one more, and a column of the record.
+
+        Args:
+            loss: (), the part's share of the mean over the batch.
+            logits: (n, K)
+            targets: (n, K)
+        """
+        hits = logits.argmax(dim=1) == targets.argmax(dim=1)
+        for name, value in {"loss": loss.detach(), "correct": hits.sum()}.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+
+    def set_learning_rates(self, factor: float) -> None:
+        """Sets each group of weights to a share of its peak rate."""
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak_lr"] * factor
+
+    def totals(self, world: World) -> dict[str, Tensor]:
+        """The sums over all ranks, on the CPU."""
+        return {name: world.sum(value) for name, value in self.sums.items()}
+
+    def end_epoch(self, record: EpochRecord) -> None:
+        self.history.append(record)
+        self.sums, self.epoch_seconds = {}, 0.0
+
+    def to_dict(self, world: World = ALONE) -> dict[str, Any]:
+        """The state as a `Checkpoint` has it."""
+        return {
+            "weights": dict(self.model.state_dict()),
+            "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "step": self.step,
+            "history": list(self.history),
+            "sums": self.totals(world),
+            "seconds": {
+                "epoch": self.epoch_seconds,
+                "compile": self.compile_seconds,
+                "total": self.total_seconds,
+            },
+        }
+
+    def load(self, saved: Checkpoint, world: World = ALONE) -> None:
+        """The inverse of `to_dict`, for a fresh state; rank 0 is credited with the sums of all."""
+        self.model.load_state_dict(saved.weights)
+        load_optimizers(self.optimizers, saved.optimizers)
+        self.step, self.history = saved.step, list(saved.history)
+        if world.leads:
+            device = next(self.model.parameters()).device
+            self.sums = {name: value.to(device) for name, value in saved.sums.items()}
+        seconds = {"epoch": 0.0, "compile": 0.0, "total": 0.0} | saved.seconds
+        self.epoch_seconds, self.compile_seconds = seconds["epoch"], seconds["compile"]
+        self.earlier_seconds = seconds["total"]
+
+
+# ---------------------------------------------------------------------------- what it works with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run works with; no step changes it."""
+
+    recipe: str  # the name that checkpoints and result.json state
+    config: TrainConfig
+    options: RunOptions
+    dataset: Dataset
+    device: torch.device
+    world: World
+    folder: RunFolder
+    precision: str  # "bf16" or "fp32"
+    model: ViTConfig
+    parallel: nn.Module  # the model of the state, over all ranks
+    augment: Augmentation
+    class_weights: Tensor | None  # (K,)
+    stop: StopSignals = field(default_factory=StopSignals)
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.dataset.train) / self.config.batch_size)
 
-    @property
-    def step(self) -> int:
-        """Steps done since the run began."""
-        return self.epoch * self.steps_per_epoch + self.progress.steps
+    def steps_done(self, state: State) -> int:
+        """Steps of the current epoch that are done."""
+        return state.step - state.epoch * self.steps_per_epoch
 
     def rate_factor(self, step: int) -> float:
         """`learning_rate_factor` at a step of the run, 0 for its first."""
@@ -151,72 +159,113 @@ class Run:
             schedule=self.config.schedule,
         )
 
-    def flops(self, phase: Phase) -> float:
-        """Floating-point operations of the training in a phase."""
-        of_an_image = training_flops(
-            self.model.config, phase.patch_dropout, frozen=self.config.freeze
-        )
-        return of_an_image * len(self.dataset.train) * len(phase.epochs)
+    def patch_dropout(self, epoch: int) -> float:
+        """The share of patches left out in an epoch, counted from 0."""
+        config = self.config
+        return config.patch_dropout if epoch < config.epochs - config.whole_epochs else 0.0
 
-    def parts(self, batch_size: int) -> Iterator[Tensor]:
-        """The rows of this rank's share of a batch, in the parts of gradient accumulation.
+    def flops(self) -> dict[float, float]:
+        """Floating-point operations of the training, by the share of patches left out."""
+        epochs = Counter(map(self.patch_dropout, range(self.config.epochs)))
+        frozen, images = self.config.freeze, len(self.dataset.train)
+        return {
+            dropout: training_flops(self.model, dropout, frozen=frozen) * images * count
+            for dropout, count in epochs.items()
+        }
+
+    # ------------------------------------------------------------------------ of a step
+
+    def batches_left(self, state: State) -> tuple[Tensor, ...]:
+        """The rows of each batch that is left of the epoch; they depend on the seed and epoch."""
+        order = generator_for(self.config.seed, state.epoch)
+        batches = shuffled_batches(self.dataset.train, self.config.batch_size, order)
+        return batches[self.steps_done(state) :]
+
+    def seed_draws(self, state: State) -> int:
+        """Seeds what the coming step draws, which then does not depend on what came before.
+
+        Dropout, drop path and patch dropout draw from torch's generators, on each rank otherwise.
+
+        Returns:
+            The seed of augmentation, the same on every rank.
+        """
+        key = (self.config.seed, state.epoch, self.steps_done(state))
+        seed_default_generators(seed_for(*key, self.world.rank), self.device)
+        return seed_for(*key)
+
+    def parts(self, rows: Tensor) -> Iterator[Tensor]:
+        """The places in a batch of this rank's share, in the parts of gradient accumulation.
 
         Gradients are averaged over the ranks only in the backward pass of the last part.
         """
-        rows = self.world.share(torch.arange(batch_size, device=self.device))
-        *parts, last = rows.tensor_split(min(self.config.accumulate, len(rows)))
+        share = self.world.share(torch.arange(len(rows), device=self.device))
+        *parts, last = share.tensor_split(min(self.config.accumulate, len(share)))
         for part in parts:
             with without_averaging(self.parallel):
                 yield part
         yield last
 
-    def begin_epoch(self) -> None:
-        losses = torch.zeros(self.steps_per_epoch, device=self.device)
-        self.progress = Progress(losses, torch.zeros((), dtype=torch.int64, device=self.device))
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) as the model takes them."""
+        return self.dataset.preprocessing.normalize(images)
 
-    def end_epoch(self, record: EpochRecord) -> None:
-        self.history.append(record)
-        self.begin_epoch()
-
-    def total_seconds(self) -> float:
-        """Of all processes of the run, each from when torch is imported."""
-        return self.earlier_seconds + time.perf_counter() - _IMPORTED
-
-    def say(self, line: str) -> None:
-        if self.world.leads:
-            print(line, flush=True)
-
-    def check_losses(self) -> Tensor:
-        """The losses (steps,) of the epoch so far, over all ranks, on the CPU.
-
-        Raises:
-            Diverged: one is not finite; names the step and its learning rate.
-        """
-        losses = self.world.sum(self.progress.losses[: self.progress.steps])
-        broken = (~losses.isfinite()).nonzero()
-        if len(broken):
-            step = self.epoch * self.steps_per_epoch + int(broken[0])
-            raise self.diverged(f"the loss is {float(losses[broken[0]])}", step)
-        return losses
-
-    def diverged(self, what: str, step: int) -> Diverged:
-        """The error to raise for `what` at a step of the run, 0 for its first."""
-        rate = self.rate_factor(step) * self.config.learning_rate
-        return Diverged(
-            f"{what} at step {step + 1} (epoch {step // self.steps_per_epoch + 1}, "
-            f"learning rate {rate:.2g}); try a lower --learning-rate, more --warmup-epochs, "
-            f"--gradient-clip 1 or --precision fp32{self.what_is_kept()}"
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The sum over some images of the cross-entropy between (n, K) logits and targets."""
+        return F.cross_entropy(
+            logits.to(targets.dtype),
+            targets,
+            self.class_weights,
+            label_smoothing=self.config.label_smoothing,
+            reduction="sum",
         )
 
-    def save_is_due(self) -> bool:
-        return time.perf_counter() - self.saved_at >= 60 * self.options.save_minutes
+    # ------------------------------------------------------------------------ of an epoch
 
-    def what_is_kept(self) -> str:
-        last = self.folder / "last.pt"
-        return f"; {last} holds step {self.saved_step}" if self.saved_step else ""
+    def totals(self, state: State) -> dict[str, Tensor]:
+        """`State.totals`, for which the host waits.
 
-    def save(self, *, last: bool = False) -> None:
-        """Writes last.pt and metrics.csv; where that fails, says so and keeps the last good ones.
+        Raises:
+            Diverged: a loss was not finite.
+        """
+        totals = state.totals(self.world)
+        if "loss" in totals and not totals["loss"].isfinite():
+            raise self.diverged(state, f"the loss is {totals['loss'].item()}")
+        return totals
+
+    def record(self, state: State, totals: dict[str, Tensor]) -> EpochRecord:
+        """The row of an epoch whose steps are done, from its `totals`."""
+        images, rate = len(self.dataset.train), self.rate_factor(state.step - 1)
+        return EpochRecord(
+            epoch=state.epoch + 1,
+            step=state.step,
+            learning_rate=self.config.learning_rate * rate,
+            train_loss=totals["loss"].item() / self.steps_per_epoch,
+            train_accuracy=totals["correct"].item() / images,
+            seconds=state.epoch_seconds,
+            images_per_second=images / state.epoch_seconds,
+        )
+
+    def diverged(self, state: State, what: str) -> Diverged:
+        """The error to raise for `what`, found after a step."""
+        step = state.step - 1  # counted from 0
+        error = Diverged(
+            f"{what} by step {state.step} (epoch {step // self.steps_per_epoch + 1}, learning rate "
+            f"{self.rate_factor(step) * self.config.learning_rate:.2g}); try a lower "
+            "--learning-rate, more --warmup-epochs, --gradient-clip 1 or --precision fp32"
+        )
+        error.__notes__ = self.folder.kept()
+        return error
+
+    # ------------------------------------------------------------------------ on disk
+
+    def save_is_due(self, state: State) -> bool:
+        """Whether to save now; the last step of an epoch leaves that to the epoch's end."""
+        minutes = (time.perf_counter() - self.folder.saved_at) / 60
+        ends_epoch = self.steps_done(state) == self.steps_per_epoch
+        return minutes >= self.options.save_minutes and not ends_epoch
+
+    def save(self, state: State, *, last: bool = False) -> None:
+        """Saves the state in the run's folder, on rank 0.
 
         Args:
             last: the run does not try again.
@@ -224,81 +273,78 @@ class Run:
         Raises:
             Diverged: a loss or a weight is not finite.
         """
-        done, losses = self.progress, self.check_losses()
-        correct = int(self.world.sum(done.correct))
-        if not all(weight.isfinite().all() for weight in self.model.state_dict().values()):
-            raise self.diverged("the weights are not finite", self.step - 1)
-        self.saved_at = time.perf_counter()
-        if not self.world.leads:
-            return
-        partial = (
-            Partial(steps=done.steps, losses=losses, correct=correct, seconds=done.seconds)
-            if done.steps
-            else None
-        )
-        try:
-            # The rows first: a run that is killed in between resumes, and writes them again.
-            write_metrics(self.folder / "metrics.csv", self.history)
-            save_checkpoint(self.folder / "last.pt", self.checkpoint(partial))
-            self.saved_step, self.save_failed = self.step, False
-        except OSError as error:
-            self.save_failed = True
-            next_try = "" if last else "; training continues, and the next checkpoint tries again"
-            reason = error.strerror or error
-            print(f"cannot save step {self.step} to {self.folder}: {reason}{next_try}", flush=True)
+        self.totals(state)
+        if not all(weight.isfinite().all() for weight in state.model.state_dict().values()):
+            raise self.diverged(state, "the weights are not finite")
+        self.folder.saved_at = time.perf_counter()
+        checkpoint = self.checkpoint(state)
+        if self.world.leads:
+            self.folder.save(checkpoint, last=last)
 
-    def checkpoint(self, partial: Partial | None = None) -> Checkpoint:
-        """The run as it is."""
+    def save_best(self, state: State) -> None:
+        """Keeps the model of the last epoch if no other was better on the validation images."""
+        accuracies = [row.validation_accuracy or 0 for row in state.history]
+        if self.world.leads and accuracies[-1] == max(accuracies):
+            self.folder.save_best(self.checkpoint(state, ALONE))
+
+    def checkpoint(self, state: State, world: World | None = None) -> Checkpoint:
         return Checkpoint(
             recipe=self.recipe,
-            model=self.model.config,
+            model=self.model,
             training=self.config,
-            preprocessing=self.preprocessing,
+            preprocessing=self.dataset.preprocessing,
             classes=list(self.dataset.classes),
             drawn_from=self.dataset.drawn_from,
-            weights=dict(self.model.state_dict()),
-            optimizers=[optimizer.state_dict()["state"] for optimizer in self.optimizers],
-            history=self.history,
-            partial=partial,
-            compile_seconds=self.compile_seconds,
-            total_seconds=self.total_seconds(),
             versions=versions(),
+            **state.to_dict(world or self.world),
         )
 
-    def keep_best(self) -> None:
-        """Writes best.pt, a model without its optimizers, if no epoch was better on validation."""
-        accuracies = [row.validation_accuracy or 0 for row in self.history]
-        if self.world.leads and accuracies[-1] == max(accuracies):
-            best = dataclasses.replace(self.checkpoint(), optimizers=None)
-            try:
-                save_checkpoint(self.folder / "best.pt", best)
-            except OSError as error:
-                self.say(f"cannot write {self.folder / 'best.pt'}: {error.strerror or error}")
+    def result(self, state: State) -> dict[str, Any]:
+        """What result.json says of the training; the test and the seconds of the rest are added."""
+        training = sum(record.seconds for record in state.history)
+        return {
+            "recipe": self.recipe,
+            "model": asdict(self.model),
+            "training": asdict(self.config),
+            "parameters": parameters_of(state.model),
+            "epochs": self.config.epochs,
+            "seed": self.config.seed,
+            "device": self.device.type,
+            "device_name": devices.device_name(self.device),
+            "processes": self.world.size,
+            "precision": self.precision,  # of training and validation; the test is in float32
+            "torch": str(torch.__version__),
+            "validation_accuracy": state.history[-1].validation_accuracy,
+            "seconds": {"training": training, "compile": state.compile_seconds},
+            "images_per_second": len(self.dataset.train) * self.config.epochs / training,
+            "training_flops": sum(self.flops().values()),
+            "peak_memory_bytes": devices.peak_memory_bytes(self.device),
+        }
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Sets a fresh run to where a checkpoint of it was.
+    def is_finished(self, state: State) -> bool:
+        """Whether all epochs are done and their result is written, with the test if wanted."""
+        try:
+            result = json.loads((self.folder.path / "result.json").read_text())
+            untested = self.dataset.test and result["test_accuracy"] is None
+            done = state.epoch == self.config.epochs == result["epochs"]
+            return done and not (self.options.test and untested)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
-        Sums over all ranks are credited to rank 0.
+    # ------------------------------------------------------------------------ on the terminal
 
-        Raises:
-            UserError: the checkpoint is not one of such a run.
-        """
-        if not checkpoint.optimizers:
-            raise UserError("it holds a model without its optimizers, for sharing")
-        self.model.load_state_dict(checkpoint.weights)
-        load_optimizers(self.optimizers, checkpoint.optimizers)
-        self.history, self.preprocessing = checkpoint.history, checkpoint.preprocessing
-        self.compile_seconds = checkpoint.compile_seconds
-        self.earlier_seconds = checkpoint.total_seconds
-        self.begin_epoch()
-        if partial := checkpoint.partial:
-            if partial.steps > self.steps_per_epoch:
-                raise UserError(f"it is at step {partial.steps} of {self.steps_per_epoch}")
-            self.progress.steps, self.progress.seconds = partial.steps, partial.seconds
-            if self.world.leads:
-                self.progress.losses[: partial.steps] = partial.losses
-                self.progress.correct += partial.correct
-        self.saved_step = self.step
+    def say(self, line: str) -> None:
+        if self.world.leads:
+            print(line, flush=True)
+
+    def headline(self, state: State) -> str:
+        """What is about to be trained, on what."""
+        count = f"{self.world.size} x " * (self.world.size > 1)
+        return (
+            f"{self.folder.path}: ViT of {parameters_of(state.model):,} parameters on "
+            f"{len(self.dataset.train):,} images of {self.config.dataset}, {self.precision} on "
+            f"{count}{devices.device_name(self.device)}"
+        )
 
 
 def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: bool = False) -> int:
@@ -322,15 +368,91 @@ def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: boo
 # ---------------------------------------------------------------------------- its beginning
 
 
+def load_data(
+    config: TrainConfig,
+    preprocessing: Preprocessing,
+    options: RunOptions,
+    device: torch.device,
+    world: World,
+) -> Dataset:
+    """The data set of a run: the first thing that it has on the device."""
+    if config.deterministic and device.type == "cuda":
+        devices.use_deterministic_kernels()
+    return datasets.load_dataset(
+        config.dataset,
+        preprocessing,
+        validation_images=config.validation_images,
+        device=device,
+        data_dir=options.data_dir,
+        world=world,
+    )
+
+
+def assemble(
+    model: ViT,
+    config: TrainConfig,
+    dataset: Dataset,
+    device: torch.device,
+    world: World = ALONE,
+    *,
+    recipe: str = "",
+    folder: RunFolder | None = None,
+    options: RunOptions = NO_OPTIONS,
+) -> tuple[Run, State]:
+    """A run and its first state.
+
+    Args:
+        model: on the CPU, as initialized.
+
+    Raises:
+        UserError: the options do not go together.
+    """
+    count = len(dataset.train)
+    if config.compile == "graphs" and (device.type != "cuda" or world.size > 1):
+        raise UserError("--compile graphs needs one CUDA device; use --compile on")
+    if options.keep_best and not dataset.validation:
+        raise UserError("--keep-best needs validation images; see --validation-images")
+    if (last := count % config.batch_size or config.batch_size) < world.size:
+        raise UserError(
+            f"the last batch of an epoch has {last} images, too few for {world.size} processes; "
+            f"choose another --batch-size than {config.batch_size}"
+        )
+    if config.freeze:
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name.startswith("head."))
+    class_weights = None
+    if config.balance:
+        counts = dataset.train.labels.bincount(minlength=len(dataset.classes))  # (K,)
+        class_weights = count / (len(counts) * counts)
+    precision = devices.resolve_precision(config.precision, device)
+    model = model.to(device)
+    run = Run(
+        recipe=recipe,
+        config=config,
+        options=options,
+        dataset=dataset,
+        device=device,
+        world=world,
+        folder=folder or RunFolder(Path()),
+        precision=precision,
+        model=model.config,
+        parallel=world.parallel(model),
+        augment=Augmentation(config, len(dataset.classes), count, device),
+        class_weights=class_weights,
+    )
+    return run, State(model, make_optimizers(model, config, precision))
+
+
 def new_run(
     recipe: str,
     model_config: ViTConfig,
     config: TrainConfig,
     options: RunOptions,
     device: torch.device,
-    job: Job,
+    world: World,
+    folder: RunFolder,
     chosen: tuple[str, ...] = (),
-) -> Run:
+) -> tuple[Run, State]:
     """A fresh run; the model's channels and classes are those of the data set.
 
     Args:
@@ -341,22 +463,19 @@ def new_run(
         UserError: the folder, the data set, the weights or the configs cannot be used; nothing was
             changed.
     """
-    folder = options.output_dir / (options.name or recipe)
-    if job.world.leads:
-        _refuse_existing(folder, options)  # before what may be a long download
+    if world.leads:
+        folder.refuse_existing(options.overwrite)  # before what may be a long download
     start = None
     if config.init_from:
         heads = model_config.heads if "heads" in chosen else None
         start = load_pretrained(config.init_from, heads)
         model_config = start.adapted(model_config, chosen)
-    preprocessing = start.preprocessing if start else preprocessing_for(config.dataset)
-    preprocessing = dataclasses.replace(preprocessing, size=model_config.image_size)
-    dataset = dataset_for(config, preprocessing, options, device, job.world)
+    expected = start.preprocessing if start else datasets.preprocessing_for(config.dataset)
+    preprocessing = dataclasses.replace(expected, size=model_config.image_size)
+    dataset = load_data(config, preprocessing, options, device, world)
     model_config = dataclasses.replace(
         model_config, channels=dataset.preprocessing.channels, classes=len(dataset.classes)
     )
-    if config.deterministic and device.type == "cuda":
-        devices.use_deterministic_kernels()
     torch.manual_seed(config.seed)
     model, notes = ViT(model_config), [*dataset.notes]
     if start:
@@ -368,17 +487,25 @@ def new_run(
             whiten_patches(model, dataset.train, preprocessing)
     if config.freeze:
         standardize_features(model.to(device), dataset.train, preprocessing)
-    run = Run(model, config, dataset, device, job, recipe=recipe, folder=folder, options=options)
-    _take_new_folder(folder, options, job)
+    names = {"recipe": recipe, "folder": folder, "options": options}
+    run, state = assemble(model, config, dataset, device, world, **names)
+    if world.leads:
+        folder.make(options.overwrite)
+    world.wait()
     for note in notes:
         run.say(note)
-    return run
+    return run, state
 
 
 def resumed_run(
-    path: Path, changes: dict[str, Any], options: RunOptions, device: torch.device, job: Job
-) -> Run:
-    """The run whose folder or checkpoint is given, as its last checkpoint left it.
+    path: Path,
+    changes: dict[str, Any],
+    options: RunOptions,
+    device: torch.device,
+    world: World,
+    folder: RunFolder,
+) -> tuple[Run, State]:
+    """The run of a last.pt, as that left it.
 
     Args:
         changes: of `epochs` and `accumulate`.
@@ -386,100 +513,36 @@ def resumed_run(
     Raises:
         UserError: the checkpoint or a change cannot be used.
     """
-    path = checkpoint_file(path)
     if path.name != "last.pt":  # which the run would overwrite
         raise UserError(f"--resume takes a run's folder or its last.pt, not {path}")
-    _take_folder(path.parent, job)
+    if world.leads:
+        folder.take()
+    world.wait()
     checkpoint = load_checkpoint(path)
     before = checkpoint.training
     config = dataclasses.replace(before, **changes)
-    dataset = dataset_for(config, checkpoint.preprocessing, options, device, job.world)
+    dataset = load_data(config, checkpoint.preprocessing, options, device, world)
     check_fit(checkpoint, dataset)
-    if config.deterministic and device.type == "cuda":
-        devices.use_deterministic_kernels()
-    names = {"recipe": checkpoint.recipe, "folder": path.parent, "options": options}
-    run = Run(ViT(checkpoint.model), config, dataset, device, job, **names)
+    names = {"recipe": checkpoint.recipe, "folder": folder, "options": options}
+    run, state = assemble(ViT(checkpoint.model), config, dataset, device, world, **names)
     try:
-        run.restore(checkpoint)
-    except UserError as error:
-        raise UserError(f"{path} cannot be resumed: {error}") from error
-    if run.step > config.epochs * run.steps_per_epoch:
+        if not checkpoint.optimizers:
+            raise UserError("it holds a model without its optimizers, for sharing")
+        state.load(checkpoint, world)
+        if not 0 <= run.steps_done(state) <= run.steps_per_epoch:
+            raise UserError(f"it is at step {run.steps_done(state)} of {run.steps_per_epoch}")
+    except (UserError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} cannot be resumed: {one_line(error)}") from error
+    folder.saved_step = state.step
+    if state.step > config.epochs * run.steps_per_epoch:
         raise UserError(
-            f"--epochs {config.epochs} is less than {run.folder} has done: epoch {run.epoch}"
-            f" and {run.progress.steps} steps"
+            f"--epochs {config.epochs} is less than {folder.path} has done: epoch {state.epoch}"
+            f" and {run.steps_done(state)} steps"
         )
     if config.epochs != before.epochs:
-        rate = config.learning_rate * run.rate_factor(run.step)
+        rate = config.learning_rate * run.rate_factor(state.step)
         run.say(
             f"the {config.schedule} schedule now reaches 0 at epoch {config.epochs} instead of "
             f"{before.epochs}: the learning rate continues at {rate:.2g}"
         )
-    return run
-
-
-def _refuse_existing(folder: Path, options: RunOptions) -> None:
-    if any((folder / name).exists() for name in RUN_FILES) and not options.overwrite:
-        raise UserError(
-            f"{folder} exists; --resume continues it, --overwrite replaces it, --name names another"
-        )
-
-
-def _take_new_folder(folder: Path, options: RunOptions, job: Job) -> None:
-    """Makes the folder of a new run; --overwrite empties it."""
-    try:
-        if job.world.leads:
-            folder.mkdir(parents=True, exist_ok=True)
-        _take_folder(folder, job)
-        if job.world.leads:
-            _refuse_existing(folder, options)
-            with tempfile.TemporaryFile(dir=folder):
-                pass  # fails now rather than after an epoch where nothing can be written
-            for name in RUN_FILES:
-                (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def _take_folder(folder: Path, job: Job) -> None:
-    try:
-        job.lock(folder)
-    except OSError as error:
-        raise UserError(f"cannot use {folder}: {error.strerror}") from error
-
-
-# ---------------------------------------------------------------------------- its data
-
-
-def dataset_for(
-    config: TrainConfig,
-    preprocessing: Preprocessing,
-    options: RunOptions,
-    device: torch.device,
-    world: World = ALONE,
-) -> Dataset:
-    with world.one_of_each_host_first():
-        return load_dataset(
-            config.dataset,
-            preprocessing,
-            validation_images=config.validation_images,
-            device=device,
-            data_dir=options.data_dir,
-            strict=options.strict,
-        )
-
-
-def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
-    """Raises UserError where a data set has other classes than a model, or is split otherwise."""
-    wanted, found = (tuple(each.classes) for each in (checkpoint, dataset))
-    if wanted != found:
-        pairs = zip(wanted, found, strict=False)
-        a, b = next((pair for pair in pairs if pair[0] != pair[1]), (len(wanted), len(found)))
-        raise UserError(
-            f"the classes of {dataset.name} are not the model's: {b!r} instead of {a!r}"
-        )
-    before, now = checkpoint.drawn_from, dataset.drawn_from
-    if before and now and before != now:
-        raise UserError(
-            f"{dataset.name} has {now:,} images instead of {before:,}: it is split anew, and the "
-            "model may have been trained on images that are now held out"
-        )
+    return run, state

@@ -14,52 +14,39 @@ row per epoch), at its end curves.png and result.json. The test set is evaluated
 a run. Ctrl-C and SIGTERM save first and say how to resume.
 """
 
-import json
 import math
 import shlex
 import signal
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import cli
 import device as devices
-import utils
-from augment import augment
-from checkpoint import (
-    EpochRecord,
-    checkpoint_file,
-    code_commit,
-    load_checkpoint,
-    load_model,
-    save_model,
-)
-from config import changed_flags
-from data import shuffled_batches
-from distributed import World, joined_job, without_averaging
-from evaluation import Evaluation, evaluate
-from optimizers import set_learning_rates
-from pretrained import state_dict_for
-from recipes import Phase, Recipe, RunOptions
-from run import EXPORTED, Run, check_fit, dataset_for, new_run, resumed_run
-from utils import Diverged, Stopped, UserError, WorldError, complain, first_line, run_program
-from ViT import parameters_of
+from checkpoint import RunFolder, code_commit
+from device import autocast
+from distributed import World, joined_world, without_averaging
+from evaluation import evaluate, report
+from pretrained import export
+from recipes import Recipe, RunOptions
+from run import Run, State, new_run, resumed_run
+from utils import Stopped, first_line, is_out_of_memory, run_program
 
-Forward = Callable[[Tensor, float], Tensor]  # images and patch dropout to logits, compiled or not
+Forward = Callable[[Tensor, float], Tensor]  # images and patch dropout to logits
+LOOK_EVERY = 20  # steps until the loss is looked at, for which the host waits
 
 
-# ---------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------- a step
 
 
-def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord:
+def train_epoch(run: Run, state: State, model: Forward) -> None:
     """Shows the model every training image once, or those that an interrupted epoch has left.
 
     Every rank makes the same batch and takes a share of it, so that a run does not depend on the
@@ -69,93 +56,65 @@ def train_epoch(run: Run, forward: Forward, patch_dropout: float) -> EpochRecord
         Diverged: a loss is not finite.
         Stopped: a signal has come; everything is saved.
     """
-    config, train, progress = run.config, run.dataset.train, run.progress
-    started = time.perf_counter() - progress.seconds
-    order = shuffled_batches(train, config.batch_size, utils.generator_for(config.seed, run.epoch))
-    order = order[progress.steps :]
-    run.model.train()
-    with progress_bar(run) as bar:
+    world, train = run.world, run.dataset.train
+    order = run.batches_left(state)  # rows of the training images, for each step
+    started = time.perf_counter() - state.epoch_seconds
+    state.model.train()
+    with progress_bar(run, state) as bar:
         for rows, (images, labels) in zip(order, train.batches(order), strict=True):
-            key = (config.seed, run.epoch, progress.steps)  # of all draws
-            targets = F.one_hot(labels, len(run.dataset.classes)).to(torch.get_default_dtype())
-            images, targets = augment(
-                images, targets, config, utils.seed_for(*key), run.coins[rows], run.epoch
-            )  # (B, C, H, W) uint8, (B, K)
-            # Dropout, drop path and patch dropout draw from these, and differ between ranks.
-            utils.seed_default_generators(utils.seed_for(*key, run.world.rank), run.device)
-            # A short last batch goes uncompiled: its size would need a compilation of its own.
-            model = forward if len(rows) == config.batch_size else run.parallel
-            if config.compile == "graphs":
-                torch.compiler.cudagraph_mark_step_begin()
-
-            for part in run.parts(len(rows)):  # whose losses add up to the mean over the batch
-                inputs = run.preprocessing.normalize(images[part])
-                with devices.autocast(run.precision, run.device):
-                    logits = model(inputs, patch_dropout).to(inputs.dtype)  # (B, K)
-                loss = (1 / len(rows)) * F.cross_entropy(
-                    logits,
-                    targets[part],
-                    run.class_weights,
-                    label_smoothing=config.label_smoothing,
-                    reduction="sum",
-                )
-                (loss * run.world.size).backward()  # the ranks' gradients are averaged, not added
-                progress.losses[progress.steps] += loss.detach()
-                progress.correct += (logits.argmax(dim=1) == targets[part].argmax(dim=1)).sum()
-            if config.gradient_clip:
-                nn.utils.clip_grad_norm_(run.model.parameters(), config.gradient_clip)
-            set_learning_rates(run.optimizers, run.rate_factor(run.step))
-            for optimizer in run.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-
-            progress.steps += 1
-            progress.seconds = time.perf_counter() - started
+            seed = run.seed_draws(state)
+            # (B, C, H, W) uint8, (B, K)
+            images, targets = run.augment(images, labels, rows, state.epoch, seed)
+            for part in run.parts(rows):  # this rank's share, in --accumulate parts
+                with autocast(run.precision, run.device):
+                    logits = model(run.normalize(images[part]), run.patch_dropout(state.epoch))
+                loss = run.loss(logits, targets[part]) / len(rows)  # adds up to the batch's mean
+                (loss * world.size).backward()  # the ranks' gradients are averaged, not added
+                state.count(loss, logits, targets[part])
+            update(run, state)
+            state.epoch_seconds = time.perf_counter() - started
             bar.update(len(rows))
-            after_step(run, bar)
-    losses = run.check_losses()  # which waits for the device
-    progress.seconds = time.perf_counter() - started
-    return EpochRecord(
-        epoch=run.epoch + 1,
-        step=run.step,
-        learning_rate=config.learning_rate * run.rate_factor(run.step - 1),
-        train_loss=losses.mean().item(),
-        train_accuracy=run.world.sum(progress.correct).item() / len(train),
-        seconds=progress.seconds,
-        images_per_second=len(train) / progress.seconds,
-    )
+            after_step(run, state, bar)
+    totals = run.totals(state)  # which waits for the device
+    state.epoch_seconds = time.perf_counter() - started
+    state.end_epoch(run.record(state, totals))
 
 
-def after_step(run: Run, bar: tqdm) -> None:
-    """Checks the losses, saves, or stops, if any rank asks for it.
+def update(run: Run, state: State) -> None:
+    """Moves the weights against their gradients, at the learning rate of the step."""
+    if run.config.gradient_clip:
+        nn.utils.clip_grad_norm_(state.model.parameters(), run.config.gradient_clip)
+    state.set_learning_rates(run.rate_factor(state.step))
+    for optimizer in state.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    state.step += 1
+
+
+def after_step(run: Run, state: State, bar: tqdm) -> None:
+    """Looks at the loss now and then, and saves or stops if any rank asks for it.
 
     Raises:
         Diverged: a loss is not finite.
         Stopped: a signal has come; everything is saved.
     """
-    now = time.perf_counter()
-    within_epoch = run.progress.steps < run.steps_per_epoch
-    look, save, stop = run.world.any(
-        now - run.looked_at > 1,  # reading a loss waits for the device
-        within_epoch and run.save_is_due(),
-        bool(run.job.stop.received),
-    )
-    if look:
-        losses, rate = run.check_losses(), run.optimizers[0].param_groups[0]["lr"]
-        bar.set_postfix(loss=f"{losses[-1].item():.3f}", lr=f"{rate:.1e}", refresh=False)
-        run.looked_at = now
+    save, stop = run.world.any(run.save_is_due(state), bool(run.stop.received))
+    if state.step % LOOK_EVERY == 0:
+        loss = run.totals(state)["loss"].item() / run.steps_done(state)
+        rate = state.optimizers[0].param_groups[0]["lr"]
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", refresh=False)
     if save or stop:
-        run.save(last=stop)
+        run.save(state, last=stop)
     if stop:
-        raise Stopped(run.job.stop.received or signal.SIGTERM)
+        raise Stopped(run.stop.received or signal.SIGTERM)
 
 
-def progress_bar(run: Run) -> tqdm:
+def progress_bar(run: Run, state: State) -> tqdm:
     """A bar for an epoch, on a terminal."""
     return tqdm(
         total=len(run.dataset.train),
-        initial=run.progress.steps * run.config.batch_size,
-        desc=f"epoch {run.epoch + 1}/{run.config.epochs}",
+        initial=run.steps_done(state) * run.config.batch_size,
+        desc=f"epoch {state.epoch + 1}/{run.config.epochs}",
         unit=" images",
         disable=None if run.world.leads else True,  # None: no bar where the output is a file
         leave=False,
@@ -164,63 +123,74 @@ def progress_bar(run: Run) -> tqdm:
 
 # ---------------------------------------------------------------------------- compiling
 
-# Floating-point operations of a phase for which compiling pays: two minutes of a CPU that does 2e11
-# a second, and, not measured yet, a minute of a GPU at 5e13.
+# Floating-point operations for which compiling pays: two minutes of a CPU that does 2e11 a second,
+# and, not measured yet, a minute of a GPU at 5e13.
 WORTH_COMPILING = {"cpu": 2e13, "cuda": 3e15}
-FOR_A_GPU = 5e15  # a quarter of a day of that CPU
 
 
-def forward_for(run: Run, phase: Phase) -> Forward:
-    """The model for the epochs of a phase, compiled where that pays.
+def compiled(run: Run, state: State) -> Forward:
+    """The model, compiled for the numbers of patches for which that pays.
 
-    This does not depend on the progress, so that a resumed run computes exactly as before.
+    This does not depend on the progress, so that a resumed run computes exactly as before. A batch
+    that was not compiled for, such as a short last one, goes through the model as it is. If
+    compiling fails, say without a C++ compiler, it reports that and returns the model.
     """
-    if run.epoch >= phase.epochs.stop or not compile_pays(run, phase):
+    chosen = [dropout for dropout in run.flops() if compile_pays(run, dropout)]
+    if not chosen:
         return run.parallel
     run.say("compiling the model ...")
     started = time.perf_counter()
-    forward = compile_model(run, phase.patch_dropout)
-    run.compile_seconds += time.perf_counter() - started
+    mode = "reduce-overhead" if run.config.compile == "graphs" else None
+    fast = torch.compile(run.parallel, dynamic=False, mode=mode)
+    ready = set()
+    try:
+        for dropout in chosen:
+            ready.add((warm_up(run, state, fast, dropout), dropout))
+    except Exception as error:  # whatever a compiler can raise, training can do without it
+        if is_out_of_memory(error):
+            raise
+        run.say(f"torch.compile is not available ({first_line(error)}); training without it")
+        return run.parallel
+    finally:
+        state.model.zero_grad()
+        state.compile_seconds += time.perf_counter() - started
+
+    def forward(images: Tensor, patch_dropout: float) -> Tensor:
+        if mode:
+            torch.compiler.cudagraph_mark_step_begin()
+        known = (len(images), patch_dropout) in ready
+        return (fast if known else run.parallel)(images, patch_dropout)
+
     return forward
 
 
-def compile_pays(run: Run, phase: Phase) -> bool:
-    """Whether compiling is worth its half minute."""
+def compile_pays(run: Run, patch_dropout: float) -> bool:
+    """Whether compiling for this share of left out patches is worth its half minute."""
     if run.config.batch_size > len(run.dataset.train):
         return False  # every batch is a short one
     if run.config.compile != "auto":
         return run.config.compile != "off"
-    return run.flops(phase) > WORTH_COMPILING.get(run.device.type, math.inf)
+    return run.flops()[patch_dropout] > WORTH_COMPILING.get(run.device.type, math.inf)
 
 
-def compile_model(run: Run, patch_dropout: float) -> Forward:
-    """The compiled model, warmed up on a batch of the size that this rank sees.
-
-    If compiling fails, say without a C++ compiler, it reports that and returns the model.
-    """
-    rows = next(run.parts(run.config.batch_size))
-    inputs = run.preprocessing.normalize(run.dataset.train.take(rows).images)
-    mode = "reduce-overhead" if run.config.compile == "graphs" else None
-    forward = torch.compile(run.parallel, dynamic=False, mode=mode)
-    run.model.train()
-    try:
-        with without_averaging(run.parallel):
-            with devices.autocast(run.precision, run.device):
-                logits = forward(inputs, patch_dropout)
-            logits.float().sum().backward()
-    except Exception as error:  # whatever a compiler can raise, training can do without it
-        if devices.is_out_of_memory(error):
-            raise
-        run.say(f"torch.compile is not available ({first_line(error)}); training without it")
-        forward = run.parallel
-    run.model.zero_grad()
-    return forward
+def warm_up(run: Run, state: State, model: Forward, patch_dropout: float) -> int:
+    """A step without an update, on the first images; returns how many this rank has in a part."""
+    rows = next(run.parts(torch.arange(run.config.batch_size, device=run.device)))
+    images = run.normalize(run.dataset.train.take(rows).images)
+    state.model.train()
+    with without_averaging(run.parallel):
+        with autocast(run.precision, run.device):
+            logits = model(images, patch_dropout)
+        logits.float().sum().backward()
+    return len(rows)
 
 
 # ---------------------------------------------------------------------------- a run
 
+FOR_A_GPU = 5e15  # operations: a quarter of a day of a CPU that does 2e11 a second
 
-def train(run: Run, command: str = "") -> dict[str, Any] | None:
+
+def train(run: Run, state: State, command: str = "") -> dict[str, Any] | None:
     """Trains a run to its last epoch, tests it once, and writes its results.
 
     Args:
@@ -229,37 +199,120 @@ def train(run: Run, command: str = "") -> dict[str, Any] | None:
     Returns:
         The content of result.json; None on all ranks but the first, and where not all of it could
         be written.
+
+    Raises:
+        Diverged: a loss or a weight is not finite.
+        Stopped: a signal has come; everything is saved.
     """
-    announce(run)
+    run.say(run.headline(state))
+    if run.device.type == "cpu" and sum(run.flops().values()) > FOR_A_GPU:
+        run.say("this recipe targets a GPU; expect hours or days here (--recipe cpu: ten minutes)")
     commit = code_commit()  # now, as it may change while the run trains
-    phases = run.config.phases()
-    forwards = [forward_for(run, phase) for phase in phases]
-    began, resumed = time.perf_counter(), run.step > 0
-
-    with run.job.stop.postponed():
-        for phase, forward in zip(phases, forwards, strict=True):
-            while run.epoch < phase.epochs.stop:
-                run.end_epoch(train_epoch(run, forward, phase.patch_dropout))
-                is_last = run.epoch == run.config.epochs
-                if run.epoch % run.config.validate_every == 0 or is_last:
-                    validate(run)
-                if any(run.world.any(is_last, run.save_is_due())):
-                    run.save()
-                run.say(epoch_line(run.history[-1], run.config.epochs))
-        if validate(run):  # the epoch that --epochs has now made the last
-            run.save()
-
-    started, test = time.perf_counter(), None
-    if run.options.test and run.dataset.test:
-        test = evaluate(run.model, run.dataset.test, run.preprocessing, run.world)
-    ended = time.perf_counter()
-    if any(run.world.any(run.save_failed)):
-        run.save(last=True)
-    first_step_to_end = None if resumed else ended - began
-    seconds = {"evaluation": ended - started, "first_step_to_end": first_step_to_end}
+    with hints(run):
+        model = compiled(run, state)
+        began, resumed = time.perf_counter(), state.step > 0
+        with run.stop:
+            train_epochs(run, state, model)
+        started, test = time.perf_counter(), None
+        if run.options.test and run.dataset.test:
+            test = evaluate(state.model, run.dataset.test, run.dataset.preprocessing, run.world)
+        ended = time.perf_counter()
+        if any(run.world.any(run.folder.save_failed)):
+            run.save(state, last=True)
     if not run.world.leads:
         return None
-    return write_result(run, result_of(run, test, seconds, command, commit))
+    result = {"command": command, "commit": commit, **run.result(state)}
+    result |= {"test_accuracy": test and test.top1, "test_loss": test and test.loss}
+    result["seconds"] |= {
+        "evaluation": ended - started,
+        # Saving and validating included; of a run in one go.
+        "first_step_to_end": None if resumed else ended - began,
+        "total": state.total_seconds,
+    }
+    return result if write_result(run, state, result) else None
+
+
+def train_epochs(run: Run, state: State, model: Forward) -> None:
+    """The epochs that are left, each validated where that is due, saved and reported."""
+    while state.epoch < run.config.epochs:
+        train_epoch(run, state, model)
+        is_last = state.epoch == run.config.epochs
+        if state.epoch % run.config.validate_every == 0 or is_last:
+            validate(run, state)
+        if any(run.world.any(is_last, run.save_is_due(state))):
+            run.save(state)
+        record = state.history[-1]
+        line = f"epoch {record.epoch:3}/{run.config.epochs}   train loss {record.train_loss:.4f}"
+        if record.validation_loss is not None:
+            line += f"   validation loss {record.validation_loss:.4f}"
+            line += f"   accuracy {record.validation_accuracy:.2%}"
+        run.say(f"{line}   {record.seconds:.1f} s")
+    if validate(run, state):  # the epoch that --epochs has now made the last
+        run.save(state)
+
+
+def validate(run: Run, state: State) -> bool:
+    """Adds the validation figures to the last record, and keeps the best epoch if asked to.
+
+    Returns:
+        Whether there are such images, and the record did not have their figures.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    record, split = state.history[-1], run.dataset.validation
+    if not split or record.validation_loss is not None:
+        return False
+    result = evaluate(state.model, split, run.dataset.preprocessing, run.world, run.precision)
+    if not math.isfinite(result.loss):
+        raise run.diverged(state, f"the validation loss is {result.loss}")
+    figures = {"validation_loss": result.loss, "validation_accuracy": result.top1}
+    state.history[-1] = replace(record, **figures)
+    if run.options.keep_best:
+        run.save_best(state)
+    return True
+
+
+def write_result(run: Run, state: State, result: dict[str, Any]) -> bool:
+    """curves.png, result.json and the last lines on the terminal; whether all is written."""
+    from curves import write_curves  # imports matplotlib, which training does not need
+
+    outcome, seconds = "not tested", result["seconds"]
+    if result["test_accuracy"] is not None:
+        loss, accuracy = result["test_loss"], result["test_accuracy"]
+        outcome = f"test loss {loss:.4f}   test accuracy {accuracy:.2%}"
+    print(f"{outcome}   {seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all")
+    path = run.folder.path
+    about = {"history": state.history, "training": run.config, "title": f"{path.name}: {outcome}"}
+    written = run.folder.write_result(result, partial(write_curves, **about))
+    if written:
+        print(f"wrote last.pt, metrics.csv, result.json and curves.png to {path}")
+    return written
+
+
+@contextmanager
+def hints(run: Run) -> Iterator[None]:
+    """Adds to an error that passes what to do about it."""
+    try:
+        yield
+    except Stopped as stop:
+        failed, saved = run.folder.save_failed, run.folder.saved_step
+        stop.__notes__ = ["the last steps could not be saved"] * failed
+        stop.add_note(
+            cli.resume_hint(run.folder.path, run.options) if saved else "nothing is saved"
+        )
+        raise
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            batch, parts = run.config.batch_size, run.config.accumulate
+            more = f"--accumulate {2 * parts} for the same batch in smaller parts, or "
+            tried = f"of --batch-size {batch} --accumulate {parts}, try "
+            hint = f"{tried}{more * (2 * parts <= batch)}a smaller --batch-size"
+            error.__notes__ = [hint, *run.folder.kept()]
+        raise
+
+
+# ---------------------------------------------------------------------------- main
 
 
 def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[str, Any] | None:
@@ -277,253 +330,59 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
         UserError: an option or the data cannot be used.
         Diverged: the loss is not finite.
     """
+    configs = recipe.model, recipe.train
+    changes = dict.fromkeys(recipe.model.changed()), {}
+    command = cli.Command("train", None, name, *configs, options, *changes, note="")
     devices.keep_freed_memory()
-    with joined_job(use_gpus=options.device != "cpu" and torch.cuda.is_available()) as job:
-        device = devices.choose_device(options.device, job.world)
-        chosen = recipe.model.changed()
-        run = new_run(name, recipe.model, recipe.train, options, device, job, chosen)
-        result = train(run)
-        run.leave_others()
-        return result
+    with joined_world(may_use_gpus(options)) as world:
+        device = devices.choose_device(options.device, world)
+        return train_command(command, device, world, "")
 
 
-def announce(run: Run) -> None:
-    """What is about to be trained, on what, in a line."""
-    count = f"{run.world.size} x " * (run.world.size > 1)
-    run.say(
-        f"{run.folder}: ViT of {parameters_of(run.model):,} parameters on "
-        f"{len(run.dataset.train):,} images of {run.config.dataset}, {run.precision} on "
-        f"{count}{devices.device_name(run.device)}"
-    )
-    if run.device.type == "cpu" and sum(map(run.flops, run.config.phases())) > FOR_A_GPU:
-        run.say("this recipe targets a GPU; expect hours or days here (--recipe cpu: ten minutes)")
-
-
-def validate(run: Run) -> bool:
-    """Adds the validation figures to the last record, and keeps the best epoch if asked to.
-
-    Returns:
-        Whether there are such images, and the record did not have their figures.
-
-    Raises:
-        Diverged: the loss is not finite.
-    """
-    record, split = run.history[-1], run.dataset.validation
-    if not split or record.validation_loss is not None:
-        return False
-    result = evaluate(run.model, split, run.preprocessing, run.world, run.precision)
-    if not math.isfinite(result.loss):
-        raise run.diverged(f"the validation loss is {result.loss}", run.step - 1)
-    figures = {"validation_loss": result.loss, "validation_accuracy": result.top1}
-    run.history[-1] = replace(record, **figures)
-    if run.options.keep_best:
-        run.keep_best()
-    return True
-
-
-def epoch_line(record: EpochRecord, epochs: int) -> str:
-    line = f"epoch {record.epoch:3}/{epochs}   train loss {record.train_loss:.4f}"
-    if record.validation_loss is not None:
-        line += f"   validation loss {record.validation_loss:.4f}"
-        line += f"   accuracy {record.validation_accuracy:.2%}"
-    return f"{line}   {record.seconds:.1f} s"
-
-
-def result_of(
-    run: Run,
-    test: Evaluation | None,
-    seconds: dict[str, float | None],
-    command: str,
-    commit: str | None,
-) -> dict[str, Any]:
-    """The content of result.json.
-
-    Args:
-        seconds: "evaluation", and "first_step_to_end": from the first training step to the end of
-            the evaluation, saving and validating included; None for a resumed run.
-    """
-    training = sum(record.seconds for record in run.history)
-    return {
-        "command": command,
-        "commit": commit,
-        "recipe": run.recipe,
-        "model": asdict(run.model.config),
-        "training": asdict(run.config),
-        "parameters": parameters_of(run.model),
-        "epochs": run.config.epochs,
-        "seed": run.config.seed,
-        "device": run.device.type,
-        "device_name": devices.device_name(run.device),
-        "processes": run.world.size,
-        "precision": run.precision,  # of training and validation; the test is in float32
-        "torch": str(torch.__version__),
-        "validation_accuracy": run.history[-1].validation_accuracy,
-        "test_accuracy": test.top1 if test else None,
-        "test_loss": test.loss if test else None,
-        "seconds": {
-            "training": training,
-            **seconds,
-            "compile": run.compile_seconds,
-            "total": run.total_seconds(),
-        },
-        "images_per_second": len(run.dataset.train) * run.config.epochs / training,
-        "training_flops": sum(map(run.flops, run.config.phases())),
-        "peak_memory_bytes": devices.peak_memory_bytes(run.device),
-    }
-
-
-def write_result(run: Run, result: dict[str, Any]) -> dict[str, Any] | None:
-    """curves.png, result.json and the last lines on the terminal; None if one is not written."""
-    from curves import write_curves  # imports matplotlib, which training does not need
-
-    outcome, seconds = "not tested", result["seconds"]
-    if result["test_accuracy"] is not None:
-        loss, accuracy = result["test_loss"], result["test_accuracy"]
-        outcome = f"test loss {loss:.4f}   test accuracy {accuracy:.2%}"
-    print(f"{outcome}   {seconds['training']:.0f} s of training, {seconds['total']:.0f} s in all")
-    try:
-        title = f"{run.folder.name}: {outcome}"
-        write_curves(run.folder / "curves.png", run.history, run.config, title)
-        utils.write_json(run.folder / "result.json", result)
-    except OSError as error:
-        complain(f"cannot write the result to {run.folder}: {error.strerror or error}")
-        return None
-    if run.save_failed:
-        complain(f"the last checkpoint could not be written to {run.folder}")
-        return None
-    print(f"wrote last.pt, metrics.csv, result.json and curves.png to {run.folder}")
-    return result
-
-
-def is_finished(run: Run) -> bool:
-    """Whether a run has done all its epochs and written their result, with the test if wanted."""
-    try:
-        result = json.loads((run.folder / "result.json").read_text())
-        untested = run.dataset.test and result["test_accuracy"] is None
-        done = run.epoch == run.config.epochs == result["epochs"]
-        return done and not (run.options.test and untested)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-# ---------------------------------------------------------------------------- other tasks
-
-
-def report(path: Path, options: RunOptions, device: torch.device, world: World) -> None:
-    """--evaluate: loss, top-1, top-5 and the accuracy of each class on the test set."""
-    path = checkpoint_file(path)
-    model, checkpoint = load_model(path, device)
-    training = replace(checkpoint.training, validation_images=0)
-    dataset = dataset_for(training, checkpoint.preprocessing, options, device, world)
-    check_fit(checkpoint, dataset)
-    if not dataset.test:
-        raise UserError(f"{dataset.name} has no test set")
-    result = evaluate(model, dataset.test, checkpoint.preprocessing, world)
-    if not world.leads:
-        return
-    print(f"{path}: {len(dataset.test):,} test images of {dataset.name}")
-    print(f"{'loss':12}{result.loss:8.4f}")
-    print(f"{'top-1':12}{result.top1:8.2%}")
-    print(f"{'top-5':12}{result.top5:8.2%}")
-    print(f"{'class mean':12}{statistics.fmean(filter(math.isfinite, result.of_class)):8.2%}")
-    width = max(10, *map(len, dataset.classes))
-    for label, accuracy in zip(dataset.classes, result.of_class, strict=True):
-        print(f"  {label:{width}}{accuracy:8.2%}")
-
-
-def export(path: Path, library: str | None, overwrite: bool) -> None:
-    """--export: writes model.pt beside a checkpoint: weights only, for sharing.
-
-    Args:
-        library: "timm" or "torchvision" writes its state dict instead, to model_<library>.pth.
-    """
-    path = checkpoint_file(path)
-    target = path.with_name(EXPORTED[library])
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; --overwrite replaces it")
-    checkpoint = load_checkpoint(path)
-    try:
-        if library:
-            utils.write_torch(target, state_dict_for(library, checkpoint))
+def train_command(
+    command: cli.Command, device: torch.device, world: World, line: str
+) -> dict[str, Any] | None:
+    """Begins or resumes a run and trains it; see `train`. A run that is finished stays as it is."""
+    options = command.options
+    with RunFolder(command.folder) as folder:
+        where = options, device, world, folder
+        if command.task == "resume":
+            run, state = resumed_run(command.path, command.training_changes, *where)
         else:
-            save_model(target, checkpoint)
-    except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror}") from error
-    then = f"{library} loads it strictly" if library else "--evaluate checks it"
-    print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB; {then}")
-
-
-# ---------------------------------------------------------------------------- main
-
-
-def resume_hint(run: Run | None) -> str:
-    """What to do about a run that stopped."""
-    if run is None:
-        return "nothing was written"
-    if not run.saved_step:
-        return "nothing is saved"
-    unsaved = "the last steps could not be saved; " * run.save_failed
-    flags = changed_flags(run.options, cli.TASK_FLAGS["resume"])
-    return unsaved + " ".join(["resume with --resume", str(run.folder), *flags])
-
-
-def out_of_memory_hint(run: Run | None) -> str:
-    if run is None:
-        return "out of memory"
-    batch, parts = run.config.batch_size, run.config.accumulate
-    more_parts = f"--accumulate {2 * parts} for the same batch in smaller parts, or "
-    return (
-        f"out of memory with --batch-size {batch} --accumulate {parts}; try "
-        f"{more_parts * (2 * parts <= batch)}a smaller --batch-size{run.what_is_kept()}"
-    )
+            chosen = tuple(command.model_changes)
+            run, state = new_run(command.recipe, command.model, command.training, *where, chosen)
+            if command.note:
+                run.say(command.note)
+        if run.is_finished(state):
+            run.say(f"{folder.path} already finished; raise --epochs to continue")
+            return {}
+        return train(run, state, line)
 
 
 def main(argv: list[str]) -> int:
     """Runs a command line; returns the exit status."""
-    command, run = cli.parse(argv, description=__doc__), None
+    command = cli.parse(argv, description=__doc__)
     options = command.options
     devices.keep_freed_memory()
-    try:
-        with joined_job(use_gpus=options.device != "cpu" and torch.cuda.is_available()) as job:
-            if command.task == "export":
-                if job.world.leads:
-                    export(command.path, options.library, options.overwrite)
-                return 0
-            device = devices.choose_device(options.device, job.world)
-            if command.task == "evaluate":
-                report(command.path, options, device, job.world)
-                return 0
-            if job.world.leads and (unusable := devices.unusable_gpu()):
-                print(unusable)
-            if command.task == "resume":
-                run = resumed_run(command.path, command.training_changes, options, device, job)
-            else:
-                configs = command.model, command.training
-                run = new_run(
-                    command.recipe, *configs, options, device, job, tuple(command.model_changes)
-                )
-                if command.note:
-                    run.say(command.note)
-            if is_finished(run):
-                run.say(f"{run.folder} already finished; raise --epochs to continue")
-                run.leave_others()
-                return 0
-            result = train(run, shlex.join(["python", "src/trainer.py", *argv]))
-            run.leave_others()
-            return 1 if result is None and run.world.leads else 0
-    except (Diverged, WorldError) as error:
-        if run is None or run.world.leads or isinstance(error, WorldError):
-            complain(str(error))
-        return 1
-    except Stopped as stop:
-        if run is None or run.world.leads:
-            complain(f"stopped by {stop}; {resume_hint(run)}")
-        return stop.status
-    except RuntimeError as error:
-        if not devices.is_out_of_memory(error):
-            raise
-        complain(out_of_memory_hint(run))
-        return 1
+    with joined_world(may_use_gpus(options)) as world:
+        if command.task == "export":
+            if world.leads:
+                export(command.path, options.library, options.overwrite)
+            return 0
+        device = devices.choose_device(options.device, world)
+        if command.task == "evaluate":
+            report(command.path, options, device, world)
+            return 0
+        if world.leads and (unusable := devices.unusable_gpu()):
+            print(unusable)
+        result = train_command(
+            command, device, world, shlex.join(["python", "src/trainer.py", *argv])
+        )
+        return 1 if result is None and world.leads else 0
+
+
+def may_use_gpus(options: RunOptions) -> bool:
+    return options.device != "cpu" and torch.cuda.is_available()
 
 
 if __name__ == "__main__":

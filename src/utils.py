@@ -1,4 +1,4 @@
-"""The ground that everything stands on: errors, how a program ends, files, seeds."""
+"""What everything stands on: errors, how a program ends, files, seeds."""
 
 import csv
 import io
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the current folder is
 
@@ -20,6 +21,41 @@ ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the cu
 
 class UserError(ValueError):
     """What a user asks for cannot be done; the message is one line for the user."""
+
+    status = 2
+
+
+class Diverged(Exception):
+    """The loss or a weight is no longer finite; all ranks of a job raise it together."""
+
+    status = 1
+
+
+class WorldError(Exception):
+    """The processes of a job cannot work together; the message is one line for the user."""
+
+    status = 1
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM ends a run, on all its ranks together.
+
+    Like KeyboardInterrupt not an Exception, so that no handler of errors catches it.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number  # as a shell reports it: 130 for Ctrl-C, 143 for SIGTERM
+
+
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")  # CPU, CUDA, cuBLAS
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has an exception for its CUDA allocator; the others have a message."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        message in str(error) for message in OUT_OF_MEMORY
+    )
 
 
 def first_line(error: Exception) -> str:
@@ -30,27 +66,6 @@ def first_line(error: Exception) -> str:
 def one_line(error: Exception) -> str:
     """All that an error says, in a line."""
     return " ".join(str(error).split())
-
-
-class Diverged(Exception):
-    """The loss or a weight is no longer finite; all ranks of a job raise it together."""
-
-
-class WorldError(Exception):
-    """The processes of a job cannot work together; the message is one line for the user."""
-
-
-class Stopped(BaseException):
-    """Ctrl-C or SIGTERM ends the process; like KeyboardInterrupt not an Exception, so
-    that no handler of errors catches it.
-
-    Args:
-        number: the signal.
-    """
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.status = 128 + number  # as a shell reports it: 130 for Ctrl-C, 143 for SIGTERM
 
 
 # ---------------------------------------------------------------------------- programs
@@ -68,15 +83,25 @@ def run_program(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def status_of(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """What `main` returns; after a `UserError` one line and 2, after Ctrl-C 130."""
+    """What `main` returns; of an error its exit status, after a line on standard error.
+
+    The line ends with the notes of the error (`add_note`): what to do about it.
+    """
     try:
         return main(argv)
-    except UserError as error:
-        complain(str(error))
-        return 2
     except KeyboardInterrupt:
         complain("stopped")
         return 130
+    except (UserError, Diverged, WorldError, Stopped) as error:
+        of_all_ranks = isinstance(error, Diverged | Stopped)
+        if not of_all_ranks or os.environ.get("RANK", "0") == "0":
+            complain("; ".join([str(error), *getattr(error, "__notes__", [])]))
+        return error.status
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        complain("; ".join(["out of memory", *getattr(error, "__notes__", [])]))
+        return 1
 
 
 def complain(message: str) -> None:
@@ -153,3 +178,10 @@ def seed_default_generators(seed: int, device: torch.device) -> None:
 def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends only on the key."""
     return torch.Generator(device).manual_seed(seed_for(*key))
+
+
+def copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; from pinned memory the copy to a GPU does not wait."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

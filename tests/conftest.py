@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+import datasets
 import run
 import small
 
@@ -24,6 +25,6 @@ def program(monkeypatch):
 @pytest.fixture
 def train(monkeypatch, tmp_path):
     """train("--epochs 2 ...") runs a tiny demo recipe into tmp_path and returns its exit status."""
-    monkeypatch.setattr(run, "load_dataset", small.load_small)
+    monkeypatch.setattr(datasets, "load_dataset", small.load_small)
     monkeypatch.setattr(run.Run, "save_is_due", small.after_each_epoch)
     return lambda flags: small.status_of(flags, tmp_path)

@@ -7,8 +7,8 @@ import torchvision.transforms.v2 as v2
 import torchvision.transforms.v2.functional as reference
 
 from augment import (
+    Augmentation,
     alternating_flip,
-    augment,
     cutmix,
     mixup,
     random_crop,
@@ -155,7 +155,13 @@ EVERYTHING = {
     "cutmix": 1.0,
 }
 NOTHING = {"flip": "off", "crop_padding": 0}
-COINS = torch.arange(64) % 2 == 0
+ROWS = torch.arange(64)
+
+
+def augment(images, config, seed=1, epoch=0):
+    """The images and targets of a recipe, for labels 0 to 9 in turn."""
+    augmentation = Augmentation(config, 10, 64, torch.device("cpu"))
+    return augmentation(images, ROWS % 10, ROWS, epoch, seed)
 
 
 @pytest.mark.parametrize(
@@ -167,40 +173,47 @@ COINS = torch.arange(64) % 2 == 0
     ids=str,
 )
 def test_each_option_of_a_recipe_changes_the_images(images, targets, options):
-    config = TrainConfig(**NOTHING | options)
-    seen, labels = augment(images, targets, config, 1, COINS, epoch=0)
+    seen, labels = augment(images, TrainConfig(**NOTHING | options))
     assert not torch.equal(seen, images) and seen.dtype == torch.uint8
-    assert torch.equal(labels, targets) == (not {"mixup", "cutmix"} & options.keys())
-    torch.testing.assert_close(labels.sum(dim=1), torch.ones(64, dtype=torch.float64))
+    assert torch.equal(labels, targets.float()) == (not {"mixup", "cutmix"} & options.keys())
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(64))
 
 
 def test_without_any_option_nothing_changes(images, targets):
-    seen, labels = augment(images, targets, TrainConfig(**NOTHING), 1, COINS, epoch=0)
-    assert torch.equal(seen, images) and torch.equal(labels, targets)
+    seen, labels = augment(images, TrainConfig(**NOTHING))
+    assert torch.equal(seen, images) and torch.equal(labels, targets.float())
 
 
-def test_the_same_seed_gives_the_same_images_and_another_seed_others(images, targets):
+def test_the_same_seed_gives_the_same_images_and_another_seed_others(images):
     config = TrainConfig(**EVERYTHING)
-    first, second, other = (augment(images, targets, config, seed, COINS, 0) for seed in (3, 3, 4))
+    first, second, other = (augment(images, config, seed) for seed in (3, 3, 4))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
 
 
+def test_an_image_is_flipped_in_the_same_epochs_in_whichever_batch_it_comes(images):
+    augmentation = Augmentation(
+        TrainConfig(**NOTHING | {"flip": "alternating"}), 10, 64, torch.device("cpu")
+    )
+    whole, _ = augmentation(images, ROWS % 10, ROWS, 3, 1)
+    some = torch.tensor([50, 3, 21])
+    assert torch.equal(augmentation(images[some], some % 10, some, 3, 2)[0], whole[some])
+
+
 @pytest.mark.parametrize(
-    "options", [{"cutmix": 1.0, "mixed_epochs": 0.8}, {"policy": "trivial", "policy_epochs": 0.8}]
+    "options",
+    [{"cutmix": 1.0, "mixing_off_epochs": 2}, {"policy": "trivial", "policy_off_epochs": 2}],
 )
-def test_strong_augmentation_ends_after_its_share_of_the_epochs(images, targets, options):
+def test_strong_augmentation_ends_so_many_epochs_before_the_end(images, options):
     config = TrainConfig(**NOTHING, epochs=10, warmup_epochs=0, **options)
     changed = [
-        not torch.equal(augment(images, targets, config, 1, COINS, epoch)[0], images)
-        for epoch in range(10)
+        not torch.equal(augment(images, config, epoch=epoch)[0], images) for epoch in range(10)
     ]
     assert changed == [True] * 8 + [False] * 2
 
 
-def test_with_both_kinds_of_mixing_each_image_has_one_of_them(targets):
+def test_with_both_kinds_of_mixing_each_image_has_one_of_them():
     images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(64, 3, 8, 12) * 4
-    config = TrainConfig(**NOTHING, mixup=1.0, cutmix=1.0)
-    seen, _ = augment(images, targets, config, 1, COINS, epoch=0)
+    seen, _ = augment(images, TrainConfig(**NOTHING, mixup=1.0, cutmix=1.0))
     plain = (seen == seen[:, :1, :1, :1]).all(dim=(1, 2, 3))  # a blend of two plain images is plain
     assert 15 < plain.sum() < 55

@@ -53,21 +53,20 @@ def test_a_candidate_that_does_not_compile_is_skipped(monkeypatch, capsys):
 
 
 def test_a_timed_step_makes_the_gradients_and_moves_the_weights_only_with_its_optimizers():
-    run = common.run_of(TINY, CPU, steps=1)
-    before = [weight.clone() for weight in run.model.parameters()]
+    run, state = common.run_of(TINY, CPU, steps=1)
+    weights = list(state.model.parameters())
+    before = [weight.clone() for weight in weights]
 
     def moved():
-        return any(
-            not torch.equal(old, new)
-            for old, new in zip(before, run.model.parameters(), strict=True)
-        )
+        return not all(map(torch.equal, before, weights))
 
     seen = []
-    hook = run.model.head.weight.register_post_accumulate_grad_hook(lambda w: seen.append(w.grad))
-    common.step_of(run, common.forward_of(run, "eager"), optimize=False)()
+    hook = state.model.head.weight.register_post_accumulate_grad_hook(lambda w: seen.append(w.grad))
+    forward = common.forward_of(run, state, "eager")
+    common.step_of(run, state, forward, optimize=False)()
     assert len(seen) == 1 and seen[0].abs().sum() > 0 and not moved()
-    assert run.model.head.weight.grad is None
-    common.step_of(run, common.forward_of(run, "eager"))()
+    assert state.model.head.weight.grad is None
+    common.step_of(run, state, forward)()
     assert moved()
     hook.remove()
 

@@ -124,8 +124,8 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(name, che
 # Places in a checkpoint, as the keys that lead there, what to put there, and what the line names.
 GONE = "a value that is taken away"
 INVALID = [
-    ("format", 99, "format 99, this code reads 5"),
-    ("format", 2, "format 2"),
+    ("format", 99, "format 99, this code reads 5 and 6"),
+    ("format", 4, "format 4"),
     ("format", True, "src/trainer.py did not write it"),
     ("format", GONE, "src/trainer.py did not write it"),
     ("weights", GONE, "'weights'"),
@@ -143,7 +143,10 @@ INVALID = [
     ("weights.head.bias", torch.full((10,), math.inf), "head.bias has values that are not finite"),
     ("history.0.epoch", 7, "history must have a row for each epoch"),
     ("history.0.train_loss", GONE, "'train_loss'"),
-    ("partial", {"steps": 6, "losses": torch.ones(6), "correct": 9, "seconds": 1.0}, "step 6 of 5"),
+    ("step", 11, "step 6 of 5"),
+    ("step", 4, "step -1 of 5"),
+    ("step", "8", "cannot be resumed"),
+    ("sums", {"loss": "low"}, "cannot be resumed"),
     ("classes", ["cat"], "1 names, but the model has 10 classes"),
     ("classes", [f"class {n}" for n in range(10)], "'disc' instead of 'class 0'"),
     ("preprocessing.size", (16, 16), "preprocessing is not that of 3 x 32 x 32 pixels"),
@@ -162,7 +165,8 @@ def half_way(tmp_path_factory):
     assert small.finished(start) == 0
     whole = torch.load(folder / "a/last.pt", weights_only=True)
     whole["history"] = whole["history"][:1]
-    whole["partial"] = {"steps": 3, "losses": torch.ones(3), "correct": 9, "seconds": 1.0}
+    whole |= {"step": 8, "sums": {"loss": torch.tensor(3.0), "correct": torch.tensor(9)}}
+    whole["seconds"]["epoch"] = 1.0
     torch.save(whole, folder / "a/last.pt")
     return folder / "a/last.pt"
 
@@ -201,17 +205,30 @@ def test_fields_that_a_file_lacks_have_their_defaults(train, half_way, tmp_path)
     """And without `INVALID` fields the checkpoint `half_way` is a good one."""
     content = torch.load(half_way, weights_only=True)
     whole = resumed(train, content, tmp_path / "whole")
-    for fields, name in ((content, "total_seconds"), (content["training"], "cutmix")):
-        del fields[name]
-    del content["model"]["drop_path"]
+    for name, part in (("seconds", ""), ("cutmix", "training"), ("drop_path", "model")):
+        del (content[part] if part else content)[name]
     loaded = load_checkpoint(save(content, tmp_path / "lacking.pt"))
-    assert (loaded.total_seconds, loaded.training.cutmix, loaded.model.drop_path) == (0.0, 0.0, 0.0)
+    assert (loaded.seconds, loaded.training.cutmix, loaded.model.drop_path) == ({}, 0.0, 0.0)
     assert small.differing(whole, resumed(train, content, tmp_path / "lacking")) == 0
 
 
 def save(content, path):
     torch.save(content, path)
     return path
+
+
+def test_a_run_of_the_last_format_resumes_to_the_same_end(train, half_way, tmp_path):
+    """From within an epoch, by both optimizers, with an option in the unit of that format."""
+    new = torch.load(half_way, weights_only=True)
+    new["training"] |= {"cutmix": 1.0, "mixing_off_epochs": 1}
+    old = {name: value for name, value in new.items() if name not in ("step", "sums", "seconds")}
+    training = {k: v for k, v in new["training"].items() if not k.endswith("off_epochs")}
+    old |= {"format": 5, "compile_seconds": 0.0, "total_seconds": 2.0}
+    old["training"] = training | {"policy_epochs": 1.0, "mixed_epochs": 0.4}  # of two, rounded up
+    losses = torch.tensor([1.0, 0.5, 1.5])
+    old["partial"] = {"steps": 3, "losses": losses, "correct": 9, "seconds": 1.0}
+    ends = [resumed(train, each, tmp_path / name) for name, each in (("new", new), ("old", old))]
+    assert small.differing(*ends) == 0
 
 
 # ---------------------------------------------------------------------------- damage

@@ -6,11 +6,12 @@ import pytest
 
 import cli
 import datasets
-import run
 import small
 from recipes import RECIPES, RunOptions
 from utils import UserError, status_of
 from ViT import MODELS
+
+LOAD_DATASET = datasets.load_dataset  # which the fixture `train` replaces
 
 # ---------------------------------------------------------------------------- bad input
 
@@ -60,7 +61,7 @@ def test_bad_input_is_one_line_and_exit_status_2(train, tmp_path, capsys, flags,
 def test_an_unknown_data_set_is_refused_before_anything_is_written(
     train, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(run, "load_dataset", datasets.load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", LOAD_DATASET)
     assert train("--name a --epochs 1 --dataset imagenet") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no data set 'imagenet'; choose from cifar10, cifar100, " in line
@@ -139,7 +140,7 @@ def test_a_path_is_looked_for_here_and_then_in_the_repository(tmp_path, monkeypa
     assert command.task == "evaluate"
     assert command.path == small.ROOT / "checkpoints/vit_cifar10.pt"
     (tmp_path / "checkpoints").mkdir()
-    assert cli.parse(["--resume", "checkpoints"], "").path == Path("checkpoints")
+    assert cli.parse(["--resume", "checkpoints"], "").path == Path("checkpoints/last.pt")
 
 
 def test_help_shows_the_values_of_the_chosen_recipe(capsys):

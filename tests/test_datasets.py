@@ -63,8 +63,6 @@ def test_a_folder_of_class_folders_is_split_by_class_and_its_broken_file_left_ou
     assert "1 of 67 images left out: cannot read" in left_out and "broken.jpg" in left_out
     again = load_dataset(f"folder:{folder}", WANTED, validation_images=0.1)
     assert torch.equal(images_of(again.validation), images_of(dataset.validation))
-    with pytest.raises(UserError, match=r"broken\.jpg.*--no-strict"):
-        load_dataset(f"folder:{folder}", WANTED, validation_images=0.1, strict=True)
 
 
 def test_streamed_images_are_those_in_memory(folder, monkeypatch):

@@ -14,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import distributed
+import checkpoint
 import run
 import small
 import trainer
+from augment import Augmentation
 from checkpoint import load_checkpoint, load_model
 from run import Run
 from small import ROOT, differing, finished, result_of, rows_of, start, start_ranks
@@ -57,7 +58,7 @@ def stop_and_resume(train, signal_at, tmp_path, flags, steps, accumulate=1):
         signal_at(signal.SIGTERM, accumulate * (step - begun))
         assert train(task) == 143
         saved = load_checkpoint(tmp_path / "parts/last.pt")
-        assert len(saved.history) * 5 + saved.partial.steps == step
+        assert saved.step == step
         task = f"--resume {tmp_path / 'parts'}"
     signal_at(signal.SIGTERM, -1)
     torch.manual_seed(12345)  # what the process drew before must not matter
@@ -77,7 +78,7 @@ def test_a_run_stopped_within_epochs_resumes_to_the_same_end(
 
 def test_every_augmentation_resumes_to_the_same_end(train, signal_at, tmp_path):
     flags = "--epochs 3 --flip alternating --policy trivial --resized-crop 0.5"
-    flags += " --mixup 0.4 --cutmix 1 --mixed-epochs 0.7"
+    flags += " --mixup 0.4 --cutmix 1 --mixing-off-epochs 1"
     assert stop_and_resume(train, signal_at, tmp_path, flags, [3, 6, 13]) == 0
 
 
@@ -96,34 +97,33 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f"resume with --resume {tmp_path / 'a'} --no-test --save-minutes 5.0")
     saved = load_checkpoint(tmp_path / "a/last.pt")
-    assert (len(saved.history), saved.partial.steps) == (1, 2)
+    assert (len(saved.history), saved.step) == (1, 7)
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_before_the_first_step_says_that_nothing_is_saved(train, monkeypatch, capsys):
-    def terminated(*_):
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise AssertionError("the signal came too late")
+def test_ctrl_c_before_the_first_step_ends_at_once(train, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(run, "make_optimizers", terminated)
-    assert train("--name a --epochs 1") == 143
-    assert "nothing was written" in capsys.readouterr().err
+    monkeypatch.setattr(run, "make_optimizers", interrupted)
+    assert train("--name a --epochs 1") == 130
+    assert capsys.readouterr().err == "trainer.py: stopped\n" and not list(tmp_path.iterdir())
 
 
 def test_a_signal_in_the_final_test_leaves_only_that_to_do(train, tmp_path, monkeypatch):
     assert train("--name whole --epochs 1") == 0
     evaluate = trainer.evaluate
 
-    def terminated_on_test_images(model, split, *rest):
+    def interrupted_on_test_images(model, split, *rest):
         if len(split) == 60:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
         return evaluate(model, split, *rest)
 
     parts = tmp_path / "parts"
     # Once in a new run, and once in one that is resumed and still has the result of fewer epochs.
     for task in ("--name parts --epochs 1", f"--resume {parts} --epochs 2"):
-        monkeypatch.setattr(trainer, "evaluate", terminated_on_test_images)
-        assert train(task) == 143
+        monkeypatch.setattr(trainer, "evaluate", interrupted_on_test_images)
+        assert train(task) == 130
         monkeypatch.setattr(trainer, "evaluate", evaluate)
         assert train(f"--resume {parts}") == 0
         assert differing(tmp_path / "whole", parts) == 0
@@ -132,7 +132,7 @@ def test_a_signal_in_the_final_test_leaves_only_that_to_do(train, tmp_path, monk
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):
     source = "import os, signal, distributed\n"
-    source += "with distributed.StopSignals() as stop, stop.postponed():\n"
+    source += "with distributed.StopSignals():\n"
     source += "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", source], env=environment)
@@ -208,10 +208,10 @@ def test_where_there_are_no_locks_a_run_says_so_and_trains(train, monkeypatch, c
     def no_locks(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(distributed.fcntl, "flock", no_locks)
+    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
     assert train("--name a --epochs 1") == 0
     assert "cannot lock" in capsys.readouterr().out
-    monkeypatch.setattr(distributed, "fcntl", None)  # as on Windows
+    monkeypatch.setattr(checkpoint, "fcntl", None)  # as on Windows
     assert train("--name b --epochs 1") == 0
     assert "cannot lock" in capsys.readouterr().out
 
@@ -277,10 +277,10 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_1(
 def test_a_folder_removed_under_a_run_is_made_again(train, tmp_path, monkeypatch):
     save = Run.save
 
-    def removing(run, **options):
-        save(run, **options)
-        if run.epoch == 1:
-            shutil.rmtree(run.folder)
+    def removing(run, state, **options):
+        save(run, state, **options)
+        if state.epoch == 1:
+            shutil.rmtree(run.folder.path)
 
     monkeypatch.setattr(Run, "save", removing)
     assert train("--name a --epochs 2") == 0
@@ -312,7 +312,7 @@ def test_weights_that_are_no_numbers_are_never_saved(train, tmp_path, monkeypatc
     monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
     assert train("--name a --epochs 2 --validation-images 0") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "weights are not finite at step 10 (epoch 2" in line and "holds step 5" in line
+    assert "weights are not finite by step 10 (epoch 2" in line and "holds step 5" in line
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
 
 
@@ -332,17 +332,17 @@ def test_out_of_memory_is_one_line_that_says_what_to_try(train, monkeypatch, cap
     def greedy(*_, **__):
         raise error
 
-    monkeypatch.setattr(trainer, "augment", greedy)
+    monkeypatch.setattr(Augmentation, "__call__", greedy)
     assert train("--name a --epochs 1 --accumulate 2") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "out of memory with --batch-size 40 --accumulate 2" in line
+    assert "out of memory; of --batch-size 40 --accumulate 2, try" in line
     assert "--accumulate 4" in line and "smaller --batch-size" in line and "holds" not in line
 
 
 def test_the_cpus_own_allocator_is_recognized(train, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "augment", lambda *_: torch.empty(2**55))
+    monkeypatch.setattr(Augmentation, "__call__", lambda *_: torch.empty(2**55))
     assert train("--name a --epochs 1") == 1
-    assert "out of memory with --batch-size 40" in capsys.readouterr().err
+    assert "out of memory; of --batch-size 40" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- accumulation

@@ -28,6 +28,7 @@ import small
 import trainer
 import trivial_augment
 import utils
+from augment import Augmentation
 from common import Setting, forward_of, random_dataset, run_of
 from evaluation import predict
 from recipes import RECIPES, Recipe
@@ -102,7 +103,6 @@ class Watch(TorchDispatchMode):
 def watch(monkeypatch):
     """A test on a fake GPU; what needs a CUDA driver has a stand-in."""
     watch, put, after_step = Watch(), monkeypatch.setattr, trainer.after_step
-    caches = (data._pixel_scale, trivial_augment.magnitudes)
 
     def built_there(config):
         with GPU:
@@ -127,14 +127,15 @@ def watch(monkeypatch):
                 if hasattr(node, "variable"):
                     node.variable.grad = torch.empty_like(node.variable)
 
-    def after_step_noted(run, bar):
-        after_step(run, bar)
+    def after_step_noted(run, state, bar):
+        after_step(run, state, bar)
         watch.after_step.append(len(watch.waits))
 
-    def epoch_ends(run):
+    def epoch_ends(run, state):
         raise EpochEnds
 
-    put(utils, "generator_for", generator_for)
+    for module in ("utils", "augment", "run"):
+        put(f"{module}.generator_for", generator_for)
     put(ViT, "initialize", lambda model: None)  # which reads what it draws
     put(ViT, "to", lambda model, device: model)  # a fake weight cannot be moved
     put("common.ViT", built_there)
@@ -144,8 +145,9 @@ def watch(monkeypatch):
     put(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     put("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     put(distributed.World, "any", lambda world, *wishes: list(wishes))  # which reads a CPU tensor
-    put(runs.Run, "check_losses", epoch_ends)
+    put(runs.Run, "totals", epoch_ends)
     put(trainer, "after_step", after_step_noted)
+    caches = (data._pixel_scale, trivial_augment.magnitudes)
     for cached in caches:
         cached.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True), watch:
@@ -156,27 +158,26 @@ def watch(monkeypatch):
 
 def train_and_predict(watch, flags):
     """Three steps and two evaluations, of which only the first step may wait for the GPU."""
-    run, split = run_with(flags), random_dataset(600, GPU).train
-    run.looked_at = math.inf  # no loss is read before the epoch ends
+    (run, state), split = run_with(flags), random_dataset(600, GPU).train
     with pytest.raises(EpochEnds):
-        trainer.train_epoch(run, run.parallel, run.config.patch_dropout)
-    assert run.progress.steps == len(watch.after_step) == 3
+        trainer.train_epoch(run, state, run.parallel)
+    assert state.step == len(watch.after_step) == 3
     for precision in ("fp32", "bf16"):
-        logits = predict(run.model, split, run.preprocessing, precision=precision)
+        logits = predict(state.model, split, run.dataset.preprocessing, precision=precision)
         assert (logits.device, logits.shape, logits.dtype) == (GPU, (600, 10), torch.float32)
     assert watch.waits[watch.after_step[0] :] == []
-    return run
+    return run, state
 
 
 @needs_fake_gpu
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # deepcopy's
 @pytest.mark.parametrize("flags", [*RECIPES, *OPTIONS])
 def test_a_step_stays_on_the_gpu_and_does_not_wait_for_it(watch, flags):
-    run = train_and_predict(watch, flags)
-    states = [optimizer.state[weight] for optimizer in run.optimizers for weight in optimizer.state]
-    assert len(states) == sum(weight.requires_grad for weight in run.model.parameters())
-    kept = [run.progress.losses, run.progress.correct, run.coins, *tree_leaves(states)]
-    kept += [*run.model.parameters(), *run.model.buffers()]
+    run, state = train_and_predict(watch, flags)
+    states = [each.state[weight] for each in state.optimizers for weight in each.state]
+    assert len(states) == sum(weight.requires_grad for weight in state.model.parameters())
+    kept = [*state.sums.values(), run.augment.coins, *tree_leaves(states)]
+    kept += [*state.model.parameters(), *state.model.buffers()]
     assert {tensor.device for tensor in kept} == {GPU}
 
 
@@ -184,13 +185,13 @@ def test_a_step_stays_on_the_gpu_and_does_not_wait_for_it(watch, flags):
 def test_a_fault_is_caught(watch, monkeypatch):
     with pytest.raises(AssertionError, match=r"rand\.generator on cuda"):
         torch.rand(3, generator=torch.Generator(), device=GPU)  # the CPU's generator
-    augment = trainer.augment
+    augment = Augmentation.__call__
 
-    def waiting(images, *rest):
+    def waiting(self, images, *rest):
         torch.zeros(3).to(images.device, non_blocking=True)  # from memory that is not pinned
-        return augment(images, *rest)
+        return augment(self, images, *rest)
 
-    monkeypatch.setattr(trainer, "augment", waiting)
+    monkeypatch.setattr(Augmentation, "__call__", waiting)
     with pytest.raises(AssertionError, match="_to_copy"):
         train_and_predict(watch, "demo")
 
@@ -208,18 +209,18 @@ def real_run(flags, steps=3):
 @pytest.fixture
 def no_waits_after_a_step(monkeypatch):
     """CUDA raises if an operation waits, from the end of the first step to that of the epoch."""
-    after_step, check_losses = trainer.after_step, runs.Run.check_losses
+    after_step, totals = trainer.after_step, runs.Run.totals
 
-    def wrapped(run, bar):
-        after_step(run, bar)
+    def wrapped(run, state, bar):
+        after_step(run, state, bar)
         torch.cuda.set_sync_debug_mode("error")
 
-    def reading(run):
+    def reading(run, state):
         torch.cuda.set_sync_debug_mode("default")
-        return check_losses(run)
+        return totals(run, state)
 
     monkeypatch.setattr(trainer, "after_step", wrapped)
-    monkeypatch.setattr(runs.Run, "check_losses", reading)
+    monkeypatch.setattr(runs.Run, "totals", reading)
     yield
     torch.cuda.set_sync_debug_mode("default")
 
@@ -229,37 +230,37 @@ def no_waits_after_a_step(monkeypatch):
 @pytest.mark.parametrize("mode", ["off", "on", "graphs"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_three_steps_of_a_recipe(name, mode):
-    run = real_run(f"{name} --compile {mode}")
-    forward = forward_of(run, "eager" if mode == "off" else "compiled")
+    run, state = real_run(f"{name} --compile {mode}")
+    forward = forward_of(run, state, "eager" if mode == "off" else "compiled")
     assert (forward is run.parallel) == (mode == "off")  # which it also is if compiling fails
-    record = trainer.train_epoch(run, forward, run.config.patch_dropout)
-    assert record.step == 3
-    assert record.train_loss == pytest.approx(math.log(10), abs=1)
-    logits = predict(run.model, run.dataset.train, run.preprocessing)
+    trainer.train_epoch(run, state, forward)
+    assert state.step == 3
+    assert state.history[0].train_loss == pytest.approx(math.log(10), abs=1)
+    logits = predict(state.model, run.dataset.train, run.dataset.preprocessing)
     assert logits.device == GPU and logits.isfinite().all()
     assert logits.std() > 0  # the head starts at zero
 
 
 @needs_gpu
 def test_a_batch_of_random_images_is_learned():
-    run = real_run("demo --batch-size 32 --flip off --crop-padding 0", steps=1)
+    run, state = real_run("demo --batch-size 32 --flip off --crop-padding 0", steps=1)
     for _ in range(60):
-        run.end_epoch(trainer.train_epoch(run, run.parallel, 0.0))
-    assert run.history[0].train_loss > 2
-    assert run.history[-1].train_loss < 0.1
+        trainer.train_epoch(run, state, run.parallel)
+    assert state.history[0].train_loss > 2
+    assert state.history[-1].train_loss < 0.1
 
 
 @needs_gpu
 @pytest.mark.parametrize("mode", ["on", "graphs"])
 def test_the_compiled_model_gives_the_same_logits(mode):
-    run = real_run(f"demo --compile {mode}")
-    nn.init.normal_(run.model.head.weight, std=run.model.config.width**-0.5)
-    compiled = forward_of(run, "compiled")
+    run, state = real_run(f"demo --compile {mode}")
+    nn.init.normal_(state.model.head.weight, std=run.model.width**-0.5)
+    compiled = forward_of(run, state, "compiled")
     assert compiled is not run.parallel
     images = run.dataset.train.take(torch.arange(40, device=GPU)).images
     with devices.autocast(run.precision, GPU):
-        inputs = run.preprocessing.normalize(images)
-        logits, expected = compiled(inputs, 0.0).float(), run.model(inputs).float()
+        inputs = run.normalize(images)
+        logits, expected = compiled(inputs, 0.0).float(), state.model(inputs).float()
     assert expected.std() > 0.3
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.05)
 
@@ -289,11 +290,11 @@ def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(tmp_path):
 
 @needs_gpu
 def test_an_allocation_that_does_not_fit_is_one_line(monkeypatch, tmp_path, capsys):
-    def too_large(images, *_):
+    def too_large(self, images, *_):
         return torch.empty(2**50, dtype=torch.uint8, device=images.device)
 
-    monkeypatch.setattr(runs, "load_dataset", lambda *_, **__: random_dataset(80, GPU))
-    monkeypatch.setattr(trainer, "augment", too_large)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: random_dataset(80, GPU))
+    monkeypatch.setattr(Augmentation, "__call__", too_large)
     assert small.status_of("--device cuda", tmp_path) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "out of memory with --batch-size 40 --accumulate 1; try --accumulate 2" in line
+    assert "out of memory; of --batch-size 40 --accumulate 1, try --accumulate 2" in line

@@ -217,7 +217,7 @@ def test_what_is_no_file_of_weights_is_refused(name, tmp_path):
 
 def test_a_run_with_a_frozen_backbone(tiny, tmp_path, monkeypatch, capsys):
     write_safetensors(tmp_path / "weights.safetensors", tiny.state_dict())
-    monkeypatch.setattr("run.load_dataset", small.load_small)
+    monkeypatch.setattr("datasets.load_dataset", small.load_small)
     common = f"--recipe finetune --init-from {tmp_path}/weights.safetensors --dataset shapes"
     flags = f"{common} --epochs 1 --warmup-epochs 0 --output-dir {tmp_path} --no-test --name"
     assert trainer.main([*flags.split(), "frozen", "--freeze"]) == 0
@@ -236,7 +236,7 @@ def test_a_run_with_a_frozen_backbone(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("flags", ["--width 96", "--depth 3", "--patch-size 16", "--pooling mean"])
 def test_a_flag_that_contradicts_the_weights_is_refused(flags, tiny, tmp_path, monkeypatch, capsys):
     torch.save(tiny.state_dict(), tmp_path / "weights.pth")
-    monkeypatch.setattr("run.load_dataset", small.load_small)
+    monkeypatch.setattr("datasets.load_dataset", small.load_small)
     command = f"--recipe finetune --init-from {tmp_path}/weights.pth --dataset shapes {flags}"
     assert status_of(trainer.main, [*command.split(), "--output-dir", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()

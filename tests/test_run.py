@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import run
+import datasets
 import trainer
-from checkpoint import load_checkpoint
+from checkpoint import RunFolder, load_checkpoint
 from data import Preprocessing
+from distributed import ALONE
 from evaluation import Evaluation
 from recipes import RunOptions, TrainConfig
-from run import Run, new_run, training_flops
+from run import Run, assemble, new_run, training_flops
 from small import SHAPES, rows_of
 from utils import UserError
 from ViT import ViT, ViTConfig
@@ -71,13 +72,17 @@ def test_a_run_saves_by_the_minute_and_at_its_end(train, tmp_path, monkeypatch):
     """Each of the 25 steps counts for 18 seconds: four of them are more than a minute."""
     saved, save, after_step = [], Run.save, trainer.after_step
 
-    def aged(run, bar):
-        run.saved_at -= 18
-        after_step(run, bar)
+    def aged(run, state, bar):
+        run.folder.saved_at -= 18
+        after_step(run, state, bar)
+
+    def noted(run, state, **how):
+        saved.append(state.step)
+        save(run, state, **how)
 
     monkeypatch.setattr(trainer, "after_step", aged)
     monkeypatch.setattr(Run, "save_is_due", SAVE_IS_DUE)
-    monkeypatch.setattr(Run, "save", lambda run, **how: saved.append(run.step) or save(run, **how))
+    monkeypatch.setattr(Run, "save", noted)
     assert train("--name a --epochs 5") == 0
     assert saved == [4, 8, 12, 16, 20, 24, 25]
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 5
@@ -93,7 +98,7 @@ def test_the_best_epoch_is_kept(train, tmp_path, monkeypatch):
     assert train("--name a --epochs 4 --keep-best --no-test") == 0
     best = load_checkpoint(tmp_path / "a/best.pt")
     assert [row.validation_accuracy for row in best.history] == [0.2, 0.5, 0.5]
-    assert best.optimizers is None
+    assert best.optimizers is None and best.sums == {}
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 4
     assert train("--name b --keep-best --validation-images 0") == 2
 
@@ -110,10 +115,11 @@ def test_a_name_that_is_no_folder_of_its_own_is_refused(name):
 def test_the_model_has_the_channels_and_classes_of_the_data_set(tmp_path, monkeypatch):
     expected = Preprocessing(size=(32, 32), mean=(0.5,), std=(0.2,))
     gray = dataclasses.replace(SHAPES, classes=("a", "b"), preprocessing=expected)
-    monkeypatch.setattr(run, "load_dataset", lambda *_, **__: gray)
-    options, cpu = RunOptions(output_dir=tmp_path, name="a"), torch.device("cpu")
-    begun = new_run("demo", ViTConfig(), TrainConfig(), options, cpu, run.ALONE_JOB)
-    config = begun.model.config
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: gray)
+    where = RunOptions(), torch.device("cpu"), ALONE, RunFolder(tmp_path / "a")
+    begun, state = new_run("demo", ViTConfig(), TrainConfig(), *where)
+    config = begun.model
+    assert config is state.model.config
     assert (config.channels, config.classes, config.image_size) == (1, 2, (32, 32))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -144,9 +150,11 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(pooling, dropped, 
     assert counter.get_total_flops() == 2 * (training_flops(config, dropped) - patches)
 
 
-def test_the_operations_of_a_run_are_those_of_its_phases():
+def test_the_operations_of_a_run_are_those_of_its_epochs():
     config = TrainConfig(epochs=10, patch_dropout=0.5, whole_epochs=2, batch_size=50)
-    begun = Run(ViT(ViTConfig()), config, SHAPES, torch.device("cpu"))
-    total = sum(map(begun.flops, config.phases()))
-    per_image = [training_flops(ViTConfig(), share) for share in (0.5, 0.0)]
-    assert total == 200 * (8 * per_image[0] + 2 * per_image[1])
+    begun, _ = assemble(ViT(ViTConfig()), config, SHAPES, torch.device("cpu"))
+    expected = {
+        share: 200 * epochs * training_flops(ViTConfig(), share)
+        for share, epochs in ((0.5, 8), (0.0, 2))
+    }
+    assert begun.flops() == expected

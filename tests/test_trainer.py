@@ -15,13 +15,12 @@ from PIL import Image
 
 import datasets
 import evaluation
-import run
 import small
 import trainer
 from checkpoint import load_checkpoint, save_checkpoint
 from initialization import mimetic, whiten_patches
 from recipes import Recipe, RunOptions, TrainConfig
-from run import Run
+from run import Run, State, assemble
 from small import ROOT, rows_of, same_weights, weights_of
 from utils import Diverged, UserError
 from ViT import EncoderBlock, ViT, ViTConfig
@@ -52,9 +51,9 @@ def watch_tokens(monkeypatch):
     """A list that gets the number of tokens in each call of a block."""
     tokens, forward = [], EncoderBlock.forward
 
-    def watched(block, z, trace=None):
+    def watched(block, z, *rest):
         tokens.append(z.shape[1])
-        return forward(block, z, trace)
+        return forward(block, z, *rest)
 
     monkeypatch.setattr(EncoderBlock, "forward", watched)
     return tokens
@@ -98,19 +97,21 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, tmp
     assert same_weights(a, b) and not same_weights(a, c)
 
 
-def test_compiling_pays_by_the_operations_of_the_phase_and_the_kind_of_device():
-    """One epoch of 200 images: a run of a device is asked, none is used."""
+def test_compiling_pays_by_the_operations_and_the_kind_of_device():
+    """A run of a device is asked, none is used."""
     config = TrainConfig(epochs=10, warmup_epochs=0, batch_size=50)
-    run = trainer.Run(ViT(ViTConfig()), config, small.SHAPES, torch.device("cpu"))
-    (phase,) = config.phases()
-    operations = run.flops(phase)
-    for kind, worth in (("cpu", 2e13), ("cuda", 3e15)):
-        run.device = torch.device(kind)
-        longer = phase._replace(epochs=range(math.ceil(10 * worth / operations) + 1))
-        shorter = phase._replace(epochs=range(int(10 * worth / operations) - 1))
-        assert trainer.compile_pays(run, longer) and not trainer.compile_pays(run, shorter)
-    run.device = torch.device("mps")
-    assert not trainer.compile_pays(run, longer)
+    run, _ = assemble(ViT(ViTConfig()), config, small.SHAPES, torch.device("cpu"))
+    (operations,) = run.flops().values()
+
+    def pays(kind, share):
+        epochs = round(10 * share * {"cpu": 2e13, "cuda": 3e15, "mps": 1e18}[kind] / operations)
+        longer = dataclasses.replace(config, epochs=epochs)
+        there = dataclasses.replace(run, config=longer, device=torch.device(kind))
+        return trainer.compile_pays(there, 0.0)
+
+    assert pays("cpu", 1.1) and not pays("cpu", 0.9)
+    assert pays("cuda", 1.1) and not pays("cuda", 0.9)
+    assert not pays("mps", 1)
 
 
 @pytest.mark.parametrize(("flags", "looks"), [("", [50, 50, 60]), ("--no-test", [50, 50])])
@@ -142,7 +143,7 @@ def test_validation_may_skip_epochs_but_not_the_last(train, tmp_path):
 
 def test_an_epoch_that_becomes_the_last_is_validated(train, tmp_path, monkeypatch):
     validate = trainer.validate
-    monkeypatch.setattr(trainer, "validate", lambda run: False)
+    monkeypatch.setattr(trainer, "validate", lambda run, state: False)
     assert train("--name a --epochs 3 --validate-every 4") == 0
     monkeypatch.setattr(trainer, "validate", validate)
     (tmp_path / "a/result.json").unlink()
@@ -151,27 +152,22 @@ def test_an_epoch_that_becomes_the_last_is_validated(train, tmp_path, monkeypatc
     assert rows_of(tmp_path / "a/metrics.csv")[2]["validation_accuracy"] != ""
 
 
-def test_the_last_epochs_see_whole_images_and_each_phase_is_compiled_where_it_pays(
+def test_the_last_epochs_see_whole_images_and_compiling_is_for_what_pays(
     train, tmp_path, monkeypatch
 ):
-    tokens, compiled = watch_tokens(monkeypatch), []
-    compile_model = trainer.compile_model
+    tokens, fast = watch_tokens(monkeypatch), []
 
-    def watched(run, patch_dropout):
-        compiled.append(patch_dropout)
-        monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-        return compile_model(run, patch_dropout)
+    def compile(model, **_):
+        return lambda images, patch_dropout: (
+            fast.append(patch_dropout) or model(images, patch_dropout)
+        )
 
-    monkeypatch.setattr(trainer, "compile_model", watched)
-    monkeypatch.setattr(
-        trainer,
-        "compile_pays",
-        lambda run, phase: run.flops(phase) == max(map(run.flops, run.config.phases())),
-    )
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(trainer, "compile_pays", lambda run, dropout: dropout == 0.5)
     flags = "--name a --epochs 5 --whole-epochs 1 --patch-dropout 0.5 --validation-images 0"
     assert train(flags + " --no-test") == 0
-    assert compiled == [0.5]
-    assert tokens[:2] == [8, 8] and tokens[2:] == [8] * 40 + [16] * 10  # 2 blocks, 5 steps an epoch
+    assert fast == [0.5] * 21  # a warm-up, and 4 epochs of 5 steps
+    assert tokens[:2] == [8, 8] and tokens[2:] == [8] * 40 + [16] * 10  # in each of 2 blocks
 
 
 def test_the_measured_seconds_hold_the_steps_the_validation_and_the_test(train, tmp_path):
@@ -210,7 +206,7 @@ def test_out_of_memory_while_compiling_is_not_a_missing_compiler(train, monkeypa
     monkeypatch.setattr(torch, "compile", lambda *_, **__: full)
     assert train("--name a --epochs 1 --compile on") == 1
     out, error = capsys.readouterr()
-    assert "out of memory with --batch-size 40" in error and "not available" not in out
+    assert "out of memory; of --batch-size 40" in error and "not available" not in out
 
 
 @pytest.mark.parametrize(("batch_size", "compiled"), [(45, 1), (200, 1), (500, 0)])
@@ -250,8 +246,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
     monkeypatch.setattr(F, "cross_entropy", broken_in_the_second_epoch)
     assert train("--name a --epochs 2 --validation-images 0") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    # Linear decay over 10 steps with 2 (half an epoch of 5, rounded to even) of warm-up.
-    assert "loss is nan at step 9 (epoch 2, learning rate 0.00075)" in line
+    # The loss is looked at where the epoch ends: a step before the linear decay of 10.
+    assert "loss is nan by step 10 (epoch 2, learning rate 0.00038)" in line
     assert "--learning-rate" in line and "holds step 5" in line
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
 
@@ -266,7 +262,7 @@ def test_a_validation_loss_that_is_no_number_stops_the_run(train, tmp_path, monk
     monkeypatch.setattr(trainer, "evaluate", broken_in_the_second_epoch)
     assert train("--name a --epochs 3") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the validation loss is nan at step 10 (epoch 2" in line and "holds step 5" in line
+    assert "the validation loss is nan by step 10 (epoch 2" in line and "holds step 5" in line
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
 
 
@@ -294,7 +290,7 @@ def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path):
 
 
 def test_without_a_recipe_the_machine_chooses_one_and_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "load_dataset", small.load_small)
+    monkeypatch.setattr(datasets, "load_dataset", small.load_small)
     flags = [*small.TINY, "--epochs", "1", "--output-dir", str(tmp_path), "--patch-dropout", "0"]
     assert trainer.main([*flags, "--device", "cpu"]) == 0
     assert "recipe cpu, made for a CPU" in capsys.readouterr().out
@@ -352,11 +348,11 @@ def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
             image = Image.fromarray(noise.to(torch.uint8).numpy())
             image.save(tmp_path / "pets" / name / f"{number}.png")
     monkeypatch.setattr(datasets, "LARGEST_IN_MEMORY", 1000)
-    monkeypatch.setattr(run.Run, "save_is_due", small.after_each_epoch)
+    monkeypatch.setattr(Run, "save_is_due", small.after_each_epoch)
     flags = f"--recipe demo --dataset folder:{tmp_path}/pets --epochs 3 --name"
     assert small.status_of(f"{flags} whole", tmp_path) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "end_epoch", stopping_after(2))
+        patch.setattr(State, "end_epoch", stopping_after(2))
         assert small.status_of(f"{flags} cut", tmp_path) == 128 + signal.SIGTERM
     assert small.status_of(f"--resume {tmp_path}/cut", tmp_path) == 0
     assert small.differing(tmp_path / "whole", tmp_path / "cut") == 0
@@ -372,12 +368,12 @@ def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
 
 
 def stopping_after(epochs):
-    """In place of `Run.end_epoch`: a signal arrives after that many epochs."""
-    end_epoch = Run.end_epoch
+    """In place of `State.end_epoch`: a signal arrives after that many epochs."""
+    end_epoch = State.end_epoch
 
-    def end(run, record):
-        end_epoch(run, record)
-        if run.epoch == epochs:
+    def end(state, record):
+        end_epoch(state, record)
+        if state.epoch == epochs:
             os.kill(os.getpid(), signal.SIGTERM)
 
     return end

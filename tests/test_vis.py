@@ -247,8 +247,8 @@ def test_augmentation_has_a_row_for_each_operation_of_the_recipe(draw, tmp_path,
     flipped = augment.random_flip(images, generator())
     assert torch.equal(saved["random_flip"], flipped) and not torch.equal(flipped, images)
     assert torch.equal(saved["random_crop"], augment.random_crop(images, 2, generator()))
-    recipe, coins = TrainConfig(**used), torch.zeros(8, dtype=torch.bool)
-    expected, _ = augment.augment(images, torch.eye(10)[:8], recipe, 3, coins, 0)
+    augmentation = augment.Augmentation(TrainConfig(**used), 10, 8, torch.device("cpu"))
+    expected, _ = augmentation(images, torch.arange(8), torch.arange(8), 0, 3)
     assert torch.equal(saved["whole_recipe"], expected)
 
     write_checkpoint(tmp_path / "run/last.pt", SHAPES, {"flip": "off", "crop_padding": 0})

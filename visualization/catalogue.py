@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -26,13 +25,12 @@ import explain
 import figures
 import steps
 import utils
-from augment import augment
-from checkpoint import EpochRecord, load_model
+from augment import Augmentation
+from checkpoint import RUN_FILES, EpochRecord, check_fit, load_model
 from config import Config
 from data import Batch, Dataset, Split
 from datasets import load_dataset
 from evaluation import evaluate, predict
-from run import RUN_FILES, check_fit
 from utils import UserError
 from ViT import Trace, parameters_of, patchify
 
@@ -446,12 +444,12 @@ def draw_augmentation(model: Model) -> Picture:
     if not used:
         raise NotApplicable("the recipe uses no augmentation")
     recipes = {names[field]: replace(config, **off | {field: values[field]}) for field in used}
-    images, labels = train.take(model.sample(train, SHEET_IMAGES))
-    targets = F.one_hot(labels, len(model.classes)).float()
-    mirrored = torch.arange(len(images), device=model.device) % 2 == 0
+    chosen = model.sample(train, SHEET_IMAGES)
+    images, labels = train.take(chosen)
     rows = {"original": images}
     for name, recipe in (recipes | {"whole recipe": config}).items():
-        rows[name], _ = augment(images, targets, recipe, model.options.seed, mirrored, epoch=0)
+        augment = Augmentation(recipe, len(model.classes), len(train), model.device)
+        rows[name], _ = augment(images, labels, chosen, 0, model.options.seed)
     figure = figures.sheet(
         {name: list(map(to_picture, row)) for name, row in rows.items()},
         names=[model.classes[label] for label in labels],

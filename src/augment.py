@@ -159,7 +159,7 @@ class Augmentation:
         if config.resized_crop:
             images = random_resized_crop(images, config.resized_crop, generator)
         if config.policy == "trivial" and left > config.policy_off_epochs:
-            images = trivial_augment(images, generator)
+            images = trivial_augment(images, np.random.default_rng(seed_for(seed, 3)))
         if (config.mixup or config.cutmix) and left > config.mixing_off_epochs:
             images, targets = self._mix(images, targets, seed, generator)
         return images, targets

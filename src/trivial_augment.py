@@ -2,18 +2,19 @@
 
 Operations, magnitudes and results are those of torchvision's TrivialAugmentWide, except for pixels
 whose source lies halfway between two, such as the diagonals at 45 degrees. torchvision draws once
-for all images of a call and makes the host wait for a GPU; here nothing does: on a GPU each
-operation is computed for all images, and each image keeps the one it drew.
+for all images of a call and makes the host wait for a GPU; here nothing does, as the host draws.
 
-Images are uint8 (B, C, H, W), RGB or gray; op (B,) int64 indexes OPS; magnitude is (B,).
+Images are uint8 (B, C, H, W), RGB or gray. On the host, op (B,) int64 indexes OPS, and magnitude is
+(B,) float32.
 """
 
-from functools import cache
-
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional
+
+from utils import copied
 
 BINS = 31  # magnitudes of an operation, weakest first
 
@@ -114,61 +115,52 @@ STAGES = (
 OPS = tuple(name for _, names in STAGES for name in names)  # in torchvision's order
 
 
-def apply(images: Tensor, op: Tensor, magnitude: Tensor) -> Tensor:
-    """Applies to each image its own operation."""
-    # Reading what was drawn is free on a CPU, but waits for a GPU.
-    return (apply_to_some if op.device.type == "cpu" else apply_to_all)(images, op, magnitude)
+STAGE = np.array([n for n, (_, names) in enumerate(STAGES) for _ in names])  # of each of OPS
 
 
-def apply_to_all(images: Tensor, op: Tensor, magnitude: Tensor) -> Tensor:
-    """Computes each operation for all images; each image keeps its own."""
-    result = images
-    for (change, _), mine in zip(STAGES[1:], _drawn(op)[1:], strict=True):
-        changed = change(images, mine, magnitude)
-        result = torch.where(mine.any(dim=0)[:, None, None, None], changed, result)
-    return result
+def apply(images: Tensor, op: np.ndarray, magnitude: np.ndarray) -> Tensor:
+    """Applies to each image its own operation; each is computed for the images that have it."""
+    device, stage = images.device, STAGE[op]  # (B,)
+    order = stage.argsort(kind="stable")
+    counts = np.bincount(stage, minlength=len(STAGES)).tolist()
+    host = (order, order.argsort(), op[order], magnitude[order])
+    order, back, op, magnitude = (copied(torch.from_numpy(each), device) for each in host)
+    sorted_by_stage = (images.index_select(0, order), op, magnitude)
+    parts = zip(*(each.split(counts) for each in sorted_by_stage), strict=True)
+    changed, first = [], 0
+    for (change, names), (some, mine, strength) in zip(STAGES, parts, strict=True):
+        drawn = mine == torch.arange(first, first + len(names), device=device)[:, None]  # (k, b)
+        changed.append(change(some, drawn, strength) if len(some) else some)
+        first += len(names)
+    return torch.cat(changed).index_select(0, back)
 
 
-def apply_to_some(images: Tensor, op: Tensor, magnitude: Tensor) -> Tensor:
-    """The same with less work: computes each operation for the images that have it."""
-    drawn = _drawn(op)
-    rows = [mine.any(dim=0).nonzero()[:, 0] for mine in drawn]
-    changed = [
-        change(images.index_select(0, at), mine[:, at], magnitude[at])
-        for (change, _), mine, at in zip(STAGES, drawn, rows, strict=True)
-    ]
-    return torch.cat(changed).index_select(0, torch.cat(rows).argsort())
+# ---------------------------------------------------------------------------- draws
 
 
-def _drawn(op: Tensor) -> tuple[Tensor, ...]:
-    """For each stage, which of its operations an image has: (its operations, B) bool."""
-    drawn = op == torch.arange(len(OPS), device=op.device)[:, None]
-    return drawn.split([len(names) for _, names in STAGES])
-
-
-# ---------------------------------------------------------------------------- magnitudes
-
-
-@cache
-def magnitudes(device: torch.device) -> Tensor:
-    """The wide space of TrivialAugment: (sign, operation, bin)."""
+def _wide_space() -> Tensor:
+    """The magnitudes of TrivialAugmentWide: (sign, operation, bin)."""
 
     def ramp(start: float, end: float) -> Tensor:
-        return torch.linspace(start, end, BINS, device=device)
+        return torch.linspace(start, end, BINS)
 
     none = ramp(0, 0)
     signed = torch.stack(
         [ramp(0, end) for end in (0.99, 0.99, 32, 32, 135, 0.99, 0.99, 0.99, 0.99)]
     )
-    kept_bits = (8 - torch.arange(BINS, device=device) / ((BINS - 1) / 6)).round()
+    kept_bits = (8 - torch.arange(BINS) / ((BINS - 1) / 6)).round()
     unsigned = torch.stack([kept_bits, ramp(1, 0), none, none])
     return torch.stack([torch.cat([none[None], s, unsigned]) for s in (signed, -signed)])
 
 
-def trivial_augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """One operation for each image, of any magnitude of the wide space."""
-    B, device = len(images), images.device
-    bins = torch.randint(BINS, (B,), generator=generator, device=device)
-    op = torch.randint(len(OPS), (B,), generator=generator, device=device)
-    sign = torch.randint(2, (B,), generator=generator, device=device)
-    return apply(images, op, magnitudes(device)[sign, op, bins])
+MAGNITUDES = _wide_space().numpy()
+
+
+def trivial_augment(images: Tensor, host: np.random.Generator) -> Tensor:
+    """One operation for each image, of any magnitude of the wide space.
+
+    Args:
+        host: draws, so that the host knows how many images have an operation.
+    """
+    sign, op, bins = (host.integers(n, size=len(images)) for n in (2, len(OPS), BINS))
+    return apply(images, op, MAGNITUDES[sign, op, bins])

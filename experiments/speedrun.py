@@ -16,9 +16,10 @@
     baseline     the paper's choices
     best         the recipe for the best accuracy
 
-Each part prints its result and leaves it in results/gpu/; what is there is not measured again. A
-run is stopped after nine minutes, and the next call resumes it. Seconds are from the first training
-step to the end of the evaluation, without importing, loading and compiling. Not yet run on a GPU.
+Each part prints its result and leaves it in results/gpu/; what is there is not measured again,
+unless the flags are others. A run is stopped after nine minutes, and the next call resumes it.
+Seconds are from the first training step to the end of the evaluation, without importing, loading
+and compiling. Not yet run on a GPU.
 """
 
 import json
@@ -143,8 +144,8 @@ def pace_of(row: dict[str, Any]) -> str:
     return f"{int(row['images_per_second']):,} images/s, {share}"
 
 
-def flags_of(plan: Plan, part: str, setting: Setting, more: str = "") -> list[str]:
-    return f"{plan.flags[part]} --device {setting.device} {more}".split()
+def flags_of(plan: Plan, part: str, setting: Setting, more: str = "") -> str:
+    return f"{plan.flags[part]} --device {setting.device} {more}".strip()
 
 
 def trained(

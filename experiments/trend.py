@@ -13,22 +13,24 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "visualization"))
 sys.path.insert(0, str(ROOT / "src"))
 
-import figures
-from ablation import STUDIES, Study, results_of
 from config import Parser
+from curves import write_figure
+from study import STUDIES, Study, results_of
 from utils import run_program
 
 # The best run of each study, all older than `shipped`. The last is the best of 22 runs of one seed,
 # so that the law promises too much (docs/recipe.md).
 FITTED = {"size": "width-48", "shape": "width-64", "trend": "combined-muon-low"}
+STYLE = {"font.size": 8, "legend.fontsize": 7, "legend.frameon": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 RUNS = {
     "cpu, before": "cpu/earlier",
     "shipped, before": "shipped/before",
@@ -75,7 +77,7 @@ def power_law(points: list[Point]) -> tuple[float, float]:
 def draw_operations(axes: Axes, studies: dict[str, dict[str, Point]]) -> None:
     for (name, points), color in zip(studies.items(), ("0.7", "0.5", "tab:blue"), strict=True):
         flops, errors = zip(*((p.flops, p.error) for p in points.values()), strict=True)
-        axes.plot(flops, errors, "o", ms=3, color=color, label=f"ablation.py {name}")
+        axes.plot(flops, errors, "o", ms=3, color=color, label=f"study.py {name}")
     for (name, folder), marker in zip(RUNS.items(), "sDv^X*P", strict=True):
         result = json.loads((ROOT / "results" / folder / "result.json").read_text())
         point = point_of([result])
@@ -117,10 +119,9 @@ def draw_widths(axes: Axes, studies: dict[str, dict[str, Point]]) -> None:
     axes.legend(loc="lower left")
 
 
-@figures.styled
 def draw() -> Figure:
     studies = {name: points_of(STUDIES[name]) for name in FITTED}
-    figure = figures.new_figure(7.4, 3.2, "")
+    figure = Figure(figsize=(7.4, 3.2), layout="constrained", dpi=220)
     left, right = figure.subplots(1, 2)
     draw_operations(left, studies)
     draw_widths(right, studies)
@@ -129,7 +130,8 @@ def draw() -> Figure:
 
 def main(argv: list[str]) -> int:
     Parser(prog="trend.py", description=__doc__).parse_args(argv)
-    figures.save(draw(), ROOT / "results/trend/trend.png", 220)
+    with matplotlib.rc_context(STYLE):
+        write_figure(ROOT / "results/trend/trend.png", draw())
     return 0
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import trend
-from ablation import STUDIES
+from study import STUDIES
 from trend import Point
 
 

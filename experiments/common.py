@@ -173,10 +173,9 @@ def flags_in(command: str) -> dict[str, str]:
 
 
 def kept_result(kept: Path, *commands: str) -> dict[str, Any] | None:
-    """The result.json in a folder, if the command in it has the flags of one of these.
+    """The result.json in a folder, if its command has the flags of one of these, in any order.
 
-    In any order, and nothing else is compared: an option that the code has gained or lost since, or
-    a recipe that has changed, does not make an older result another run.
+    Nothing else is compared: a result outlives changes of recipes and options.
     """
     try:
         result = json.loads((kept / "result.json").read_text())
@@ -189,16 +188,13 @@ def kept_result(kept: Path, *commands: str) -> dict[str, Any] | None:
 def train_and_keep(
     flags: str, kept: Path, environment: dict[str, str], limit: float = 3600
 ) -> dict[str, Any] | None:
-    """Trains in a separate process and keeps result.json and metrics.csv, without the weights.
+    """Trains in a separate process and keeps result.json, which it returns, and metrics.csv.
 
     What the flags mean is written beside the run before it begins, so that only a run of that
     meaning is ever resumed, also where a recipe has changed in between.
 
     Args:
-        limit: seconds after which the run is stopped; the next call resumes it.
-
-    Returns:
-        The content of result.json; None: the run was stopped.
+        limit: seconds after which the run is stopped, and None returned; the next call resumes it.
 
     Raises:
         UserError: the trainer failed; with its own message.

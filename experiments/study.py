@@ -38,16 +38,16 @@ class Study(NamedTuple):
     folder: Path
     base: str
     changes: dict[str, str]  # a folder's name, and the flags
+    now: dict[str, str]  # flags that have changed since the runs, and what trains the same now
     seeds: tuple[int, ...] = (0, 1, 2)
-    recipe_cpu: str = ""  # what turns `--recipe cpu` into the recipe of that name when it was made
 
 
-# The flags are those of the recorded commands, and are not touched when a recipe or the name of an
-# option changes: `recipe_cpu` and `RENAMED` say what stands for them now.
-RENAMED: dict[str, str] = {}
-_OLDER = "--batch-size 250 --flip random --no-whiten-patches"
-_WIDTH_128 = f"{_OLDER} --width 128 --heads 4 --label-smoothing 0.1 --muon-learning-rate 0.02"
-_WIDTH_96 = f"{_OLDER} --width 96 --heads 6 --muon-learning-rate 0.01"
+# A study's flags are those of the recorded commands, and stay when a recipe or an option changes.
+_CPU = "--recipe cpu --batch-size 250 --flip random --no-whiten-patches"
+_WIDTH_128 = {
+    "--recipe cpu": f"{_CPU} --width 128 --heads 4 --label-smoothing 0.1 --muon-learning-rate 0.02"
+}
+_WIDTH_96 = {"--recipe cpu": f"{_CPU} --width 96 --heads 6 --muon-learning-rate 0.01"}
 _SHAPE = (
     "--recipe cpu --compile on --no-test --device cpu --epochs 12 --warmup-epochs 0.25"
     " --patch-dropout 0.75 --whole-epochs 0 --validate-every 100"
@@ -76,7 +76,7 @@ STUDIES = {
             "alternating": "--flip alternating",
             "drop-path": "--drop-path 0.1",
         },
-        recipe_cpu=_WIDTH_128,
+        _WIDTH_128,
     ),
     # Equal `training_flops` to 4%: a model that is wider or deeper, or sees more patches, has fewer
     # epochs.
@@ -95,7 +95,7 @@ STUDIES = {
             "half": "--patch-dropout 0.5 --epochs 5 --whole-epochs 1",
             "eighth": "--patch-dropout 0.875 --epochs 17 --whole-epochs 1",
         },
-        recipe_cpu=_WIDTH_128,
+        _WIDTH_128,
     ),
     "size": Study(
         ROOT / "results/speed94/size",
@@ -106,7 +106,7 @@ STUDIES = {
             "width-64": "--width 64 --heads 2 --epochs 15",
             "width-96": "--width 96 --heads 3 --epochs 7",
         },
-        recipe_cpu=_WIDTH_128,
+        _WIDTH_128,
     ),
     # Equal time, about: ten minutes of two cores, or less.
     "trend": Study(
@@ -137,8 +137,8 @@ STUDIES = {
             "combined-batch-500": "--label-smoothing 0 --heads 6 --batch-size 500",
             "combined-muon-low": "--label-smoothing 0 --heads 6 --muon-learning-rate 0.01",
         },
+        _WIDTH_128,
         seeds=(0,),
-        recipe_cpu=_WIDTH_128,
     ),
     # Equal seconds of training on one core: about two minutes, or eight.
     "transfer": Study(
@@ -155,29 +155,22 @@ STUDIES = {
             "cifar100-finetune": f"--recipe finetune --dataset cifar100 {_LIKE_CPU} --epochs 1"
             " --warmup-epochs 0.2",
         },
-        recipe_cpu=_WIDTH_96,
+        _WIDTH_96,
     ),
 }
 
 
-def recorded_flags(study: Study, change: str, seed: int) -> str:
-    """The flags of a run as its record states them."""
-    return f"{study.base} --seed {seed} {study.changes[change]}".strip()
-
-
-def flags_of(study: Study, change: str, seed: int) -> str:
-    """The flags that train the same now."""
-    flags = recorded_flags(study, change, seed)
-    flags = flags.replace("--recipe cpu", f"--recipe cpu {study.recipe_cpu}".strip())
-    for then, now in RENAMED.items():
+def flags_of(study: Study, change: str, seed: int) -> tuple[str, str]:
+    """The flags of a run: as its record states them, and those that train the same now."""
+    flags = recorded = f"{study.base} --seed {seed} {study.changes[change]}".strip()
+    for then, now in study.now.items():
         flags = flags.replace(then, now)
-    return flags
+    return recorded, flags
 
 
 def result_of(study: Study, change: str, seed: int) -> dict[str, Any] | None:
     """The result of a run; None where it is missing, or of other flags than the study's."""
-    commands = recorded_flags(study, change, seed), flags_of(study, change, seed)
-    return kept_result(study.folder / change / f"seed{seed}", *commands)
+    return kept_result(study.folder / change / f"seed{seed}", *flags_of(study, change, seed))
 
 
 def results_of(study: Study, change: str) -> list[dict[str, Any]]:
@@ -187,9 +180,9 @@ def results_of(study: Study, change: str) -> list[dict[str, Any]]:
 
 def run(study: Study, change: str, seed: int) -> bool:
     """Trains with a change and a seed and prints the accuracy; returns whether that worked."""
-    kept = study.folder / change / f"seed{seed}"
+    kept, (_, flags) = study.folder / change / f"seed{seed}", flags_of(study, change, seed)
     try:
-        result = train_and_keep(flags_of(study, change, seed), kept, {"OMP_NUM_THREADS": "1"})
+        result = train_and_keep(flags, kept, {"OMP_NUM_THREADS": "1"})
     except UserError as error:
         print(f"{change}, seed {seed}: {error}", flush=True)
         return False
@@ -202,8 +195,7 @@ def table(study: Study) -> list[dict[str, Any]]:
     """A row for each change that was run: percent over the seeds, seconds of the fastest seed."""
     rows: list[dict[str, Any]] = []
     for change, flags in study.changes.items():
-        results = results_of(study, change)
-        if not results:
+        if not (results := results_of(study, change)):
             continue
         accuracies = [100 * result["validation_accuracy"] for result in results]
         row = {"change": change, "flags": flags, "seeds": len(results)}

@@ -1,7 +1,7 @@
 """The speed of this code beside that of its peers: alternating in one process, median ratios.
 
-    python experiments/benchmark.py                  tables, and checkpoints/benchmark/benchmark.*
-    python experiments/benchmark.py --recipe demo    with the sizes of another recipe
+    python experiments/benchmark.py                  all but memory; checkpoints/benchmark/all.json
+    python experiments/benchmark.py memory           one part; --recipe demo: of another's sizes
     python experiments/benchmark.py --json FILE      writes FILE and, beside it, the plot
 
     train_step   images/s of a training step of this ViT and of those of torchvision, timm,
@@ -9,16 +9,20 @@
                  of attention they offer; and the share of the device's matrix rate that this is
     input        an epoch of augmented batches, beside DataLoader with torchvision's transforms
     outside      the share of a step of the recipe that is neither forward nor backward
+    memory       the peak of a forward and backward pass of each named model, with and without
+                 checkpointed activations; large ones need 9 GB
 
 The compared models have a class token and learned positions, as all peers offer, and see all
 patches. Images are random: no data set is read.
 """
 
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,21 +41,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 import cli
+import common
 import device as devices
 import utils
 from augment import Augmentation
-from common import (
-    Setting,
-    add_gradients,
-    forward_of,
-    matrix_rate,
-    random_dataset,
-    ratio,
-    run_of,
-    seconds_of,
-    step_of,
-    time_alternating,
-)
+from common import Setting, add_gradients, ratio, seconds_of, time_alternating
 from config import Parser
 from curves import write_figure
 from data import shuffled_batches
@@ -59,9 +53,11 @@ from recipes import RECIPES, Recipe, TrainConfig
 from run import training_flops
 from trainer import train_epoch
 from utils import UserError, first_line, run_program
-from ViT import ViT, ViTConfig, parameters_of
+from ViT import MODELS, ViT, ViTConfig, parameters_of
 
 INPUT_IMAGES = 10_000  # in the epoch of the input benchmark
+MEMORY_IMAGES = 8  # in the batch of the memory benchmark
+MEASURED = ("small", "base", "large", "huge")
 
 
 # ---------------------------------------------------------------------------- a training step
@@ -187,7 +183,7 @@ def time_steps(
     config: ViTConfig, batch_size: int, modes: list[str], setting: Setting
 ) -> dict[str, Any]:
     """Times a training step of every candidate in every mode; the rows begin with the fastest."""
-    rate = matrix_rate(setting.device, setting.precision)
+    rate = common.matrix_rate(setting.device, setting.precision)
     images = torch.randn(batch_size, config.channels, *config.image_size, device=setting.device)
     labels = torch.arange(batch_size, device=setting.device) % config.classes
     works, parameters = {}, {}
@@ -239,7 +235,7 @@ def as_batch(transform: Callable[[Image.Image], Tensor], pictures: list[Image.Im
 
 def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
     """Times an epoch of flipped, cropped and normalized batches, of this code and of DataLoader."""
-    device, dataset = setting.device, random_dataset(INPUT_IMAGES, setting.device)
+    device, dataset = setting.device, common.random_dataset(INPUT_IMAGES, setting.device)
     config = TrainConfig(flip="random", crop_padding=4)
     augment = Augmentation(config, 10, INPUT_IMAGES, device)
 
@@ -288,11 +284,11 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
 
 def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) -> dict[str, float]:
     """Times epochs of `train_epoch`, bare steps, and their passes alone, alternating."""
-    run, state = run_of(recipe, setting, steps)
-    forward = forward_of(run, state, mode)
+    run, state = common.run_of(recipe, setting, steps)
+    forward = common.forward_of(run, state, mode)
     works = {
-        "step": step_of(run, replace(state), forward),  # which counts steps that no epoch has
-        "passes": step_of(run, state, forward, optimize=False),
+        "step": common.step_of(run, replace(state), forward),  # whose steps no epoch counts
+        "passes": common.step_of(run, state, forward, optimize=False),
         "epoch": lambda: train_epoch(run, state, forward),
     }
     taken = time_alternating(works, setting)
@@ -302,6 +298,33 @@ def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) ->
         "outside_share": 1 - passes_share,
         "optimizers_share": step_share - passes_share,
     }
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def peak_bytes(config: ViTConfig, setting: Setting) -> int:
+    """Most memory of this process after a forward and backward pass; call it in a fresh one."""
+    device = setting.device
+    images = torch.randn(MEMORY_IMAGES, config.channels, *config.image_size, device=device)
+    labels = torch.arange(MEMORY_IMAGES, device=device)
+    add_gradients(ViT(config).to(device), images, labels, setting.precision)
+    return devices.peak_memory_bytes(device) or 0
+
+
+def peaks_of(name: str, setting: Setting) -> dict[str, Any]:
+    """Of a named model of the paper, with weights and gradients, but no optimizer's state."""
+    P = 14 if name == "huge" else 16
+    plain = ViTConfig(**MODELS[name], patch_size=P, image_size=224, classes=1000)
+    with torch.device("meta"):
+        row = {"model": name, "parameters": parameters_of(ViT(plain))}
+    row["GFLOP an image"] = training_flops(plain) / 1e9
+    recomputing = replace(plain, checkpoint_activations=True)
+    for kind, config in (("GB", plain), ("GB with --checkpoint-activations", recomputing)):
+        spawn = multiprocessing.get_context("spawn")  # a fork would inherit this process' peak
+        with ProcessPoolExecutor(1, mp_context=spawn) as fresh:
+            row[kind] = fresh.submit(peak_bytes, config, setting).result() / 1e9
+    return row
 
 
 # ---------------------------------------------------------------------------- output
@@ -316,10 +339,9 @@ def draw(result: dict[str, Any]) -> Figure:
     for row in rows:
         marker = {"own": "D", "plain": "o", "fused": "s"}[row["attention"]]
         face = "C0" if row["mode"] == "compiled" else "none"
-        style = {"color": "C0", "markerfacecolor": face, "linestyle": "none"}
-        style["label"] = f"{row['attention']} attention, {row['mode']}"
-        place = names.index(row["implementation"])
-        axes.plot(row["images_per_second"], place, marker=marker, **style)
+        label = f"{row['attention']} attention, {row['mode']}"
+        place = row["images_per_second"], names.index(row["implementation"])
+        axes.plot(*place, f"C0{marker}", markerfacecolor=face, label=label)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.tick_params(axis="x", labelsize=8)
     axes.grid(axis="y", alpha=0.3)
@@ -332,79 +354,87 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {said(each)}" for name, each in value.items())
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def show(result: dict[str, Any]) -> None:
-    """Prints the tables."""
-    print(f"\n{result['device_name']}, {result['precision']}, torch {result['torch']}")
-    print(f"matrix products: {result['matrix_flops_per_second'] / 1e9:,.0f} GFLOP/s\n")
-    print(f"training step, {result['shape']}")
-    print(f"{'':26}{'attention':11}{'mode':10}{'images/s':>9}{'of matrix rate':>16}")
-    for row in result["train_step"]:
-        print(
-            f"{row['implementation']:26}{row['attention']:11}{row['mode']:10}"
-            f"{row['images_per_second']:9,.0f}{row['matrix_rate_share']:16.0%}"
-        )
-    for mode, value in result["ratio_to_fastest_peer"].items():
-        shown = "not measured" if value is None else f"{value:.2f}"
-        print(f"speed of this code / fastest peer, {mode}: {shown}")
-    print("\ninput, flip and crop")
-    for name, value in result["input_images_per_second"].items():
-        print(f"{name:26}{value:12,.0f} images/s")
-    print(f"speed of this code / fastest DataLoader: {result['input_ratio']:.1f}")
-    print(f"\na step of recipe {result['recipe']}: {1e3 * result['seconds_per_step']:.1f} ms")
-    outside, optimizers = result["outside_share"], result["optimizers_share"]
-    print(f"outside forward and backward {outside:.1%}, of which optimizers {optimizers:.1%}")
+    """Prints a line for each figure, and a table in Markdown for each list of rows."""
+    for name, value in result.items():
+        if isinstance(value, list):
+            print(f"\n{name}\n\n| {' | '.join(value[0])} |\n|{'---|' * len(value[0])}")
+            for row in value:
+                print(f"| {' | '.join(map(said, row.values()))} |")
+            print()
+        else:
+            print(f"{name}: {said(value)}")
 
 
-def measure(name: str, modes: list[str], setting: Setting) -> dict[str, Any]:
-    """All three parts, with the sizes of the recipe of that name."""
+PARTS = ("input", "train_step", "outside", "memory")
+
+
+def measure(part: str, name: str, modes: list[str], setting: Setting) -> dict[str, Any]:
+    """A part, or "all" of them but memory, with the sizes of the recipe of that name."""
     recipe = RECIPES[name]
-    model, batch_size = recipe.model, recipe.train.batch_size
-    sizes = {key: getattr(model, key) for key in ("patch_size", "width", "depth", "heads")}
-    shape = sizes | {"batch_size": batch_size, "image_size": 32}
-    inputs = time_input(setting, batch_size)
-    steps = time_steps(ViTConfig(**sizes), batch_size, modes, setting)
-    outside = time_outside(recipe, modes[-1], setting)
-    about = {
+    batch_size = recipe.train.batch_size
+    sizes = {key: getattr(recipe.model, key) for key in ("patch_size", "width", "depth", "heads")}
+    named = sizes | {"batch_size": batch_size, "image_size": 32}
+    shape = ", ".join(f"{key.replace('_', ' ')} {size}" for key, size in named.items())
+    config = ViTConfig(**sizes)
+    measured: dict[str, Callable[[], dict[str, Any]]] = {
+        "input": lambda: time_input(setting, batch_size),
+        "train_step": lambda: {"shape": shape} | time_steps(config, batch_size, modes, setting),
+        "outside": lambda: time_outside(recipe, modes[-1], setting),
+        "memory": lambda: {"memory": [peaks_of(model, setting) for model in MEASURED]},
+    }
+    result = {
         "recipe": name,
         "device_name": devices.device_name(setting.device),
         "precision": setting.precision,
         "torch": str(torch.__version__),
         "rounds": setting.rounds,
-        "shape": ", ".join(f"{key.replace('_', ' ')} {size}" for key, size in shape.items()),
     }
-    return about | steps | inputs | outside
+    for each in PARTS[:-1] if part == "all" else [part]:
+        result |= measured[each]()
+    return result
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="benchmark.py", description=__doc__)
+    parser.add_argument("part", nargs="?", choices=("all", *PARTS), default="all", help="(all)")
     parser.add_argument("--recipe", choices=RECIPES, help="whose sizes (that of the device)")
     parser.add_argument("--device", help="cuda, mps or cpu (the best available)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--mode", choices=("eager", "compiled"), help="one of them (both)")
     parser.add_argument("--rounds", type=int, default=11, help="how often each is timed (11)")
-    out = ROOT / "checkpoints/benchmark/benchmark.json"
-    parser.add_argument("--json", type=Path, default=out, metavar="FILE", help="where to write")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="(checkpoints/benchmark/)")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1:
         parser.error(f"--rounds must be at least 1, not {arguments.rounds}")
-    if arguments.json.suffix != ".json":
-        parser.error(f"--json {arguments.json} must end in .json; the plot goes beside it")
+    out = arguments.json or ROOT / f"checkpoints/benchmark/{arguments.part}.json"
+    if out.suffix != ".json":
+        parser.error(f"--json {out} must end in .json; the plot goes beside it")
     modes = [arguments.mode] if arguments.mode else ["eager", "compiled"]
     setting = Setting.of(arguments.device, arguments.precision, arguments.rounds)
     try:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=arguments.json.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
             pass  # fails now rather than after minutes of work
     except OSError as error:
-        raise UserError(f"cannot write {arguments.json}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     devices.keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch|timm|transformers")
-    result = measure(arguments.recipe or cli.default_recipe(arguments.device)[0], modes, setting)
+    recipe = arguments.recipe or cli.default_recipe(arguments.device)[0]
+    result = measure(arguments.part, recipe, modes, setting)
     show(result)
-    plot = arguments.json.with_suffix(".png")
-    utils.write_json(arguments.json, result)
-    write_figure(plot, draw(result))
-    print(f"\nwrote {arguments.json} and {plot.name}")
+    utils.write_json(out, result)
+    if "train_step" in result:
+        write_figure(out.with_suffix(".png"), draw(result))
+    print(f"\nwrote {out}")
     return 0
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,17 +22,16 @@ from torch import Tensor
 import cli
 import device as devices
 import utils
-from checkpoint import load_checkpoint
 from data import CIFAR10_MEAN, CIFAR10_STD, Dataset, Preprocessing, Split
 from device import autocast
-from recipes import Recipe, RunOptions, TrainConfig
+from recipes import Recipe, RunOptions
 from run import Run, State, assemble
 from trainer import Forward, compiled, update
 from utils import UserError
-from ViT import ViT, ViTConfig
+from ViT import ViT
 
-REMOVED = {"averaging": 0.0, "color": 0.0, "erase": 0.0, "magnitude": 9}  # options of older results
 LONG_ENOUGH = 0.05  # seconds of work between two clock readings
+PATIENCE = 60  # seconds that a run has to save and end
 
 
 class Setting(NamedTuple):
@@ -166,74 +165,68 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def kept_result(kept: Path, flags: list[str]) -> dict[str, Any] | None:
-    """The result.json in a folder, if it is of a run with these flags of the trainer."""
+def flags_in(command: str) -> dict[str, str]:
+    """The flags of a command line and their values; of a flag that is given twice, the last."""
+    words = shlex.split(command)
+    pairs = zip(words, [*words[1:], "--"], strict=True)
+    return {w: "" if v.startswith("--") else v for w, v in pairs if w.startswith("--")}
+
+
+def kept_result(kept: Path, *commands: str) -> dict[str, Any] | None:
+    """The result.json in a folder, if its command has the flags of one of these, in any order.
+
+    Nothing else is compared: a result outlives changes of recipes and options.
+    """
     try:
         result = json.loads((kept / "result.json").read_text())
     except OSError:
         return None
-    command = cli.parse(flags, description="")
-    # An option that was added after a run had its default.
-    for key, config in (("model", ViTConfig()), ("training", TrainConfig())):
-        result[key] = asdict(config) | result[key]
-    for name, off in REMOVED.items():
-        if result["training"].get(name) == off:
-            del result["training"][name]
-    if result["training"]["validation_images"] in (1000, 5000):  # a tenth, as older results say it
-        result["training"]["validation_images"] = 0.1
-    return result if _is_of(command, result["model"], result["training"]) else None
-
-
-def _is_of(command: cli.Command, model: dict[str, Any], training: dict[str, Any]) -> bool:
-    """Whether these configs, in plain containers, are those of a command line.
-
-    The data set settles channels and classes; starting weights, all that no flag has set.
-    """
-    asked = {"model": asdict(command.model), "training": asdict(command.training)}
-    found = {"model": model, "training": training}
-    asked, found = (json.loads(json.dumps(each)) for each in (asked, found))  # tuples to lists
-    named = asked["model"].keys() - {"channels", "classes"}
-    if command.training.init_from:
-        named = command.model_changes.keys()
-    same = all(asked["model"][name] == found["model"][name] for name in named)
-    return same and asked["training"] == found["training"]
+    found = flags_in(result["command"])
+    return result if any(flags_in(command) == found for command in commands) else None
 
 
 def train_and_keep(
-    flags: list[str], kept: Path, environment: dict[str, str], limit: float | None = None
+    flags: str, kept: Path, environment: dict[str, str], limit: float = 3600
 ) -> dict[str, Any] | None:
-    """Trains in a separate process and keeps result.json and metrics.csv, without the weights.
+    """Trains in a separate process and keeps result.json, which it returns, and metrics.csv.
+
+    What the flags mean is written beside the run before it begins, so that only a run of that
+    meaning is ever resumed, also where a recipe has changed in between.
 
     Args:
-        limit: seconds after which the run is stopped; the next call resumes it.
-
-    Returns:
-        The content of result.json; None: the run was stopped.
+        limit: seconds after which the run is stopped, and None returned; the next call resumes it.
 
     Raises:
         UserError: the trainer failed; with its own message.
     """
     made = kept / "unfinished"
-    flags_now = [*flags, "--output-dir", str(kept), "--name", made.name, "--overwrite"]
-    if (made / "last.pt").exists():
-        command, saved = cli.parse(flags, description=""), load_checkpoint(made / "last.pt")
-        if _is_of(command, asdict(saved.model), asdict(saved.training)):
-            flags_now = ["--resume", str(made), *["--no-test"] * (not command.options.test)]
-            flags_now += ["--device", command.options.device] if command.options.device else []
-    program = [sys.executable, str(utils.ROOT / "src/trainer.py"), *flags_now]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    command = cli.parse(shlex.split(flags), description="")
+    meaning, stated = repr(command), made / "meaning.txt"
+    if (made / "last.pt").exists() and stated.exists() and stated.read_text() == meaning:
+        program = ["--resume", str(made), *["--no-test"] * (not command.options.test)]
+        program += ["--device", command.options.device] if command.options.device else []
+    else:
+        if made.exists():
+            shutil.rmtree(made)  # first, or a kill could leave another run's checkpoint there
+        utils.write_whole(stated, meaning.encode())
+        program = [*shlex.split(flags), "--output-dir", str(kept), "--name", made.name]
+    program = [sys.executable, str(utils.ROOT / "src/trainer.py"), *program]
+    pipes, errors = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}, ""
     with subprocess.Popen(program, env=os.environ | environment, **pipes) as process:
         try:
             _, errors = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            process.terminate()
-            _, errors = process.communicate()
-    if process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM):
+            process.terminate()  # it saves first
+            try:
+                _, errors = process.communicate(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    if process.returncode in (128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL):
         return None
     if process.returncode:
         raise UserError(errors.strip())
     result = json.loads((made / "result.json").read_text())
-    result["command"] = shlex.join(["python", "src/trainer.py", *flags])
+    result["command"] = f"python src/trainer.py {flags}"
     utils.write_whole(kept / "metrics.csv", (made / "metrics.csv").read_bytes())
     utils.write_json(kept / "result.json", result)
     shutil.rmtree(made)

@@ -7,8 +7,7 @@
                                                 device
 
     throughput   training steps of the recipes: images/s, and their share of the best rate at which
-                 this device multiplies matrices; decides between plain and fused attention, and
-                 whether CUDA graphs pay
+                 this device multiplies matrices; with fused or plain attention, with CUDA graphs
     default      the default recipe, to its end
     curve        speed94 with a validation split: accuracy against seconds
     seeds        speed94 on all training images, for as many epochs as fit into a minute by the
@@ -16,9 +15,10 @@
     baseline     the paper's choices
     best         the recipe for the best accuracy
 
-Each part prints its result and leaves it in results/gpu/; what is there is not measured again. A
-run is stopped after nine minutes, and the next call resumes it. Seconds are from the first training
-step to the end of the evaluation, without importing, loading and compiling. Not yet run on a GPU.
+Each part prints its result and leaves it in results/gpu/; what is there is not measured again,
+unless the flags are others. A run is stopped after nine minutes, and the next call resumes it.
+Seconds are from the first training step to the end of the evaluation, without importing, loading
+and compiling. Not yet run on a GPU.
 """
 
 import json
@@ -35,19 +35,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
-import device as devices
+import common
 import utils
-from common import (
-    Setting,
-    forward_of,
-    kept_result,
-    matrix_rate,
-    rows_of,
-    run_of,
-    seconds_of,
-    step_of,
-    train_and_keep,
-)
+from common import Setting, kept_result, rows_of, seconds_of, train_and_keep
 from config import Parser
 from recipes import RECIPES, Recipe
 from run import training_flops
@@ -101,7 +91,7 @@ def throughput(plan: Plan, setting: Setting) -> None:
     measured = {(row["recipe"], row["mode"]) for row in rows}
     wanted = [(name, mode) for name, modes in plan.steps.items() for mode in modes]
     missing = [pair for pair in wanted if pair not in measured]
-    rate = matrix_rate(setting.device, setting.precision) if missing else 0.0
+    rate = common.matrix_rate(setting.device, setting.precision) if missing else 0.0
     for name, mode in missing:
         images = images_per_second(RECIPES[name], mode, setting)
         flops = training_flops(RECIPES[name].model, RECIPES[name].train.patch_dropout)
@@ -113,20 +103,16 @@ def throughput(plan: Plan, setting: Setting) -> None:
 
 
 def images_per_second(recipe: Recipe, mode: str, setting: Setting) -> float | None:
-    """Of training steps without their input; None where the mode does not work.
-
-    Args:
-        mode: "eager", "compiled", "graphs", or "plain": compiled, with plain attention.
-    """
+    """Of training steps without their input, "plain" with plain attention; None where it fails."""
     model = replace(recipe.model, attention="plain") if mode == "plain" else recipe.model
     train = replace(recipe.train, compile="graphs") if mode == "graphs" else recipe.train
     torch.compiler.reset()  # it compiles only a few models of one class in a process
     try:
-        run, state = run_of(Recipe("", model, train), setting, steps=1)
-        forward = forward_of(run, state, "eager" if mode == "eager" else "compiled")
+        run, state = common.run_of(Recipe("", model, train), setting, steps=1)
+        forward = common.forward_of(run, state, "eager" if mode == "eager" else "compiled")
         if mode != "eager" and forward is run.parallel:
             return None  # compiling has failed, and has said so
-        step = step_of(run, state, forward)
+        step = common.step_of(run, state, forward)
         seconds_of(step, 3, setting.device)
         taken = [seconds_of(step, 5, setting.device) for _ in range(setting.rounds)]
     except (RuntimeError, UserError) as error:
@@ -143,15 +129,11 @@ def pace_of(row: dict[str, Any]) -> str:
     return f"{int(row['images_per_second']):,} images/s, {share}"
 
 
-def flags_of(plan: Plan, part: str, setting: Setting, more: str = "") -> list[str]:
-    return f"{plan.flags[part]} --device {setting.device} {more}".split()
-
-
 def trained(
     plan: Plan, part: str, setting: Setting, name: str = "", more: str = ""
 ) -> dict[str, Any] | None:
     """The result.json of a run, which is trained now unless it exists; None if it was stopped."""
-    flags = flags_of(plan, part, setting, more)
+    flags = f"{plan.flags[part]} --device {setting.device} {more}".strip()
     kept = plan.folder / (name or part)
     result = kept_result(kept, flags) or train_and_keep(flags, kept, {}, plan.limit)
     said = summary_of(result) if result else "stopped; the next call resumes it"
@@ -160,9 +142,8 @@ def trained(
 
 
 def seeds(plan: Plan, setting: Setting) -> None:
-    curve = kept_result(plan.folder / "curve", flags_of(plan, "curve", setting))
-    if not curve:
-        raise UserError("the part `curve` comes before `seeds`: its times give the epochs")
+    if not (curve := trained(plan, "curve", setting)):
+        return
     times = curve["seconds"]
     taken = times["first_step_to_end"] or times["training"]  # the former of a run in one go
     epochs = max(1, math.floor(0.98 * plan.seconds / taken * curve["epochs"]))  # times vary
@@ -191,15 +172,10 @@ def report(plan: Plan, setting: Setting) -> None:
     """Prints what is in the folder, in Markdown, and writes it to report.md."""
     found = sorted(plan.folder.glob("*/result.json"))
     results = {path.parent.name: json.loads(path.read_text()) for path in found}
-    first = next(iter(results.values()), None)
-    machine = devices.device_name(setting.device)
-    if first:
-        machine = f"{first['device_name']}, torch {first['torch']}, {first['precision']}"
-    lines = [f"**{machine}**", ""]
+    machines = {f"**{r['device_name']}, torch {r['torch']}**" for r in results.values()}
+    lines = [*sorted(machines), ""]
     if (path := plan.folder / "throughput.csv").exists():
-        lines += ["| recipe | mode | training steps |", "|---|---|---|"]
-        lines += [f"| {row['recipe']} | {row['mode']} | {pace_of(row)} |" for row in rows_of(path)]
-        lines += [""]
+        lines += [f"- {row['recipe']}, {row['mode']}: {pace_of(row)}" for row in rows_of(path)]
     lines += [f"- {name}: {summary_of(result)}" for name, result in results.items()]
     if "curve" in results:
         lines += [f"- {time_to(0.94, plan.folder / 'curve/metrics.csv')}"]

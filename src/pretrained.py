@@ -5,7 +5,6 @@ no place here (layer scale, registers, ...) is refused by name. No published fil
 test this; the tests compare logits with both libraries' models at random weights.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -264,27 +263,17 @@ def _read_torch(path: Path) -> dict[str, Tensor] | None:
     return _checked(path, content)
 
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: a length, a JSON header, and raw numbers."""
     try:
-        content = path.read_bytes()
-        start = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:start])
-        weights = {}
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                raw = bytearray(content[start + begin : start + end])
-                values = torch.frombuffer(raw, dtype=_DTYPES[entry["dtype"]])
-                weights[name] = values.reshape(entry["shape"])
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError(f"{path} needs safetensors: pip install safetensors") from error
+    try:
+        return safetensors.torch.load(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(f"{path} is not a file of safetensors, or is damaged") from error
-    return _checked(path, weights)
 
 
 def _checked(path: Path, content: Any) -> dict[str, Tensor]:

@@ -36,13 +36,10 @@ def test_a_ratio_is_the_median_of_the_rounds():
 
 
 def test_a_candidate_that_does_not_compile_is_skipped(monkeypatch, capsys):
-    def no_compiler(model, **_):
-        def forward(images):
-            raise RuntimeError("no C++ compiler found\nand a long story")
+    def broken(images):
+        raise RuntimeError("no C++ compiler found\nand a long story")
 
-        return forward
-
-    monkeypatch.setattr(torch, "compile", no_compiler)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: broken)
     monkeypatch.setattr(benchmark, "IMPLEMENTATIONS", (benchmark.of_this_code,))
     config = ViTConfig(patch_size=16, width=8, depth=1, heads=1)
     found = benchmark.time_steps(config, 2, ["eager", "compiled"], CPU)
@@ -74,11 +71,11 @@ def test_a_timed_step_makes_the_gradients_and_moves_the_weights_only_with_its_op
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(benchmark, "RECIPES", {"cpu": TINY})
+    monkeypatch.setattr(benchmark, "MEASURED", ("small",))
     monkeypatch.setattr(benchmark, "INPUT_IMAGES", 100)
     monkeypatch.setattr(common, "LONG_ENOUGH", 0.0)
-    monkeypatch.setattr(
-        benchmark, "IMPLEMENTATIONS", (benchmark.of_this_code, benchmark.of_torchvision, absent)
-    )
+    implementations = (benchmark.of_this_code, benchmark.of_torchvision, absent)
+    monkeypatch.setattr(benchmark, "IMPLEMENTATIONS", implementations)
 
 
 def absent(shape):
@@ -92,8 +89,8 @@ def test_the_shares_of_a_step_by_hand(monkeypatch):
     taken = {"epoch": [10.0], "step": [1.0], "passes": [0.5]}
     monkeypatch.setattr(benchmark, "time_alternating", lambda *_: taken)
     found = benchmark.time_outside(TINY, "eager", CPU, steps=8)
-    shares = {"outside_share": 0.6, "optimizers_share": 0.4}
-    assert found == pytest.approx({"seconds_per_step": 1.25, **shares})
+    shares = {"outside_share": 0.6, "optimizers_share": 0.4, "seconds_per_step": 1.25}
+    assert found == pytest.approx(shares)
 
 
 def test_the_benchmark_writes_all_its_parts(tiny, tmp_path, capsys):
@@ -101,10 +98,10 @@ def test_the_benchmark_writes_all_its_parts(tiny, tmp_path, capsys):
     flags = ["--device", "cpu", "--mode", "eager", "--rounds", "1", "--json", str(out)]
     assert benchmark.main(flags) == 0
     result, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert "memory" not in result and "| this code | own | eager | " in printed
     assert "a_package_that_nobody_has is not installed; skipping it" in printed
-    found = {(row["implementation"], row["attention"]) for row in result["train_step"]}
-    torchvisions = {("torchvision", "fused"), ("torchvision", "plain")}
-    assert found == torchvisions | {("this code", "own")}
+    found = {f"{row['implementation']} {row['attention']}" for row in result["train_step"]}
+    assert found == {"torchvision fused", "torchvision plain", "this code own"}
     assert all(row["images_per_second"] > 0 for row in result["train_step"])
     assert len({row["parameters"] for row in result["train_step"]}) == 1
     assert result["ratio_to_fastest_peer"].keys() == {"eager"}
@@ -114,21 +111,26 @@ def test_the_benchmark_writes_all_its_parts(tiny, tmp_path, capsys):
     assert (tmp_path / "b.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--rounds 0", "0"),
-        ("--json b.txt", "b.txt"),
-        ("--json /dev/null/b.json", "/dev/null/b.json"),
-        ("--device tpu", "tpu"),
-        ("--recipe nonsense", "nonsense"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_status_2(monkeypatch, capsys, flags, named):
+def test_memory_is_a_part_by_itself_and_recomputing_saves_some(tiny, tmp_path, capsys):
+    out = tmp_path / "m.json"
+    assert benchmark.main(["memory", "--device", "cpu", "--json", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["memory"]
+    assert not (tmp_path / "m.png").exists()  # as no step was timed
+    assert (row["model"], row["parameters"]) == ("small", 22_050_664)
+    assert row["GFLOP an image"] == pytest.approx(6 * 4.6, rel=0.02)  # timm: 4.6e9 forward
+    assert 0.2 < row["GB with --checkpoint-activations"] < row["GB"]
+    assert f"| small | 22,050,664 | 27.6 | {row['GB']:.3g} | " in capsys.readouterr().out
+
+
+BAD = ["--rounds 0", "nonsense", "--json b.txt", "--json /dev/null/b.json", "--device tpu"]
+
+
+@pytest.mark.parametrize("flags", [*BAD, "--recipe nonsense"])
+def test_bad_input_is_one_line_and_exit_status_2(monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, "argv", ["benchmark.py"])
     try:
         status = status_of(benchmark.main, flags.split())
     except SystemExit as stop:  # of the parser
         status = stop.code
     (line,) = capsys.readouterr().err.splitlines()
-    assert status == 2 and line.startswith("benchmark.py: ") and named in line
+    assert status == 2 and line.startswith("benchmark.py: ") and flags.split()[-1] in line

@@ -9,8 +9,10 @@ import statistics
 import pytest
 import torch
 
-import ablation
+import benchmark
 import cli
+import speedrun
+import study
 import trainer
 import vis
 from checkpoint import load_model
@@ -21,7 +23,8 @@ from small import CIFAR10, ROOT, needs_cifar10
 
 README = ROOT / "README.md"
 CARD = ROOT / "checkpoints/README.md"
-PAGES = [README, CARD, *sorted((ROOT / "docs").glob("*.md"))]
+RECORDS = ROOT / "results/README.md"
+PAGES = [README, CARD, RECORDS, *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = "\n".join(page.read_text() for page in PAGES)
 SEEDS = ["seed0", "seed1", "seed2"]
 SHIPPED = ROOT / "checkpoints/vit_cifar10.pt"
@@ -41,6 +44,13 @@ def test_every_command_parses(program, parse, least):
     assert len(commands) >= least
     for command in commands:
         parse(shlex.split(command, comments=True))
+
+
+def test_every_experiment_has_the_parts_that_are_asked_of_it():
+    parts = {"study": study.STUDIES, "speedrun": speedrun.PARTS, "benchmark": benchmark.PARTS}
+    named = re.findall(r"python experiments/(\w+)\.py(?: ([a-z]\w*))?", TEXTS)
+    assert len(named) >= 10
+    assert all(not part or part in parts[program] for program, part in named), named
 
 
 def test_every_line_of_code_is_in_the_file_it_names():
@@ -82,18 +92,17 @@ def test_the_readme_is_short_and_names_every_module():
 
 
 @pytest.mark.parametrize(
-    ("page", "study", "least"),
+    ("page", "name", "least"),
     [
         ("recipe", "recipe", 13),
         ("recipe", "trend", 22),
-        ("recipe", "embedding", 5),
         ("speed94", "shape", 10),
         ("speed94", "size", 4),
         ("finetuning", "transfer", 8),
     ],
 )
-def test_the_tables_of_changes_are_those_of_the_runs(page, study, least, capsys):
-    ablation.show(ablation.table(ablation.STUDIES[study]))
+def test_the_tables_of_changes_are_those_of_the_runs(page, name, least, capsys):
+    study.show(study.table(study.STUDIES[name]))
     table = capsys.readouterr().out
     assert len(table.splitlines()) == least + 2
     assert table in (ROOT / f"docs/{page}.md").read_text()

@@ -1,28 +1,21 @@
 """Weights of other libraries: timm's and torchvision's own models, at random weights, decide."""
 
 import dataclasses
-import json
-import struct
+import sys
 from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save, save_file
 from torch import nn
 
 import small
 import trainer
-from checkpoint import Checkpoint, load_checkpoint, load_model
+from checkpoint import load_checkpoint, load_model
 from data import Preprocessing
-from pretrained import (
-    FREE,
-    from_state_dict,
-    load_pretrained,
-    resize_positions,
-    state_dict_for,
-)
-from recipes import TrainConfig
+from pretrained import FREE, from_state_dict, load_pretrained, resize_positions, state_dict_for
 from utils import UserError, status_of
 from ViT import ViT, ViTConfig
 
@@ -34,8 +27,7 @@ def randomized(model):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
-            scale = weight.shape[-1] ** -0.5 if weight.ndim > 1 else 0.1
-            offset = 1 if weight.ndim == 1 else 0
+            scale, offset = (weight.shape[-1] ** -0.5, 0) if weight.ndim > 1 else (0.1, 1)
             weight.copy_(offset + scale * torch.randn(weight.shape, generator=generator))
     return model.eval()
 
@@ -57,43 +49,31 @@ def assert_same_logits(start, theirs):
     assert expected.std() > 0.1
 
 
+MEAN = {"global_pool": "avg", "class_token": False}
 TIMMS = {
     "vit_tiny_patch16_224": {},
     "vit_small_patch32_384": {"num_classes": 7},
     "vit_tiny_patch16_384": {"in_chans": 1, "num_classes": 5},
-    "vit_small_patch16_224": {"global_pool": "avg", "class_token": False, "num_classes": 4},
+    "vit_small_patch16_224": MEAN | {"num_classes": 4},
 }
 
 
 @pytest.mark.parametrize("name", TIMMS)
 def test_a_timm_model_gives_the_same_logits_in_both_directions(name):
     theirs = randomized(timm.create_model(name, **TIMMS[name]))
-    heads = theirs.blocks[0].attn.num_heads
     start = from_state_dict(name, theirs.state_dict())
-    assert start.config.heads == heads
+    assert start.config.heads == theirs.blocks[0].attn.num_heads
     assert_same_logits(start, theirs)
     back = state_dict_for("timm", checkpoint_of(start))
     assert back.keys() == theirs.state_dict().keys()
     again = timm.create_model(name, **TIMMS[name])
     again.load_state_dict(back, strict=True)
-    assert all(
-        torch.equal(a, b) for a, b in zip(again.parameters(), theirs.parameters(), strict=True)
-    )
+    assert all(map(torch.equal, again.parameters(), theirs.parameters()))
 
 
 def checkpoint_of(start):
-    """A checkpoint with starting weights."""
-    model = ours_of(start)
-    return Checkpoint(
-        recipe="test",
-        model=start.config,
-        training=TrainConfig(),
-        preprocessing=start.preprocessing,
-        classes=[str(number) for number in range(start.config.classes)],
-        weights=dict(model.state_dict()),
-        history=[],
-        versions={},
-    )
+    """What `state_dict_for` reads of a checkpoint with starting weights."""
+    return SimpleNamespace(model=start.config, weights=ours_of(start).state_dict())
 
 
 @pytest.mark.parametrize(("name", "older"), [("vit_b_16", False), ("vit_b_32", True)])
@@ -101,8 +81,7 @@ def test_a_torchvision_model_gives_the_same_logits_in_both_directions(name, olde
     theirs = randomized(getattr(torchvision.models, name)())
     state = theirs.state_dict()
     if older:  # as the published files name the MLP
-        names = {"mlp.0.": "mlp.linear_1.", "mlp.3.": "mlp.linear_2."}
-        for new, old in names.items():
+        for new, old in (("mlp.0.", "mlp.linear_1."), ("mlp.3.", "mlp.linear_2.")):
             state = {key.replace(new, old): weight for key, weight in state.items()}
     start = from_state_dict(name, state)
     assert start.preprocessing.interpolation == "bilinear"
@@ -126,23 +105,18 @@ def test_timms_model_without_a_position_for_its_class_token():
         ({"qk_norm": True}, "norm of queries and keys"),
         ({"pre_norm": True}, "norm before the blocks"),
         ({"global_pool": "avg"}, "class token and mean pooling"),
-        (
-            {"global_pool": "avg", "class_token": False, "fc_norm": False},
-            "pools tokens after the last norm",
-        ),
+        (MEAN | {"fc_norm": False}, "pools tokens after the last norm"),
         ({"img_size": (32, 48)}, "not of square images"),
         ({"depth": 0}, "no weight for"),
+        (None, "is no state dict of timm's or torchvision's ViT"),
     ],
 )
 def test_what_has_no_place_here_is_refused_by_name(options, named):
-    model = timm.create_model("vit_tiny_patch16_224", **{"img_size": 32, **options})
+    model = torchvision.models.resnet18()
+    if options:
+        model = timm.create_model("vit_tiny_patch16_224", **{"img_size": 32, **options})
     with pytest.raises(UserError, match=f"x.*{named}"):
         from_state_dict("x", model.state_dict())
-
-
-def test_weights_of_another_kind_are_refused():
-    with pytest.raises(UserError, match="x is no state dict of timm's or torchvision's ViT"):
-        from_state_dict("x", torchvision.models.resnet18().state_dict())
 
 
 # ---------------------------------------------------------------------------- positions
@@ -171,52 +145,57 @@ def test_positions_of_the_same_grid_stay_and_a_ramp_stays_one():
 # ---------------------------------------------------------------------------- files
 
 
-def write_safetensors(path, weights):
-    header, raw, names = {}, b"", {torch.float32: "F32", torch.float16: "F16"}
-    for name, weight in weights.items():
-        content = weight.contiguous().numpy().tobytes()
-        offsets = [len(raw), len(raw) + len(content)]
-        entry = {"dtype": names[weight.dtype], "shape": list(weight.shape)}
-        header[name], raw = entry | {"data_offsets": offsets}, raw + content
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + raw)
-
-
 @pytest.fixture
 def tiny():
     options = {"img_size": 32, "patch_size": 8, "num_classes": 10, "depth": 2}
     return randomized(timm.create_model("vit_tiny_patch16_224", **options))
 
 
-@pytest.mark.parametrize(
-    "kind", ["weights.pth", "weights.bin", "weights.safetensors", "wrapped.pth"]
-)
+@pytest.mark.parametrize("kind", ["a.pth", "a.bin", "a.safetensors", "wrapped.pth"])
 def test_files_of_weights_are_read(kind, tiny, tmp_path):
     path, state = tmp_path / kind, tiny.state_dict()
     if path.suffix == ".safetensors":
-        write_safetensors(path, state)
+        save_file(state, path)
     else:
         torch.save({"model": state, "epoch": 3} if kind == "wrapped.pth" else state, path)
     assert_same_logits(load_pretrained(str(path)), tiny)
 
 
 @pytest.mark.parametrize(
-    "name", ["a.safetensors", "a.pth", "missing.pth", "list.pth", "timm:nonsense"]
+    ("name", "said"),
+    [
+        ("a.pth", "is not a file of weights, or is damaged"),
+        ("list.pth", "holds no state dict"),
+        ("missing.pth", "No such file"),
+        ("a.safetensors", "is not a file of safetensors, or is damaged"),
+        ("cut.safetensors", "is not a file of safetensors, or is damaged"),
+        ("missing.safetensors", "No such file"),
+        ("timm:nonsense", "cannot load"),
+    ],
 )
-def test_what_is_no_file_of_weights_is_refused(name, tmp_path):
+def test_what_is_no_file_of_weights_is_refused(name, said, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{nonsense")
+    (tmp_path / "cut.safetensors").write_bytes(save({"a": torch.ones(9)})[:-1])
     (tmp_path / "a.pth").write_bytes(b"nonsense")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=said) as caught:
         load_pretrained(name if ":" in name else str(tmp_path / name))
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("origin", ["a.safetensors", "timm:vit_tiny_patch16_224"])
+def test_a_package_that_is_missing_is_asked_for(origin, monkeypatch):
+    package = "timm" if ":" in origin else "safetensors"
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"{origin} needs {package}: pip install {package}$"):
+        load_pretrained(origin)
 
 
 # ---------------------------------------------------------------------------- a run
 
 
 def test_a_run_with_a_frozen_backbone(tiny, tmp_path, monkeypatch, capsys):
-    write_safetensors(tmp_path / "weights.safetensors", tiny.state_dict())
+    save_file(tiny.state_dict(), tmp_path / "weights.safetensors")
     monkeypatch.setattr("datasets.load_dataset", small.load_small)
     common = f"--recipe finetune --init-from {tmp_path}/weights.safetensors --dataset shapes"
     flags = f"{common} --epochs 1 --warmup-epochs 0 --output-dir {tmp_path} --no-test --name"
@@ -224,9 +203,8 @@ def test_a_run_with_a_frozen_backbone(tiny, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "loaded, a new head for 10 classes" in out
     saved = load_checkpoint(tmp_path / "frozen/last.pt")
-    assert saved.preprocessing == Preprocessing(
-        size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, crop=0.9
-    )
+    half = (0.5,) * 3
+    assert saved.preprocessing == Preprocessing(size=(32, 32), mean=half, std=half, crop=0.9)
     start = load_pretrained(f"{tmp_path}/weights.safetensors")
     for name, weight in saved.weights.items():
         moved = not torch.equal(weight, start.weights[name])
@@ -281,17 +259,9 @@ def test_an_exported_state_dict_is_what_the_library_loads(tmp_path, capsys):
     assert status_of(trainer.main, [*export, "timm"]) == 0
     ours, checkpoint = load_model(tmp_path / "last.pt")
     config = checkpoint.model
-    theirs = timm.create_model(
-        "vit_tiny_patch16_224",
-        img_size=32,
-        patch_size=config.patch_size,
-        embed_dim=config.width,
-        depth=config.depth,
-        num_heads=config.heads,
-        num_classes=10,
-        global_pool="avg",
-        class_token=False,
-    ).eval()
+    sizes = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
+    sizes |= {"img_size": 32, "num_heads": config.heads, "num_classes": 10}
+    theirs = timm.models.VisionTransformer(**sizes, **MEAN).eval()
     theirs.load_state_dict(torch.load(tmp_path / "model_timm.pth"), strict=True)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
@@ -301,14 +271,11 @@ def test_an_exported_state_dict_is_what_the_library_loads(tmp_path, capsys):
     assert "torchvision has no ViT with mean pooling" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "lacks"),
-    [
-        ({"qkv_bias": False}, "no biases"),
-        ({"channels": 1}, "1 channels"),
-        ({"image_size": (32, 48)}, "images of 32x48"),
-    ],
-)
+LACKS = {"no biases": {"qkv_bias": False}, "1 channels": {"channels": 1}}
+LACKS["images of 32x48"] = {"image_size": (32, 48)}
+
+
+@pytest.mark.parametrize(("lacks", "options"), LACKS.items())
 def test_what_torchvision_has_not_is_not_exported_for_it(options, lacks):
     config = ViTConfig(width=16, depth=1, heads=1, **options)
     with pytest.raises(UserError, match=lacks):

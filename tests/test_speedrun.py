@@ -6,15 +6,15 @@ import statistics
 import pytest
 
 import speedrun
-import trainer
 from utils import status_of
 
 DRY = speedrun.DRY_PLAN
 
 
 @pytest.fixture
-def measure(tmp_path):
+def measure(tmp_path, monkeypatch):
     """measure(part) runs a part of a dry run into tmp_path and returns its exit status."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more would spin beside the other tests
     flags = ["--dry-run", "--device", "cpu", "--out", str(tmp_path)]
     return lambda part: status_of(speedrun.main, [part, *flags])
 
@@ -24,8 +24,6 @@ def result_of(folder):
 
 
 def test_seeds_are_as_long_as_fits_by_the_times_of_the_curve(measure, tmp_path, capsys):
-    assert measure("seeds") == 2
-    assert "the part `curve` comes before `seeds`" in capsys.readouterr().err
     assert measure("curve") == 0
     curve = result_of(tmp_path / "curve")
     assert curve["test_accuracy"] is None and curve["validation_accuracy"] > 0
@@ -42,9 +40,8 @@ def test_seeds_are_as_long_as_fits_by_the_times_of_the_curve(measure, tmp_path, 
         assert steps_and_test < seconds["first_step_to_end"] < seconds["total"]
     capsys.readouterr()
 
-    made = (tmp_path / "seed1/result.json").stat().st_mtime_ns
     assert measure("seeds") == 0 and measure("report") == 0
-    assert (tmp_path / "seed1/result.json").stat().st_mtime_ns == made
+    assert results[1] == result_of(tmp_path / "seed1")  # with its seconds: not trained again
     mean = statistics.mean(result["test_accuracy"] for result in results)
     text = capsys.readouterr().out
     assert f"2 seeds: test accuracy {mean:.2%} ±" in text
@@ -55,11 +52,16 @@ def test_seeds_are_as_long_as_fits_by_the_times_of_the_curve(measure, tmp_path, 
 @pytest.mark.parametrize(("whole", "epochs"), [(40.0, 147), (None, 294)])
 def test_after_a_resumed_curve_its_training_seconds_give_the_epochs(monkeypatch, whole, epochs):
     times = {"first_step_to_end": whole, "training": 20.0, "evaluation": 1.0}
-    curve, asked = {"seconds": times, "epochs": 100}, []
-    monkeypatch.setattr(speedrun, "kept_result", lambda *_: curve)
-    monkeypatch.setattr(speedrun, "trained", lambda *arguments: asked.append(arguments[-1]))
+    asked = []
+
+    def trained(plan, part, setting, name="", more=""):
+        asked.append((part, name, more))
+        return {"seconds": times, "epochs": 100}
+
+    monkeypatch.setattr(speedrun, "trained", trained)
     speedrun.seeds(DRY._replace(seconds=60), speedrun.Setting("cpu", "fp32", 1))
-    assert asked == [f"--epochs {epochs} --seed {seed}" for seed in (0, 1)]
+    runs = [("seeds", f"seed{seed}", f"--epochs {epochs} --seed {seed}") for seed in (0, 1)]
+    assert asked == [("curve", "", ""), *runs]
 
 
 def test_a_run_that_takes_too_long_is_stopped(measure, monkeypatch, tmp_path, capsys):
@@ -67,16 +69,9 @@ def test_a_run_that_takes_too_long_is_stopped(measure, monkeypatch, tmp_path, ca
     assert measure("best") == 0
     assert "best: stopped; the next call resumes it" in capsys.readouterr().out
     assert not (tmp_path / "best/result.json").exists()
-
-
-def test_a_stopped_run_is_resumed_and_not_trained_again(measure, tmp_path):
-    folder = tmp_path / "best"
-    flags = [*DRY.flags["best"].split(), "--device", "cpu", "--output-dir", str(folder)]
-    assert trainer.main([*flags, "--name", "unfinished"]) == 0  # a run that needs no more epochs
-    made = result_of(folder / "unfinished")
-    assert measure("best") == 0
-    assert result_of(folder)["seconds"] == made["seconds"]
-    assert not (folder / "unfinished").exists()
+    monkeypatch.setattr(speedrun, "DRY_PLAN", DRY)
+    assert measure("best") == 0 and result_of(tmp_path / "best")["epochs"] == 2
+    assert not (tmp_path / "best/unfinished").exists()
 
 
 def test_the_time_to_an_accuracy_is_that_of_the_first_validation_there(tmp_path):
@@ -100,7 +95,7 @@ def test_a_mode_that_does_not_work_is_reported(measure, monkeypatch, tmp_path, c
     assert measure("throughput") == 0 and measure("report") == 0
     text = capsys.readouterr().out
     assert "graphs does not work: --compile graphs needs one CUDA device" in text
-    assert "| demo | graphs | does not work |" in text
+    assert "- demo, graphs: does not work" in text
 
 
 def test_without_a_gpu_it_names_the_dry_run(capsys, tmp_path):

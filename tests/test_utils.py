@@ -1,8 +1,13 @@
-"""Seeds."""
+"""Seeds, and how a program ends."""
+
+import os
+import subprocess
+import sys
 
 import torch
 
 import utils
+from small import PATIENCE, ROOT
 from utils import generator_for
 
 
@@ -20,3 +25,14 @@ def test_default_generators_are_seeded_as_torch_does():
     draw = torch.rand(4)
     torch.manual_seed(2**63 - 1)
     assert torch.equal(draw, torch.rand(4))
+
+
+def test_a_program_ends_silently_when_the_reader_of_its_output_is_gone():
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "import utils; utils.run_program(lambda argv: print('lost') or 0)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    pipes = {"stdout": writing, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    done = subprocess.run([sys.executable, "-c", code], **pipes, timeout=PATIENCE)
+    os.close(writing)
+    assert done.returncode == 141 and done.stderr == ""

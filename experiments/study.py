@@ -1,25 +1,22 @@
-"""Ablations: studies of one change at a time, over a few seeds.
+"""Studies of one change at a time to a recipe, over a few seeds, on a CPU.
 
-    python experiments/ablation.py            the runs that results/ablation lacks, then the table
-    python experiments/ablation.py --table    the table of the runs that exist
-    python experiments/ablation.py shape      another study, of those below
+    python experiments/study.py            the runs that results/ablation lacks, then the table
+    python experiments/study.py --table    the table of the runs that exist
+    python experiments/study.py shape      another study, of those below
 
-    recipe    an earlier version of the cpu recipe, shortened: three epochs on a quarter of the
-              patches, none on all of them; an hour on two cores
-    shape     width, depth and patch dropout at equal operations, on a CPU; two hours
+    recipe    the first cpu recipe, shortened: three epochs on a quarter of the patches, none on all
+              of them; an hour on two cores
+    shape     width, depth and patch dropout at equal operations; two hours
     size      the width at a third of these operations; 15 minutes
     trend     what could make the cpu recipe better, one seed; two hours
-    embedding a white or a random patch embedding, and what then helps; ten minutes on two cores
     transfer  CIFAR-10 from scratch and from a model of CIFAR-100, which a command in
               docs/finetuning.md trains first; and the other way; an hour
-    speed94   options of the speed94 recipe, for a GPU; not yet run
 
-Each run is one of trainer.py, judged on the validation images (--no-test); on a CPU it has one
-thread. It leaves result.json and metrics.csv in <study's folder>/<change>/seed<seed>/; table.csv
-sums up the study. A result of other options than the study's counts as missing.
+Each run is one of trainer.py on one thread, judged on the validation images (--no-test). It leaves
+result.json and metrics.csv in <study's folder>/<change>/seed<seed>/; table.csv sums up the study. A
+result that records a command with other flags counts as missing.
 """
 
-import shlex
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -41,34 +38,29 @@ class Study(NamedTuple):
     folder: Path
     base: str
     changes: dict[str, str]  # a folder's name, and the flags
+    now: dict[str, str]  # flags that have changed since the runs, and what trains the same now
     seeds: tuple[int, ...] = (0, 1, 2)
 
-    @property
-    def on_cpu(self) -> bool:
-        return "--device cpu" in self.base
 
-
-# The studies began from earlier cpu recipes.
-_EARLIER = "--recipe cpu --batch-size 250 --flip random --no-whiten-patches"
-_SHORT = (
-    f"{_EARLIER} --compile on --no-test --device cpu --width 128 --heads 4 --label-smoothing 0.1"
-    " --muon-learning-rate 0.02"
-)
+# A study's flags are those of the recorded commands, and stay when a recipe or an option changes.
+_CPU = "--recipe cpu --batch-size 250 --flip random --no-whiten-patches"
+_WIDTH_128 = {
+    "--recipe cpu": f"{_CPU} --width 128 --heads 4 --label-smoothing 0.1 --muon-learning-rate 0.02"
+}
+_WIDTH_96 = {"--recipe cpu": f"{_CPU} --width 96 --heads 6 --muon-learning-rate 0.01"}
 _SHAPE = (
-    f"{_SHORT} --epochs 12 --warmup-epochs 0.25 --patch-dropout 0.75 --whole-epochs 0"
-    " --validate-every 100"
+    "--recipe cpu --compile on --no-test --device cpu --epochs 12 --warmup-epochs 0.25"
+    " --patch-dropout 0.75 --whole-epochs 0 --validate-every 100"
 )
-
 _FROM = "--init-from checkpoints/cifar100/last.pt"
 _LIKE_CPU = "--batch-size 250 --patch-dropout 0.75 --resized-crop 0 --crop-padding 2"
 _TUNED = f"--recipe finetune {_FROM} {_LIKE_CPU}"
-_SCRATCH = f"{_EARLIER} --muon-learning-rate 0.01 --width 96 --heads 6"
 
 STUDIES = {
     "recipe": Study(
         ROOT / "results/ablation",
-        f"{_SHORT} --epochs 3 --patch-dropout 0.75 --whole-epochs 0 --crop-padding 4"
-        " --learning-rate 1e-3 --validate-every 3",
+        "--recipe cpu --epochs 3 --patch-dropout 0.75 --whole-epochs 0 --crop-padding 4"
+        " --learning-rate 1e-3 --compile on --validate-every 3 --no-test --device cpu",
         {
             "none": "",
             "no-crop": "--crop-padding 0",
@@ -84,6 +76,7 @@ STUDIES = {
             "alternating": "--flip alternating",
             "drop-path": "--drop-path 0.1",
         },
+        _WIDTH_128,
     ),
     # Equal `training_flops` to 4%: a model that is wider or deeper, or sees more patches, has fewer
     # epochs.
@@ -102,6 +95,7 @@ STUDIES = {
             "half": "--patch-dropout 0.5 --epochs 5 --whole-epochs 1",
             "eighth": "--patch-dropout 0.875 --epochs 17 --whole-epochs 1",
         },
+        _WIDTH_128,
     ),
     "size": Study(
         ROOT / "results/speed94/size",
@@ -112,12 +106,13 @@ STUDIES = {
             "width-64": "--width 64 --heads 2 --epochs 15",
             "width-96": "--width 96 --heads 3 --epochs 7",
         },
+        _WIDTH_128,
     ),
     # Equal time, about: ten minutes of two cores, or less.
     "trend": Study(
         ROOT / "results/trend",
-        f"{_SHORT} --width 96 --heads 3 --epochs 42 --patch-dropout 0.75 --whole-epochs 0"
-        " --validate-every 7",
+        "--recipe cpu --no-test --device cpu --compile on --width 96 --heads 3 --epochs 42"
+        " --patch-dropout 0.75 --whole-epochs 0 --validate-every 7",
         {
             "none": "",
             "trivial": "--policy trivial --policy-epochs 0.8",
@@ -142,20 +137,9 @@ STUDIES = {
             "combined-batch-500": "--label-smoothing 0 --heads 6 --batch-size 500",
             "combined-muon-low": "--label-smoothing 0 --heads 6 --muon-learning-rate 0.01",
         },
-        seeds=(0,),
-    ),
-    # Equal time, about: four minutes of one core.
-    "embedding": Study(
-        ROOT / "results/trend/embedding",
-        "--recipe cpu --compile on --no-test --device cpu --width 96 --heads 6 --epochs 12"
-        " --flip random --validate-every 4",
-        {
-            "none": "",
-            "random": "--no-whiten-patches",
-            "alternating": "--flip alternating",
-            "width-64": "--width 64 --heads 4 --epochs 18",
-            "half": "--patch-dropout 0.5 --epochs 6 --warmup-epochs 0.25",
-        },
+        _WIDTH_128
+        | {"--policy-epochs 0.8": "--policy-off-epochs 8"}
+        | {"--mixed-epochs 0.7": "--mixing-off-epochs 12"},
         seeds=(0,),
     ),
     # Equal seconds of training on one core: about two minutes, or eight.
@@ -163,46 +147,32 @@ STUDIES = {
         ROOT / "results/transfer",
         "--no-test --device cpu --compile on --validate-every 100",
         {
-            "scratch": f"{_SCRATCH} --epochs 5",
+            "scratch": "--recipe cpu --epochs 5",
             "finetune": f"{_TUNED} --epochs 5",
             "one-rate": f"{_TUNED} --epochs 5 --layer-decay 1",
             "linear-probe": f"--recipe linear-probe {_FROM} --epochs 4",
-            "scratch-long": f"{_SCRATCH} --epochs 20",
+            "scratch-long": "--recipe cpu --epochs 20",
             "finetune-long": f"{_TUNED} --epochs 20",
-            "cifar100-scratch": f"{_SCRATCH} --dataset cifar100 --epochs 5",
+            "cifar100-scratch": "--recipe cpu --dataset cifar100 --epochs 5",
             "cifar100-finetune": f"--recipe finetune --dataset cifar100 {_LIKE_CPU} --epochs 1"
             " --warmup-epochs 0.2",
         },
-    ),
-    # The first five are at equal operations too.
-    "speed94": Study(
-        ROOT / "results/speed94/search",
-        "--recipe speed94 --no-test",
-        {
-            "none": "",
-            "width-256": "--width 256 --heads 4 --epochs 567",
-            "width-384": "--width 384 --heads 6 --epochs 247",
-            "depth-12": "--depth 12 --epochs 175",
-            "half": "--patch-dropout 0.5 --batch-size 1000 --epochs 181",
-            "batch": "--batch-size 1000",
-            "muon-low": "--muon-learning-rate 0.01",
-            "muon-high": "--muon-learning-rate 0.04",
-            "rate": "--learning-rate 1e-3",
-            "no-cutmix": "--cutmix 0",
-            "less-crop": "--crop-padding 2",
-            "trivial": "--policy trivial --policy-epochs 0.8",
-        },
+        _WIDTH_96,
     ),
 }
 
 
-def flags_of(study: Study, change: str, seed: int) -> list[str]:
-    return shlex.split(f"{study.base} --seed {seed} {study.changes[change]}")
+def flags_of(study: Study, change: str, seed: int) -> tuple[str, str]:
+    """The flags of a run: as its record states them, and those that train the same now."""
+    flags = recorded = f"{study.base} --seed {seed} {study.changes[change]}".strip()
+    for then, now in study.now.items():
+        flags = flags.replace(then, now)
+    return recorded, flags
 
 
 def result_of(study: Study, change: str, seed: int) -> dict[str, Any] | None:
-    """The result of a run; None where it is missing, or of other options than the study's."""
-    return kept_result(study.folder / change / f"seed{seed}", flags_of(study, change, seed))
+    """The result of a run; None where it is missing, or of other flags than the study's."""
+    return kept_result(study.folder / change / f"seed{seed}", *flags_of(study, change, seed))
 
 
 def results_of(study: Study, change: str) -> list[dict[str, Any]]:
@@ -212,9 +182,9 @@ def results_of(study: Study, change: str) -> list[dict[str, Any]]:
 
 def run(study: Study, change: str, seed: int) -> bool:
     """Trains with a change and a seed and prints the accuracy; returns whether that worked."""
-    kept, flags = study.folder / change / f"seed{seed}", flags_of(study, change, seed)
+    kept, (_, flags) = study.folder / change / f"seed{seed}", flags_of(study, change, seed)
     try:
-        result = train_and_keep(flags, kept, {"OMP_NUM_THREADS": "1"} if study.on_cpu else {})
+        result = train_and_keep(flags, kept, {"OMP_NUM_THREADS": "1"})
     except UserError as error:
         print(f"{change}, seed {seed}: {error}", flush=True)
         return False
@@ -227,8 +197,7 @@ def table(study: Study) -> list[dict[str, Any]]:
     """A row for each change that was run: percent over the seeds, seconds of the fastest seed."""
     rows: list[dict[str, Any]] = []
     for change, flags in study.changes.items():
-        results = results_of(study, change)
-        if not results:
+        if not (results := results_of(study, change)):
             continue
         accuracies = [100 * result["validation_accuracy"] for result in results]
         row = {"change": change, "flags": flags, "seeds": len(results)}
@@ -252,20 +221,19 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(prog="ablation.py", description=__doc__)
+    parser = Parser(prog="study.py", description=__doc__)
     parser.add_argument("study", nargs="?", choices=STUDIES, default="recipe", help="(recipe)")
     parser.add_argument("--table", action="store_true", help="print the table; train nothing")
-    parser.add_argument("--jobs", type=int, help="parallel runs (on a CPU 2, on a GPU 1)")
+    parser.add_argument("--jobs", type=int, default=2, help="parallel runs (2)")
     arguments = parser.parse_args(argv)
     study, worked = STUDIES[arguments.study], True
-    jobs = (2 if study.on_cpu else 1) if arguments.jobs is None else arguments.jobs
-    if jobs < 1:
-        parser.error(f"--jobs must be at least 1, not {jobs}")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {arguments.jobs}")
     if not arguments.table:
         # Seed by seed, so that an interrupted study can already compare the changes.
         wanted = [(change, seed) for seed in study.seeds for change in study.changes]
         missing = [key for key in wanted if result_of(study, *key) is None]
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
             worked = all(list(pool.map(lambda key: run(study, *key), missing)))
     rows = table(study)
     if rows:

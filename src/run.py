@@ -113,9 +113,8 @@ class State:
         self.model.load_state_dict(saved.weights)
         load_optimizers(self.optimizers, saved.optimizers)
         self.step, self.history = saved.step, list(saved.history)
-        if world.leads:
-            device = next(self.model.parameters()).device
-            self.sums = {name: value.to(device) for name, value in saved.sums.items()}
+        device = next(self.model.parameters()).device
+        self.sums = {name: (value * world.leads).to(device) for name, value in saved.sums.items()}
         seconds = {"epoch": 0.0, "compile": 0.0, "total": 0.0} | saved.seconds
         self.epoch_seconds, self.compile_seconds = seconds["epoch"], seconds["compile"]
         self.earlier_seconds = seconds["total"]
@@ -285,9 +284,10 @@ class Run:
         """Keeps the model of the last epoch if no other was better on the validation images."""
         accuracies = [row.validation_accuracy or 0 for row in state.history]
         if self.world.leads and accuracies[-1] == max(accuracies):
-            self.folder.save_best(self.checkpoint(state, ALONE))
+            self.folder.save_best(self.checkpoint(state))
 
-    def checkpoint(self, state: State, world: World | None = None) -> Checkpoint:
+    def checkpoint(self, state: State) -> Checkpoint:
+        """What to save; within an epoch all ranks make it together, as its sums are of all."""
         return Checkpoint(
             recipe=self.recipe,
             model=self.model,
@@ -296,7 +296,7 @@ class Run:
             classes=list(self.dataset.classes),
             drawn_from=self.dataset.drawn_from,
             versions=versions(),
-            **state.to_dict(world or self.world),
+            **state.to_dict(self.world),
         )
 
     def result(self, state: State) -> dict[str, Any]:

@@ -208,6 +208,7 @@ class MultiHeadSelfAttention(nn.Module):
         self.implementation = config.attention
         self.attention_dropout = config.attention_dropout
         self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)  # U_qkv
+        self.softmax = nn.Softmax(dim=-1)  # over the keys
         self.proj = nn.Linear(config.width, config.width)  # U_msa
         self.dropout = nn.Dropout(config.dropout)
 
@@ -220,7 +221,7 @@ class MultiHeadSelfAttention(nn.Module):
         if plain or trace is not None:
             # With entries of variance 1 in q and k, their product has variance D_h; dividing by
             # sqrt(D_h) brings it back to 1, or the softmax would saturate.
-            A = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)  # (B, h, T, T)  Eq. 6
+            A = self.softmax(q @ k.mT * q.shape[-1] ** -0.5)  # (B, h, T, T)  Eq. 6
             heads = F.dropout(A, rate) @ v  # (B, h, T, D_h)  Eq. 7
             if trace is not None:
                 trace.attention.append(A)

@@ -33,6 +33,29 @@ def small_vit(pooling="class", **options) -> ViT:
     return model
 
 
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+def test_hooks_record_what_a_trace_does(pooling):
+    model, trace = small_vit(pooling, attention="fused"), Trace()
+    images = torch.randn(3, 3, 16, 24)
+    record, logits = explain.record(model, images), model(images, trace=trace)
+    weights = torch.randn(logits.shape)
+    gradients = (
+        torch.autograd.grad((weights * output).sum(), attention)
+        for output, attention in ((record.logits, record.attention), (logits, trace.attention))
+    )
+    for ours, theirs in (
+        ([record.logits], [logits]),
+        (record.attention, trace.attention),
+        (record.tokens, trace.tokens),
+        gradients,
+    ):
+        for got, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    assert {block.attn.implementation for block in model.blocks} == {"fused"}
+    explain.record(model, images)
+    assert len(record.attention) == 3  # its hooks are gone
+
+
 # ---------------------------------------------------------------------------- rollout, relevance
 
 

@@ -16,7 +16,7 @@ A `Trace` has both, of every block. Ways to combine the blocks' attention into o
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ViT import Trace, ViT, patchify
+
+# ---------------------------------------------------------------------------- a recorded model
+
+
+class Record(NamedTuple):
+    """What a model computes of a batch of images; the tensors stay in the autograd graph."""
+
+    logits: Tensor  # (B, K)
+    attention: list[Tensor]  # L of (B, h, T, T): A of each block, before any dropout
+    tokens: list[Tensor]  # L + 1 of (B, T, D): z_0, z_1, ..., z_L
+
+
+def record(model: ViT, images: Tensor) -> Record:
+    """Runs a model on normalized images (B, C, H, W); hooks note what passes through its parts."""
+    attention, tokens = [], []
+    with ExitStack() as undone_after:
+        for part in (model.embed, *model.blocks):
+            hook = part.register_forward_hook(lambda _, __, z: tokens.append(z))
+            undone_after.enter_context(hook)
+        for attn in (block.attn for block in model.blocks):
+            hook = attn.softmax.register_forward_hook(lambda _, __, A: attention.append(A))
+            undone_after.enter_context(hook)
+            undone_after.callback(setattr, attn, "implementation", attn.implementation)
+            attn.implementation = "plain"  # the fused kernel never holds all of A
+        return Record(model(images), attention, tokens)
+
 
 # --------------------------------------------------------------------------- from tokens to patches
 

@@ -19,7 +19,6 @@ from ViT import (
     EncoderBlock,
     MultiHeadSelfAttention,
     PatchEmbedding,
-    Trace,
     ViT,
     ViTConfig,
     parameters_of,
@@ -28,10 +27,6 @@ from ViT import (
 )
 
 SMALL = {"image_size": 16, "width": 32, "depth": 3, "heads": 4}
-DROPOUTS = ["dropout", "attention_dropout", "drop_path"]
-paths = pytest.mark.parametrize(
-    "path", [lambda part, z: part(z), lambda part, z: part(z, Trace())], ids=["forward", "trace"]
-)
 poolings = pytest.mark.parametrize("pooling", ["class", "mean"])
 
 
@@ -60,11 +55,6 @@ def randomize(module):
 
 def random_images(config, count=3, **options):
     return torch.randn(count, config.channels, *config.image_size, **options)
-
-
-def traced(model, images):
-    trace = Trace()
-    return model(images, trace=trace), trace.attention, trace.tokens
 
 
 def gradients(output, inputs):
@@ -201,7 +191,9 @@ def test_the_fast_attention_equals_the_written_out_one(dtype, tolerance):
     attention = randomize(MultiHeadSelfAttention(small())).to(dtype)
     z = torch.randn(3, 17, 32, dtype=dtype, requires_grad=True)
     inputs = [z, *attention.parameters()]
-    fast, written = attention(z), attention(z, Trace())
+    fast = attention(z)
+    attention.implementation = "plain"
+    written = attention(z)
     assert fast.std() > 0.1
     assert_all_close([fast], [written], tolerance)
     assert_all_close(gradients(fast, inputs), gradients(written, inputs), tolerance)
@@ -222,7 +214,6 @@ def test_which_attention_is_fused_on_a_cpu(monkeypatch, kind, fused_for):
     )
     for tokens in (1, 17, 18, 40):
         attention(torch.randn(2, tokens, 32))
-        attention(torch.randn(2, tokens, 32), Trace())  # which always takes the plain products
     assert calls == fused_for
 
 
@@ -240,9 +231,10 @@ def test_attention_equals_that_of_torch(width, heads):
     )
     z = torch.randn(3, 17, width, dtype=torch.float64)
     expected = torchs(z, z, z, average_attn_weights=False)
-    trace = Trace()
-    assert_all_close([ours(z, trace), *trace.attention], expected, 1e-10)
     assert_all_close([ours(z)], expected[:1], 1e-10)
+    A, ours.implementation = [], "plain"
+    ours.softmax.register_forward_hook(lambda *call: A.append(call[-1]))
+    assert_all_close([ours(z), *A], expected, 1e-10)
 
 
 def test_without_qkv_bias_attention_is_as_with_a_bias_of_zero():
@@ -263,15 +255,14 @@ def test_the_layer_norms_add_the_reference_codes_epsilon():
     assert_all_close([block.norm1(z), block.norm2(z), ViT(small()).norm(z)], [expected] * 3, 1e-5)
 
 
-@paths
-def test_drop_path_drops_each_branch_of_each_image_on_its_own(path):
+def test_drop_path_drops_each_branch_of_each_image_on_its_own():
     block = randomize(EncoderBlock(small(), drop_path=0.5))
     z = torch.randn(1, 17, 32)
     with torch.no_grad():
         outcomes = []
         for mixed in (z, z + 2 * block.attn(block.norm1(z))):
             outcomes += [mixed, mixed + 2 * block.mlp(block.norm2(mixed))]
-        drawn = path(block, z.expand(64, -1, -1))
+        drawn = block(z.expand(64, -1, -1))
     matches = [(drawn - outcome).abs().amax((1, 2)) < 1e-4 for outcome in outcomes]
     matches = torch.stack(matches).long()  # (4, 64)
     assert matches.sum(0).eq(1).all() and matches.sum(1).min() > 5
@@ -322,31 +313,6 @@ def test_the_model_equals_torchvisions(options):
 
 
 @poolings
-@pytest.mark.parametrize("image_size", [(16, 16), (32, 48)], ids=str)
-def test_trace_gives_forwards_logits_and_every_blocks_attention_and_tokens(pooling, image_size):
-    model = randomize(ViT(small(image_size=image_size, pooling=pooling)))
-    images = random_images(model.config)
-    with torch.no_grad():
-        logits, attention, tokens = traced(model, images)
-        expected = [model.embed(images)]
-        for block in model.blocks:
-            expected.append(block(expected[-1]))
-        assert_all_close([logits, *tokens], [model(images), *expected], 1e-5)
-    T = image_size[0] // 4 * (image_size[1] // 4) + (pooling == "class")
-    assert logits.shape == (3, 10) and tokens[0].shape == (3, T, 32)
-    assert [A.shape for A in attention] == [(3, 4, T, T)] * 3
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_traced_attention_is_a_distribution_over_the_tokens(training):
-    # Dropout must not show in it, or the pictures would.
-    model = randomize(ViT(small(attention_dropout=0.5))).train(training)
-    for A in traced(model, random_images(model.config))[1]:
-        assert A.min() > 0
-        torch.testing.assert_close(A.sum(-1), torch.ones(3, 4, 17))
-
-
-@poolings
 @pytest.mark.parametrize("positions", ["learned", "sincos"])
 def test_only_the_positions_tell_the_order_of_the_patches(pooling, positions):
     model = randomize(ViT(small(pooling=pooling, positions=positions)))
@@ -359,17 +325,15 @@ def test_only_the_positions_tell_the_order_of_the_patches(pooling, positions):
         assert_all_close([model(images)], [model(permuted)], 1e-5)
 
 
-@pytest.mark.parametrize("name", DROPOUTS)
-def test_each_dropout_acts_in_training_and_not_in_evaluation(name):
-    plain = randomize(ViT(small()))
-    model = ViT(small(**{name: 0.5}))
-    model.load_state_dict(plain.state_dict())
+@pytest.mark.parametrize("kind", ["plain", "fused"])
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout", "drop_path"])
+def test_each_dropout_acts_in_training_and_not_in_evaluation(name, kind):
+    without = randomize(ViT(small()))
+    model = ViT(small(attention=kind, **{name: 0.5}))
+    model.load_state_dict(without.state_dict())
     images = random_images(model.config, 8)
-    for path in (model, lambda images: traced(model, images)[0]):
-        model.train()
-        assert not torch.allclose(path(images), path(images), atol=1e-3)
-        model.eval()
-        torch.testing.assert_close(path(images), plain(images))
+    assert not torch.allclose(model(images), model(images), atol=1e-3)
+    torch.testing.assert_close(model.eval()(images), without(images))
 
 
 @poolings

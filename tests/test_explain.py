@@ -16,7 +16,7 @@ import shapes
 from data import Preprocessing
 from optimizers import learning_rate_factor, make_optimizers, set_learning_rates
 from recipes import TrainConfig
-from ViT import Trace, ViT, ViTConfig, patchify
+from ViT import ViT, ViTConfig, patchify
 
 A1, A2 = torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
 
@@ -33,27 +33,49 @@ def small_vit(pooling="class", **options) -> ViT:
     return model
 
 
+# ---------------------------------------------------------------------------- a recorded model
+
+
+@pytest.mark.parametrize("kind", ["plain", "fused"])
 @pytest.mark.parametrize("pooling", ["class", "mean"])
-def test_hooks_record_what_a_trace_does(pooling):
-    model, trace = small_vit(pooling, attention="fused"), Trace()
+def test_a_record_has_the_models_logits_and_every_blocks_tokens_and_attention(pooling, kind):
+    model = small_vit(pooling, attention=kind)
     images = torch.randn(3, 3, 16, 24)
-    record, logits = explain.record(model, images), model(images, trace=trace)
-    weights = torch.randn(logits.shape)
-    gradients = (
-        torch.autograd.grad((weights * output).sum(), attention)
-        for output, attention in ((record.logits, record.attention), (logits, trace.attention))
-    )
-    for ours, theirs in (
-        ([record.logits], [logits]),
-        (record.attention, trace.attention),
-        (record.tokens, trace.tokens),
-        gradients,
-    ):
-        for got, expected in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
-    assert {block.attn.implementation for block in model.blocks} == {"fused"}
-    explain.record(model, images)
-    assert len(record.attention) == 3  # its hooks are gone
+    record = explain.record(model, images)
+    tokens = [model.embed(images)]
+    for block in model.blocks:
+        tokens.append(block(tokens[-1]))
+    for ours, theirs in zip(record.tokens, tokens, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(record.logits, model(images))
+    T = model.config.tokens
+    assert [A.shape for A in record.attention] == [(3, 2, T, T)] * 3
+    # Nothing of the recording is left in the model.
+    assert {block.attn.implementation for block in model.blocks} == {kind}
+    assert len(record.attention) == 3 and len(record.tokens) == 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_recorded_attention_is_a_distribution_over_the_tokens(training):
+    # Dropout must not show in it, or the pictures would.
+    model = small_vit(attention_dropout=0.5).train(training)
+    for A in explain.record(model, torch.randn(3, 3, 16, 24)).attention:
+        assert A.min() > 0
+        torch.testing.assert_close(A.sum(-1), torch.ones(3, 2, 7))
+
+
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+def test_attention_gradients_are_what_a_small_change_of_each_images_attention_does(pooling):
+    model = small_vit(pooling).double()
+    images, targets = torch.randn(2, 3, 16, 24, dtype=torch.float64), torch.tensor([4, 1])
+    attention, gradients = explain.attention_gradients(model, images, targets)
+    for block, A, gradient in zip(model.blocks, attention, gradients, strict=True):
+        change = 1e-5 * torch.randn_like(A)
+        logits = []
+        for step in (change, -change):
+            with block.attn.softmax.register_forward_hook(lambda *call, step=step: call[-1] + step):
+                logits.append(model(images)[[0, 1], targets])
+        torch.testing.assert_close((gradient * 2 * change).sum((1, 2, 3)), logits[0] - logits[1])
 
 
 # ---------------------------------------------------------------------------- rollout, relevance
@@ -98,20 +120,6 @@ def test_gradient_rollout_by_hand():
     torch.testing.assert_close(joint, torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
     # The scale of the gradients does not matter.
     torch.testing.assert_close(explain.gradient_rollout(one_head(A1), one_head(1e-6 * G)), joint)
-
-
-@pytest.mark.parametrize("pooling", ["class", "mean"])
-def test_attention_gradients_of_a_batch_are_those_of_each_image(pooling):
-    model = small_vit(pooling).double()
-    images, targets = torch.randn(2, 3, 16, 24, dtype=torch.float64), torch.tensor([4, 1])
-    attention, gradients = explain.attention_gradients(model, images, targets)
-    for n, target in enumerate(targets):
-        trace = Trace()
-        logits = model(images[n : n + 1], trace=trace)
-        expected = torch.autograd.grad(logits[0, target], trace.attention)
-        for block in range(3):
-            torch.testing.assert_close(attention[block][n], trace.attention[block][0])
-            torch.testing.assert_close(gradients[block][n], expected[block][0])
 
 
 def test_the_classifiers_row_is_the_class_tokens_or_the_mean():
@@ -241,9 +249,8 @@ def test_legrad_of_a_block_ignores_the_later_ones(pooling):
     for depth in (1, 2, 3):
         shorter = copy.deepcopy(model)
         shorter.blocks = shorter.blocks[:depth]
-        trace = Trace()
-        chosen = shorter(images, trace=trace)[[0, 1], targets].sum()
-        (gradient,) = torch.autograd.grad(chosen, trace.attention[-1])
+        logits, attention, _ = explain.record(shorter, images)
+        (gradient,) = torch.autograd.grad(logits[[0, 1], targets].sum(), attention[-1])
         total += gradient.clamp(min=0).mean(dim=(1, 2))[:, -6:]  # over the heads and queries
     torch.testing.assert_close(explain.legrad(model, images, targets), total)
 
@@ -346,9 +353,8 @@ def test_areas_and_intervals():
 @pytest.mark.parametrize("pooling", ["class", "mean"])
 def test_the_last_logit_lens_is_the_model(pooling):
     model, images = small_vit(pooling), torch.randn(4, 3, 16, 24)
-    trace = Trace()
-    logits = model(images, trace=trace)
-    lens = explain.logit_lens(model, trace.tokens)
+    logits, _, tokens = explain.record(model, images)
+    lens = explain.logit_lens(model, tokens)
     assert lens.shape == (4, 4, 5)
     torch.testing.assert_close(lens[-1], logits.softmax(dim=1))
     assert not torch.allclose(lens[0], lens[-1], atol=1e-3)

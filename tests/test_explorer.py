@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+import explain
 import small
 import vis
 from checkpoint import load_model
 from data import Preprocessing
 from test_vis import write_checkpoint
 from utils import status_of
-from ViT import Trace
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -85,18 +85,12 @@ def halved(folder):
 
 def expected_of(model, preprocessing, images, removed):
     """Logits after each layer (L + 1, K) and attention, of an image without some patches."""
-    N = model.config.patches
-    kept = torch.tensor([patch for patch in range(N) if patch not in removed])
-    trace, layers = Trace(), []
-    first = model.config.tokens - N
-    rows = torch.cat([torch.arange(first), kept + first])
-    with torch.no_grad():
-        z = model.embed(preprocessing.normalize(images))[:, rows]
-        layers.append(z)
-        for block in model.blocks:
-            layers.append(z := block(z, trace))
-        logits = torch.cat([model.head(model.norm(model.pool(each))) for each in layers])
-    return logits, [A.flatten() for A in trace.attention]
+    first = model.config.tokens - model.config.patches
+    left = [row for row in range(model.config.tokens) if row - first not in removed]
+    with torch.no_grad(), model.embed.register_forward_hook(lambda *call: call[-1][:, left]):
+        record = explain.record(model, preprocessing.normalize(images))
+        logits = [model.head(model.norm(model.pool(z))) for z in record.tokens]
+    return torch.cat(logits), [A.flatten() for A in record.attention]
 
 
 @pytest.mark.parametrize("kind", KINDS)

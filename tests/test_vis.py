@@ -27,7 +27,7 @@ from recipes import TrainConfig
 from small import ROOT, SHAPES
 from test_figures import assert_readable
 from utils import UserError, status_of
-from ViT import Trace, ViT, ViTConfig
+from ViT import ViT, ViTConfig
 
 KINDS = {"image": set(OF_AN_IMAGE)} | {name: set(of) for name, of in OF_THE_MODEL.items()}
 
@@ -107,11 +107,9 @@ def whole(split):
     return split.take(torch.arange(len(split)))
 
 
-def traced(model, checkpoint, images):
-    """Logits of uint8 images, and the trace."""
-    trace = Trace()
-    with torch.no_grad():
-        return model(checkpoint.preprocessing.normalize(images), trace=trace), trace
+@torch.no_grad()
+def recorded(model, checkpoint, images):
+    return explain.record(model, checkpoint.preprocessing.normalize(images))
 
 
 def manifest(tmp_path) -> dict:
@@ -151,14 +149,14 @@ def test_saved_arrays_are_what_the_functions_give(train, draw, tmp_path):
     assert draw("--index 3 --save-data") == 0
     model, checkpoint = load_model(tmp_path / "run/last.pt")
     images, labels = whole(SHAPES.validation)
-    logits, trace = traced(model, checkpoint, images)
+    logits, attention, _ = recorded(model, checkpoint, images)
 
     saved = load(tmp_path, "image/validation-3/attention")["attention"]
-    expected = torch.stack([A[3, :, 0, 1:] for A in trace.attention]).unflatten(-1, (4, 4))
+    expected = torch.stack([A[3, :, 0, 1:] for A in attention]).unflatten(-1, (4, 4))
     np.testing.assert_allclose(saved, expected, atol=1e-6)
     saved = load(tmp_path, "image/validation-3/attention-of-patch")["attention"]
     middle = 1 + 2 * 4 + 2  # row 3, column 3 of 4
-    expected = torch.stack([A[3, :, middle, 1:] for A in trace.attention]).unflatten(-1, (4, 4))
+    expected = torch.stack([A[3, :, middle, 1:] for A in attention]).unflatten(-1, (4, 4))
     np.testing.assert_allclose(saved, expected, atol=1e-6)
 
     order = logits[3].argsort(descending=True)[:2].tolist()
@@ -263,7 +261,7 @@ def test_the_target_comes_first_and_then_the_most_probable_other_class(draw, tmp
     assert draw(f"image --index 0 --query cls --target {target}") == 0
     model, checkpoint = load_model(tmp_path / "run/last.pt")
     images, labels = SHAPES.validation.take(torch.arange(1))
-    logits, _ = traced(model, checkpoint, images)
+    logits = recorded(model, checkpoint, images).logits
     order = [checkpoint.classes[k] for k in logits[0].argsort(descending=True)]
     label = checkpoint.classes[labels[0]]
     first = {"pred": order[0], "label": label, "star": "star"}[target]
@@ -397,7 +395,7 @@ def test_steps_show_the_chosen_patch_layer_and_head(draw, tmp_path):
     assert draw("steps --index 3 --query 2,4 --layer 2 --head 1 --save-data") == 0
     model, checkpoint = load_model(tmp_path / "run/last.pt")
     pixels, _ = SHAPES.validation.take(torch.tensor([3]))
-    logits, trace = traced(model, checkpoint, pixels)
+    logits, attention, tokens = recorded(model, checkpoint, pixels)
 
     def saved(name):
         return {
@@ -405,13 +403,13 @@ def test_steps_show_the_chosen_patch_layer_and_head(draw, tmp_path):
             for key, value in load(tmp_path, f"steps/validation-3/{name}").items()
         }
 
-    attention = torch.stack([A[0] for A in trace.attention])
+    attention = torch.stack([A[0] for A in attention])
     torch.testing.assert_close(saved("7-heads")["attention"], attention)
     torch.testing.assert_close(saved("6-attention")["scores"].softmax(dim=-1), attention[1])
     parts = saved("5-queries")
     block = model.blocks[1]
     mixed = (attention[1] @ parts["v"]).transpose(0, 1).flatten(1) @ block.attn.proj.weight.T
-    z = trace.tokens[1][0] + mixed + block.attn.proj.bias
+    z = tokens[1][0] + mixed + block.attn.proj.bias
     hidden = torch.nn.functional.gelu(saved("8-mlp")["hidden"])
     torch.testing.assert_close((z + block.mlp.fc2(hidden)).detach(), saved("9-blocks")["tokens"][2])
     torch.testing.assert_close(

@@ -32,9 +32,10 @@ from config import Config
 from data import Batch, Dataset, Split
 from datasets import load_dataset
 from evaluation import evaluate, predict
+from explain import Record
 from run import RUN_FILES, check_fit
 from utils import UserError
-from ViT import Trace, parameters_of, patchify
+from ViT import parameters_of, patchify
 
 PROBE_IMAGES = 128  # of the figures of many images
 PROBE_BATCH = 32
@@ -164,10 +165,10 @@ class Model:
         """uint8 images (B, C, H, W) as the model takes them, on its device."""
         return self.checkpoint.preprocessing.normalize(images.to(self.device))
 
-    def traced(self, images: Tensor) -> tuple[Tensor, Trace]:
-        """Logits (B, K) of uint8 images (B, C, H, W), and the attention and tokens."""
-        trace = Trace()
-        return self.vit(self.normalize(images), trace=trace), trace
+    @torch.no_grad()
+    def record(self, images: Tensor) -> Record:
+        """What the model computes of uint8 images (B, C, H, W)."""
+        return explain.record(self.vit, self.normalize(images))
 
     @cached_property
     def probabilities(self) -> Tensor:
@@ -188,19 +189,19 @@ class Model:
     @torch.inference_mode()
     def _probe_of(self, batch: Batch) -> Probe:
         config = self.config
-        logits, trace = self.traced(batch.images)
+        logits, attention, tokens = self.record(batch.images)
         distances = [
-            explain.attention_distance(A, config.grid, config.patch_size) for A in trace.attention
+            explain.attention_distance(A, config.grid, config.patch_size) for A in attention
         ]
-        joint = explain.classifier_row(explain.rollout(trace.attention), config.pooling)
+        joint = explain.classifier_row(explain.rollout(attention), config.pooling)
         return Probe(
             batch.images,
             batch.labels,
             torch.stack(distances, dim=1),
-            torch.stack([explain.attention_entropy(A) for A in trace.attention], dim=1),
+            torch.stack([explain.attention_entropy(A) for A in attention], dim=1),
             joint.unflatten(-1, config.grid),
-            torch.stack(trace.tokens, dim=1),
-            self.vit.norm(self.vit.pool(trace.tokens[-1])),
+            torch.stack(tokens, dim=1),
+            self.vit.norm(self.vit.pool(tokens[-1])),
             logits.argmax(dim=1),
         )
 
@@ -241,8 +242,8 @@ def draw_patches(model: Model, subject: Subject) -> Picture:
 
 def draw_class_attention(model: Model, subject: Subject) -> Picture:
     query = QUERY_OF_CLASSIFIER[model.config.pooling]
-    _, trace = look(model, subject)
-    rows = [explain.classifier_row(A[0], model.config.pooling) for A in trace.attention]
+    attention = model.record(subject.pixels[None]).attention
+    rows = [explain.classifier_row(A[0], model.config.pooling) for A in attention]
     return _attention_picture(model, subject, torch.stack(rows), query, None)
 
 
@@ -250,8 +251,8 @@ def draw_patch_attention(model: Model, subject: Subject) -> Picture:
     g_h, g_w = model.config.grid
     row, column = model.options.query or (g_h // 2 + 1, g_w // 2 + 1)  # counted from 1
     patch = (row - 1) * g_w + column - 1
-    _, trace = look(model, subject)
-    rows = [explain.patch_row(A[0], patch, model.config.pooling) for A in trace.attention]
+    attention = model.record(subject.pixels[None]).attention
+    rows = [explain.patch_row(A[0], patch, model.config.pooling) for A in attention]
     query = f"of the patch in row {row}, column {column} (outlined)"
     return _attention_picture(model, subject, torch.stack(rows), query, (row - 1, column - 1))
 
@@ -290,7 +291,7 @@ def _attention_picture(
 
 
 def draw_explanations(model: Model, subject: Subject) -> Picture:
-    probabilities, _ = look(model, subject)
+    probabilities = look(model, subject)
     targets = target_classes(model, subject, probabilities)
     images = model.normalize(subject.pixels.expand(len(targets), *subject.pixels.shape))
     maps = explain.explanations(model.vit, images, torch.tensor(targets, device=model.device))
@@ -306,11 +307,9 @@ def draw_explanations(model: Model, subject: Subject) -> Picture:
     return Picture(figure, arrays, {"targets": [model.classes[k] for k in targets]})
 
 
-@torch.no_grad()
-def look(model: Model, subject: Subject) -> tuple[Tensor, Trace]:
-    """Probabilities (K,) of one image; its attention and tokens, as a batch of one."""
-    logits, trace = model.traced(subject.pixels[None])
-    return logits[0].softmax(dim=0), trace
+def look(model: Model, subject: Subject) -> Tensor:
+    """Probabilities (K,) of one image."""
+    return model.record(subject.pixels[None]).logits[0].softmax(dim=0)
 
 
 def target_classes(model: Model, subject: Subject, probabilities: Tensor) -> list[int]:
@@ -326,7 +325,7 @@ def target_classes(model: Model, subject: Subject, probabilities: Tensor) -> lis
 
 def describe(model: Model, subject: Subject) -> str:
     """The title of an image's figures: the image, its predicted class and its true class."""
-    probabilities, _ = look(model, subject)
+    probabilities = look(model, subject)
     predicted = int(probabilities.argmax())
     text = f"{subject.title}: predicted {model.classes[predicted]} ({probabilities[predicted]:.1%})"
     return text if subject.label is None else f"{text}, true class {model.classes[subject.label]}"

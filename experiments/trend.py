@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "visualization"))
 sys.path.insert(0, str(ROOT / "src"))
 
-import figures
+import style
 from ablation import STUDIES, Study, results_of
 from config import Parser
 from utils import run_program
@@ -109,18 +109,18 @@ def draw_widths(axes: Axes, studies: dict[str, dict[str, Point]]) -> None:
         widths, accuracies, deviations = zip(
             *sorted((p.width, 100 - p.error, p.deviation) for p in chosen), strict=True
         )
-        style = {"marker": "o", "ms": 3, "capsize": 2, "color": color}
-        axes.errorbar(widths, accuracies, deviations, label=name, **style)
+        look = {"marker": "o", "ms": 3, "capsize": 2, "color": color}
+        axes.errorbar(widths, accuracies, deviations, label=name, **look)
     axes.set(xscale="log", xlabel="width D", ylabel="validation accuracy (%)")
     axes.set_xticks([48, 64, 96, 128, 160, 256], [48, 64, 96, 128, 160, 256])
     axes.minorticks_off()
     axes.legend(loc="lower left")
 
 
-@figures.styled
+@style.styled
 def draw() -> Figure:
     studies = {name: points_of(STUDIES[name]) for name in FITTED}
-    figure = figures.new_figure(7.4, 3.2, "")
+    figure = style.new_figure(7.4, 3.2, "")
     left, right = figure.subplots(1, 2)
     draw_operations(left, studies)
     draw_widths(right, studies)
@@ -129,7 +129,7 @@ def draw() -> Figure:
 
 def main(argv: list[str]) -> int:
     Parser(prog="trend.py", description=__doc__).parse_args(argv)
-    figures.save(draw(), ROOT / "results/trend/trend.png", 220)
+    style.save(draw(), ROOT / "results/trend/trend.png", 220)
     return 0
 
 

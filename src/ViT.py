@@ -75,7 +75,7 @@ class PatchEmbedding(nn.Module):
         x = patchify(images, self.patch_size)  # (B, N, C P P)
         positions = self.pos_embed  # (1, T, D)
         if self.training and patch_dropout:
-            x, positions = self.drop_patches(x, patch_dropout)
+            x, positions = self.drop_patches(x, patch_dropout)  # N and T are smaller from here
         z = self.proj(x)  # (B, N, D)
         if self.cls_token is not None:
             z = torch.cat([self.cls_token.expand(len(z), -1, -1), z], dim=1)  # (B, N+1, D)
@@ -98,8 +98,9 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     A quarter of the dimensions each for sine and cosine of the column and of the row, at D/4
     frequencies from 1 down to 1/10000.
     """
-    rows, columns = torch.meshgrid(*(torch.arange(n).double() for n in grid), indexing="ij")
-    steps = torch.arange(width // 4, dtype=torch.float64) / max(width // 4 - 1, 1)
+    down, across = (torch.arange(n, dtype=torch.float64) for n in grid)
+    rows, columns = torch.meshgrid(down, across, indexing="ij")  # (H/P, W/P) each
+    steps = torch.arange(width // 4, dtype=torch.float64) / max(width // 4 - 1, 1)  # (D/4,)
     frequencies = 10_000.0**-steps  # (D/4,)
     x = columns.reshape(-1, 1) * frequencies  # (N, D/4)
     y = rows.reshape(-1, 1) * frequencies  # (N, D/4)

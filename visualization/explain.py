@@ -4,7 +4,7 @@
     z    tokens after one block, (n, T, D), of n images
     N    patches, g_h down times g_w across; T is N + 1 with a class token, which stands first
 
-`record` gives both, of every block. Ways to combine the blocks' attention into one map:
+`record` gives A and z of every block. Ways to combine the blocks' attention into one map:
 
     rollout             product over the blocks of A, mean over heads: where information can flow
     gradient rollout    the same of max(A * dy_c/dA, 0), which raises class c: class-specific

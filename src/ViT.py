@@ -8,7 +8,7 @@
     N   patches, H W / P^2           K    classes
     z_l tokens after block l         A    attention weights, a row for each query
 
-Submodules come before the modules built from them, with the paper's equations:
+The classes stand in the order of the data, with the paper's equations:
 
     PatchEmbedding            z_0 = [x_class; x_p^1 E; ...; x_p^N E] + E_pos               Eq. 1
     MultiHeadSelfAttention    q, k, v = z U_qkv;  A = softmax(q k^T / sqrt(D_h));
@@ -17,9 +17,13 @@ Submodules come before the modules built from them, with the paper's equations:
     EncoderBlock              z'_l = MSA(LN(z_{l-1})) + z_{l-1};
                               z_l = MLP(LN(z'_l)) + z'_l                                   Eqs. 2-3
     ViT                       y = LN(z_L^0), and a linear head on it                       Eq. 4
+
+`ViTConfig`, after them, holds the sizes; `MODELS` has those of the paper by name.
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations  # the config stands after the classes that take it
+
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -30,6 +34,230 @@ from torch.utils.checkpoint import checkpoint
 from base import GELU, DropPath
 from config import Config
 from utils import UserError
+
+# ---------------------------------------------------------------------------- patches (Eq. 1)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cuts images (B, C, H, W) into N patches, row by row, each flattened channel by channel."""
+    B, C, H, W = images.shape
+    P = patch_size
+    patches = images.reshape(B, C, H // P, P, W // P, P)  # (B, C, H/P, P, W/P, P)
+    patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, H/P, W/P, C, P, P)
+    return patches.reshape(B, (H // P) * (W // P), C * P * P)  # (B, N, C P P)
+
+
+class PatchEmbedding(nn.Module):
+    """Patches through one linear map E, the class token before them, positions added."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.image_shape = (config.channels, *config.image_size)
+        self.patch_size = config.patch_size
+        self.proj = nn.Linear(config.channels * config.patch_size**2, config.width)  # E
+        # The class token belongs to no patch: attention gathers in it what the head needs.
+        self.cls_token = None
+        if config.pooling == "class":
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        # Attention ignores the order of the tokens, so each carries its position.
+        if config.positions == "learned":
+            self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width))
+        else:
+            positions = sincos_positions(config.grid, config.width)  # (N, D)
+            # A class token comes first, and its position is 0.
+            positions = F.pad(positions, (0, 0, config.tokens - len(positions), 0))  # (T, D)
+            self.register_buffer("pos_embed", positions[None], persistent=False)  # (1, T, D)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, images: Tensor, patch_dropout: float = 0.0) -> Tensor:  # (B, C, H, W)
+        if images.shape[1:] != self.image_shape:
+            raise ValueError(f"images are {tuple(images.shape[1:])}, not {self.image_shape}")
+        x = patchify(images, self.patch_size)  # (B, N, C P P)
+        positions = self.pos_embed  # (1, T, D)
+        if self.training and patch_dropout:
+            x, positions = self.drop_patches(x, patch_dropout)  # N and T are smaller from here
+        z = self.proj(x)  # (B, N, D)
+        if self.cls_token is not None:
+            z = torch.cat([self.cls_token.expand(len(z), -1, -1), z], dim=1)  # (B, N+1, D)
+        return self.dropout(z + positions)  # (B, T, D)  Eq. 1
+
+    def drop_patches(self, x: Tensor, patch_dropout: float) -> tuple[Tensor, Tensor]:
+        """Some patches of each image, at random, and the positions of the tokens they become."""
+        B, N, _ = x.shape
+        kept = patches_kept(N, patch_dropout)
+        rows = torch.rand(B, N, device=x.device).argsort(dim=1)[:, :kept]  # (B, kept)
+        x = x.take_along_dim(rows[:, :, None], dim=1)  # (B, kept, C P P)
+        first = 0 if self.cls_token is None else 1  # the class token stays
+        rows = F.pad(rows + first, (first, 0))  # (B, first + kept)
+        return x, self.pos_embed[0, rows]  # (B, kept, C P P), (B, first + kept, D)
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed 2-D position embedding of Beyer et al. (arXiv 2205.01580), (N, D).
+
+    A quarter of the dimensions each for sine and cosine of the column and of the row, at D/4
+    frequencies from 1 down to 1/10000.
+    """
+    down, across = (torch.arange(n, dtype=torch.float64) for n in grid)
+    rows, columns = torch.meshgrid(down, across, indexing="ij")  # (H/P, W/P) each
+    steps = torch.arange(width // 4, dtype=torch.float64) / max(width // 4 - 1, 1)  # (D/4,)
+    frequencies = 10_000.0**-steps  # (D/4,)
+    x = columns.reshape(-1, 1) * frequencies  # (N, D/4)
+    y = rows.reshape(-1, 1) * frequencies  # (N, D/4)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()  # (N, D)
+
+
+def patches_kept(patches: int, patch_dropout: float) -> int:
+    """How many of an image's patches patch dropout keeps; one at least."""
+    return max(1, round(patches * (1 - patch_dropout)))
+
+
+# ---------------------------------------------------------------------------- attention (Eqs. 5-8)
+
+
+class MultiHeadSelfAttention(nn.Module):
+    """Each token asks with its query, is found by its key and answers with its value.
+
+    Each of the h heads has its own queries, keys and values, so it can look for something else.
+    """
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.implementation = config.attention
+        self.attention_dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)  # U_qkv
+        self.softmax = nn.Softmax(dim=-1)  # over the keys
+        self.proj = nn.Linear(config.width, config.width)  # U_msa
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, z: Tensor) -> Tensor:  # (B, T, D)
+        qkv = self.qkv(z).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, h, D_h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 of (B, h, T, D_h)  Eq. 5
+        rate = self.attention_dropout if self.training else 0.0
+        if self.is_plain(z):
+            # With entries of variance 1 in q and k, their product has variance D_h; dividing by
+            # sqrt(D_h) brings it back to 1, or the softmax would saturate.
+            A = self.softmax(q @ k.mT * q.shape[-1] ** -0.5)  # (B, h, T, T)  Eq. 6
+            heads = F.dropout(A, rate) @ v  # (B, h, T, D_h)  Eq. 7
+        else:  # the same in one kernel, which never holds all of A in memory
+            heads = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)  # (B, h, T, D_h)
+        # Only here does a token receive anything from others; U_msa mixes what the heads found.
+        return self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # (B, T, D)  Eq. 8
+
+    def is_plain(self, z: Tensor) -> bool:
+        """Whether A is written out: where asked for, and where it is faster (`PLAIN_TOKENS`)."""
+        short = z.device.type == "cpu" and z.shape[1] <= PLAIN_TOKENS
+        return self.implementation == "plain" or (self.implementation == "auto" and short)
+
+
+# ---------------------------------------------------------------------------- encoder (Eqs. 2-3)
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between them, the same for every token."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.width, config.hidden)
+        self.act = GELU()  # without it the two layers would collapse into one linear map
+        self.fc2 = nn.Linear(config.hidden, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, z: Tensor) -> Tensor:  # (B, T, D)
+        z = self.dropout(self.act(self.fc1(z)))  # (B, T, mlp_ratio D)
+        return self.dropout(self.fc2(z))  # (B, T, D)
+
+
+class EncoderBlock(nn.Module):
+    """Attention mixes the tokens, then the MLP acts on each of them: two residual branches."""
+
+    def __init__(self, config: ViTConfig, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
+        self.attn = MultiHeadSelfAttention(config)
+        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
+        self.mlp = MLP(config)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, z: Tensor) -> Tensor:  # (B, T, D)
+        # Residual: a branch only learns a change to z, and gradients flow past it unchanged.
+        # Norm first: it keeps a branch's input at one scale and leaves the residual path alone.
+        z = z + self.drop_path(self.attn(self.norm1(z)))  # Eq. 2
+        z = z + self.drop_path(self.mlp(self.norm2(z)))  # Eq. 3
+        return z
+
+
+# ---------------------------------------------------------------------------- the model (Eq. 4)
+
+
+class ViT(nn.Module):
+    """Vision Transformer: normalized images (B, C, H, W) of the config's size to logits (B, K).
+
+    In training, `patch_dropout` drops that fraction of each image's patches, which makes a step
+    cheaper and augments (PatchDropout, Liu et al., arXiv 2208.07220).
+    """
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.config = config
+        self.embed = PatchEmbedding(config)
+        step = config.drop_path / max(config.depth - 1, 1)
+        self.blocks = nn.ModuleList(EncoderBlock(config, i * step) for i in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
+        self.head = nn.Linear(config.width, config.classes)
+        self.initialize()
+
+    def forward(self, images: Tensor, patch_dropout: float = 0.0) -> Tensor:  # (B, C, H, W)
+        z = self.embed(images, patch_dropout)  # (B, T, D)
+        for block in self.blocks:
+            if self.config.checkpoint_activations and self.training:  # the same, in less memory
+                z = checkpoint(block, z, use_reentrant=False)  # (B, T, D)
+            else:
+                z = block(z)  # (B, T, D)
+        # Nothing has normalized the residual sum z_L so far; the last norm does.
+        return self.head(self.norm(self.pool(z)))  # (B, K)  Eq. 4
+
+    def pool(self, z: Tensor) -> Tensor:  # (B, T, D)
+        """The class token, z_L^0 in Eq. 4; in a model without one, the mean of the patches.
+
+        The mean reaches every patch from the first step, and small models train better with it. The
+        reference code takes it after the LayerNorm; here, as in MAE, it is before.
+        """
+        return z[:, 0] if self.config.pooling == "class" else z.mean(dim=1)  # (B, D)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """As the paper's reference code (google-research/vision_transformer, models_vit.py).
+
+        E: LeCun normal. Matrices of the blocks: Xavier uniform, q, k and v each a D x D matrix of
+        its own. MLP biases: normal, std 1e-6. Positions: normal, std 0.02. Class token, head and
+        every other bias: zero.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        # Truncating a normal at 2 std shrinks its std to 0.8796; dividing restores it.
+        std = self.embed.proj.in_features**-0.5 / 0.87962566
+        nn.init.trunc_normal_(self.embed.proj.weight, std=std, a=-2 * std, b=2 * std)
+        if self.config.positions == "learned":
+            nn.init.normal_(self.embed.pos_embed, std=0.02)
+        for block in self.blocks:
+            for matrix in block.attn.qkv.weight.chunk(3):
+                nn.init.xavier_uniform_(matrix)
+            nn.init.xavier_uniform_(block.attn.proj.weight)
+            for linear in (block.mlp.fc1, block.mlp.fc2):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.normal_(linear.bias, std=1e-6)
+        nn.init.zeros_(self.head.weight)
+
+
+def parameters_of(module: nn.Module) -> int:
+    """How many numbers the parameters of a module hold."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ---------------------------------------------------------------------------- the config
 
 # Base, large and huge are the paper's Table 1, tiny and small DeiT's (arXiv 2012.12877); micro is
 # for the demo.
@@ -109,238 +337,3 @@ class ViTConfig(Config):
     def hidden(self) -> int:
         """The width inside the MLP."""
         return round(self.mlp_ratio * self.width)
-
-
-# ---------------------------------------------------------------------------- patches (Eq. 1)
-
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cuts images (B, C, H, W) into N patches, row by row, each flattened channel by channel."""
-    B, C, H, W = images.shape
-    P = patch_size
-    patches = images.reshape(B, C, H // P, P, W // P, P)
-    patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, H/P, W/P, C, P, P)
-    return patches.reshape(B, (H // P) * (W // P), C * P * P)  # (B, N, C P P)
-
-
-def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-D position embedding of Beyer et al. (arXiv 2205.01580), (N, D).
-
-    A quarter of the dimensions each for sine and cosine of the column and of the row, at D/4
-    frequencies from 1 down to 1/10000.
-    """
-    rows, columns = torch.meshgrid(*(torch.arange(n).double() for n in grid), indexing="ij")
-    steps = torch.arange(width // 4, dtype=torch.float64) / max(width // 4 - 1, 1)
-    frequencies = 10_000.0**-steps  # (D/4,)
-    x = columns.reshape(-1, 1) * frequencies  # (N, D/4)
-    y = rows.reshape(-1, 1) * frequencies  # (N, D/4)
-    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()  # (N, D)
-
-
-def patches_kept(patches: int, patch_dropout: float) -> int:
-    """How many of an image's patches patch dropout keeps; one at least."""
-    return max(1, round(patches * (1 - patch_dropout)))
-
-
-class PatchEmbedding(nn.Module):
-    """Eq. 1: patches through one linear map E, the class token before them, positions added."""
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        self.image_shape = (config.channels, *config.image_size)
-        self.patch_size = config.patch_size
-        self.proj = nn.Linear(config.channels * config.patch_size**2, config.width)  # E
-        # The class token belongs to no patch: attention gathers in it what the head needs.
-        self.cls_token = None
-        if config.pooling == "class":
-            self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        # Attention ignores the order of the tokens, so each carries its position.
-        if config.positions == "learned":
-            self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width))
-        else:
-            positions = sincos_positions(config.grid, config.width)
-            # A class token comes first, and its position is 0.
-            positions = F.pad(positions, (0, 0, config.tokens - len(positions), 0))
-            self.register_buffer("pos_embed", positions[None], persistent=False)  # (1, T, D)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, images: Tensor, patch_dropout: float = 0.0) -> Tensor:  # (B, C, H, W)
-        if images.shape[1:] != self.image_shape:
-            raise ValueError(f"images are {tuple(images.shape[1:])}, not {self.image_shape}")
-        x, positions = patchify(images, self.patch_size), self.pos_embed  # (B, N, C P P), (1, T, D)
-        if self.training and patch_dropout:
-            x, positions = self.drop_patches(x, patch_dropout)
-        z = self.proj(x)  # (B, N, D)
-        if self.cls_token is not None:
-            z = torch.cat([self.cls_token.expand(len(z), -1, -1), z], dim=1)  # (B, N+1, D)
-        return self.dropout(z + positions)  # (B, T, D)
-
-    def drop_patches(self, x: Tensor, patch_dropout: float) -> tuple[Tensor, Tensor]:
-        """Some patches of each image, at random, and the positions of the tokens they become."""
-        B, N, _ = x.shape
-        kept = patches_kept(N, patch_dropout)
-        rows = torch.rand(B, N, device=x.device).argsort(dim=1)[:, :kept]  # (B, kept)
-        x = x.take_along_dim(rows[:, :, None], dim=1)  # (B, kept, C P P)
-        first = 0 if self.cls_token is None else 1  # the class token stays
-        return x, self.pos_embed[0, F.pad(rows + first, (first, 0))]  # (B, first + kept, D)
-
-
-# ---------------------------------------------------------------------------- attention (Eqs. 5-8)
-
-
-@dataclass
-class Trace:
-    """What the figures need of a forward pass; the tensors stay in the autograd graph."""
-
-    attention: list[Tensor] = field(default_factory=list)  # L of (B, h, T, T): A of each block
-    tokens: list[Tensor] = field(default_factory=list)  # L + 1 of (B, T, D): z_0, z_1, ..., z_L
-
-
-class MultiHeadSelfAttention(nn.Module):
-    """Eqs. 5-8: each token asks with its query, is found by its key and answers with its value.
-
-    Each of the h heads has its own queries, keys and values, so it can look for something else.
-    """
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        self.heads = config.heads
-        self.implementation = config.attention
-        self.attention_dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)  # U_qkv
-        self.proj = nn.Linear(config.width, config.width)  # U_msa
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, z: Tensor, trace: Trace | None = None) -> Tensor:  # (B, T, D)
-        qkv = self.qkv(z).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, h, D_h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 of (B, h, T, D_h)  Eq. 5
-        rate = self.attention_dropout if self.training else 0.0
-        short = z.device.type == "cpu" and z.shape[1] <= PLAIN_TOKENS
-        plain = self.implementation == "plain" or (self.implementation == "auto" and short)
-        if plain or trace is not None:
-            # With entries of variance 1 in q and k, their product has variance D_h; dividing by
-            # sqrt(D_h) brings it back to 1, or the softmax would saturate.
-            A = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)  # (B, h, T, T)  Eq. 6
-            heads = F.dropout(A, rate) @ v  # (B, h, T, D_h)  Eq. 7
-            if trace is not None:
-                trace.attention.append(A)
-        else:  # the same in one kernel, which never holds all of A in memory
-            heads = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)  # Eqs. 6-7
-        # Only here does a token receive anything from others; U_msa mixes what the heads found.
-        return self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # (B, T, D)  Eq. 8
-
-
-# ---------------------------------------------------------------------------- encoder (Eqs. 2-3)
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU between them, the same for every token."""
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.width, config.hidden)
-        self.act = GELU()  # without it the two layers would collapse into one linear map
-        self.fc2 = nn.Linear(config.hidden, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, z: Tensor) -> Tensor:  # (B, T, D)
-        z = self.dropout(self.act(self.fc1(z)))  # (B, T, mlp_ratio D)
-        return self.dropout(self.fc2(z))  # (B, T, D)
-
-
-class EncoderBlock(nn.Module):
-    """Pre-norm block: attention mixes tokens, the MLP acts on each separately; both are residual.
-
-    Each branch only learns a change to z, and gradients flow past it unchanged. A norm keeps the
-    branch's input at one scale however z grows; it stands before the branch and not after the sum,
-    so that no norm interrupts the residual path.
-    """
-
-    def __init__(self, config: ViTConfig, drop_path: float):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
-        self.attn = MultiHeadSelfAttention(config)
-        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
-        self.mlp = MLP(config)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, z: Tensor, trace: Trace | None = None) -> Tensor:  # (B, T, D)
-        z = z + self.drop_path(self.attn(self.norm1(z), trace))  # Eq. 2
-        z = z + self.drop_path(self.mlp(self.norm2(z)))  # Eq. 3
-        if trace is not None:
-            trace.tokens.append(z)
-        return z
-
-
-# ---------------------------------------------------------------------------- the model (Eq. 4)
-
-
-class ViT(nn.Module):
-    """Vision Transformer: normalized images (B, C, H, W) of the config's size to logits (B, K).
-
-    `forward` has two options: `patch_dropout` drops that fraction of each training image's patches,
-    which makes a step cheaper and augments (PatchDropout, Liu et al., arXiv 2208.07220); a `Trace`
-    is filled with the attention weights and tokens of every block.
-    """
-
-    def __init__(self, config: ViTConfig):
-        super().__init__()
-        self.config = config
-        self.embed = PatchEmbedding(config)
-        step = config.drop_path / max(config.depth - 1, 1)
-        self.blocks = nn.ModuleList(EncoderBlock(config, i * step) for i in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
-        self.head = nn.Linear(config.width, config.classes)
-        self.initialize()
-
-    def forward(
-        self, images: Tensor, patch_dropout: float = 0.0, trace: Trace | None = None
-    ) -> Tensor:
-        z = self.embed(images, patch_dropout)  # (B, T, D)  Eq. 1
-        if trace is not None:
-            trace.tokens.append(z)
-        for block in self.blocks:
-            if self.config.checkpoint_activations and self.training:  # the same, in less memory
-                z = checkpoint(block, z, trace, use_reentrant=False)
-            else:
-                z = block(z, trace)  # (B, T, D)  Eqs. 2-3
-        # Nothing has normalized the residual sum z_L so far; the last norm does.
-        return self.head(self.norm(self.pool(z)))  # (B, K)  Eq. 4
-
-    def pool(self, z: Tensor) -> Tensor:  # (B, T, D)
-        """The class token, z_L^0 in Eq. 4; in a model without one, the mean of the patches.
-
-        The mean reaches every patch from the first step, and small models train better with it. The
-        reference code takes it after the LayerNorm; here, as in MAE, it is before.
-        """
-        return z[:, 0] if self.config.pooling == "class" else z.mean(dim=1)  # (B, D)
-
-    @torch.no_grad()
-    def initialize(self) -> None:
-        """As the paper's reference code (google-research/vision_transformer, models_vit.py).
-
-        E: LeCun normal. Matrices of the blocks: Xavier uniform, q, k and v each a D x D matrix of
-        its own. MLP biases: normal, std 1e-6. Positions: normal, std 0.02. Class token, head and
-        every other bias: zero.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        # Truncating a normal at 2 std shrinks its std to 0.8796; dividing restores it.
-        std = self.embed.proj.in_features**-0.5 / 0.87962566
-        nn.init.trunc_normal_(self.embed.proj.weight, std=std, a=-2 * std, b=2 * std)
-        if self.config.positions == "learned":
-            nn.init.normal_(self.embed.pos_embed, std=0.02)
-        for block in self.blocks:
-            for matrix in block.attn.qkv.weight.chunk(3):
-                nn.init.xavier_uniform_(matrix)
-            nn.init.xavier_uniform_(block.attn.proj.weight)
-            for linear in (block.mlp.fc1, block.mlp.fc2):
-                nn.init.xavier_uniform_(linear.weight)
-                nn.init.normal_(linear.bias, std=1e-6)
-        nn.init.zeros_(self.head.weight)
-
-
-def parameters_of(module: nn.Module) -> int:
-    """How many numbers the parameters of a module hold."""
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+import explain
 import small
 import vis
 from checkpoint import load_model
 from data import Preprocessing
 from test_vis import write_checkpoint
 from utils import status_of
-from ViT import Trace
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -27,7 +27,7 @@ KINDS = {
 }
 RUN = """removed => {
     state.removed = new Set(removed); ran = ""; run();
-    return [result.logits.map(row => [...row]), result.attention.map(A => [...A])];
+    return [...result.logits, ...result.attention].map(values => [...values]);
 }"""
 
 
@@ -43,7 +43,7 @@ def make(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["visualization/vis.py"])
 
     def written(flags="", dataset=small.SHAPES, **options):
-        monkeypatch.setattr("catalogue.load_dataset", lambda *_, **__: dataset)
+        monkeypatch.setattr("model.load_dataset", lambda *_, **__: dataset)
         checkpoint = tmp_path / "run/last.pt"
         write_checkpoint(checkpoint, dataset, **options)
         where = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
@@ -75,43 +75,23 @@ def visit(browser):
         page.close()
 
 
-def halved(folder):
-    """The model of a run with its weights in half precision, as the page has them."""
-    model, checkpoint = load_model(folder / "run/last.pt")
-    model.load_state_dict({name: w.half().float() for name, w in model.state_dict().items()})
-    model.embed.pos_embed.data = model.embed.pos_embed.data.half().float()
-    return model, checkpoint.preprocessing
-
-
-def expected_of(model, preprocessing, images, removed):
-    """Logits after each layer (L + 1, K) and attention, of an image without some patches."""
-    N = model.config.patches
-    kept = torch.tensor([patch for patch in range(N) if patch not in removed])
-    trace, layers = Trace(), []
-    first = model.config.tokens - N
-    rows = torch.cat([torch.arange(first), kept + first])
-    with torch.no_grad():
-        z = model.embed(preprocessing.normalize(images))[:, rows]
-        layers.append(z)
-        for block in model.blocks:
-            layers.append(z := block(z, trace))
-        logits = torch.cat([model.head(model.norm(model.pool(each))) for each in layers])
-    return logits, [A.flatten() for A in trace.attention]
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("removed", [[], [0, 5, 6, 15], list(range(1, 16))])
 def test_the_page_computes_what_torch_does(make, visit, tmp_path, kind, removed):
     page = visit(make("--index 3,4", **KINDS[kind]), "#image=1")
-    model, preprocessing = halved(tmp_path)
-    images, _ = small.SHAPES.validation.take(torch.tensor([4]))
-    logits, attention = expected_of(model, preprocessing, images, removed)
-    found = page.evaluate(RUN, removed)
-    torch.testing.assert_close(torch.tensor(found[0]), logits, rtol=0, atol=1e-3)
-    for ours, theirs in zip(found[1], attention, strict=True):
-        torch.testing.assert_close(
-            torch.tensor(ours, dtype=torch.float32), theirs, rtol=0, atol=1e-3
-        )
+    model, checkpoint = load_model(tmp_path / "run/last.pt")
+    for weight in (*model.parameters(), *model.buffers()):
+        weight.data = weight.data.half().float()  # as the page has them
+    pixels = small.SHAPES.validation.take(torch.tensor([4])).images
+    first = model.config.tokens - model.config.patches
+    left = [row for row in range(model.config.tokens) if row - first not in removed]
+    with torch.no_grad(), model.embed.register_forward_hook(lambda *call: call[-1][:, left]):
+        record = explain.record(model, checkpoint.preprocessing.normalize(pixels))
+        logits = [model.head(model.norm(model.pool(z))) for z in record.tokens]
+    expected = [*logits, *record.attention]
+    for ours, theirs in zip(page.evaluate(RUN, removed), expected, strict=True):
+        ours = torch.tensor(ours, dtype=torch.float32)
+        torch.testing.assert_close(ours, theirs.flatten(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["wide", "tall", "small", "clear", "rotated", "cropped"])
@@ -192,16 +172,16 @@ def test_the_most_and_the_least_attended_are_removed(make, visit):
 def test_layer_head_and_picture_change_what_is_shown(make, visit):
     page = visit(make("--index 3,4"))
     assert page.inner_text("#layer-number") == "2 of 2"
-    seen = [page.inner_text("#map-caption")]
-    page.locator("#layer").fill("1")
-    seen.append(page.inner_text("#map-caption"))
-    page.select_option("#head", "1")
-    seen.append(page.inner_text("#map-caption"))
-    page.select_option("#view", "rollout")
-    seen.append(page.inner_text("#map-caption"))
-    page.locator("#images button").nth(1).click()
-    seen.append(page.inner_text("#map-caption"))
-    assert len(set(seen)) == 5
+    seen = {page.inner_text("#map-caption")}
+    for change in (
+        lambda: page.locator("#layer").fill("1"),
+        lambda: page.select_option("#head", "1"),
+        lambda: page.select_option("#view", "rollout"),
+        lambda: page.locator("#images button").nth(1).click(),
+    ):
+        change()
+        seen.add(page.inner_text("#map-caption"))
+    assert len(seen) == 5
     page.select_option("#view", "classifier")
     page.locator("#tiles").click(position={"x": 60, "y": 100})
     assert page.evaluate("() => [state.layer, state.head]") == [1, 0]
@@ -218,10 +198,8 @@ def test_a_linked_view_opens_as_it_was(make, visit):
     again = visit(path, hash_)
     assert again.inner_text("body") == shown and again.evaluate("() => location.hash") == hash_
     broken = visit(path, "#image=99&layer=x&head=-7&view=constructor&patch=1e9&removed=4,,x,99,-1")
-    assert broken.evaluate("() => [state.image, state.layer, state.head, state.view]") == [
-        *(0, 1, -1),
-        "classifier",
-    ]
+    seen = broken.evaluate("() => [state.image, state.layer, state.head, state.view]")
+    assert seen == [0, 1, -1, "classifier"]
     assert broken.evaluate("() => [...state.removed]") == [4]
 
 
@@ -235,9 +213,8 @@ def test_it_fits_a_phone_and_answers_touch(make, visit, width, scheme):
 
 def test_names_stay_text(make, visit, tmp_path):
     name = "<img src=x onerror=document.title='broken'>"
-    dataset = dataclasses.replace(
-        small.SHAPES, classes=(name, "</script>", *small.SHAPES.classes[2:])
-    )
+    classes = (name, "</script>", *small.SHAPES.classes[2:])
+    dataset = dataclasses.replace(small.SHAPES, classes=classes)
     path = make("--index 3", dataset=dataset)
     (text,) = re.findall(r'type="application/json">(.*?)</script>', path.read_text())
     assert json.loads(text)["classes"][:2] == [name, "</script>"]
@@ -251,7 +228,6 @@ def test_names_stay_text(make, visit, tmp_path):
 
 
 def test_a_model_too_large_for_a_page_has_none(make, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("catalogue.LARGEST_IN_PAGE", 1000)
-    path = make("--index 3")
-    assert not path.exists()
+    monkeypatch.setattr("explorer.LARGEST_IN_PAGE", 1000)
+    assert not make("--index 3").exists()
     assert "weights are too many for a page" in capsys.readouterr().out

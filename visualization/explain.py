@@ -4,7 +4,7 @@
     z    tokens after one block, (n, T, D), of n images
     N    patches, g_h down times g_w across; T is N + 1 with a class token, which stands first
 
-A `Trace` has both, of every block. Ways to combine the blocks' attention into one map:
+`record` gives A and z of every block. Ways to combine the blocks' attention into one map:
 
     rollout             product over the blocks of A, mean over heads: where information can flow
     gradient rollout    the same of max(A * dy_c/dA, 0), which raises class c: class-specific
@@ -16,14 +16,43 @@ A `Trace` has both, of every block. Ways to combine the blocks' attention into o
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ViT import Trace, ViT, patchify
+from ViT import ViT, patchify
+
+# ---------------------------------------------------------------------------- a recorded model
+
+
+class Record(NamedTuple):
+    """What a model computes of a batch of images; the tensors stay in the autograd graph."""
+
+    logits: Tensor  # (B, K)
+    attention: list[Tensor]  # L of (B, h, T, T): A of each block, before any dropout
+    tokens: list[Tensor]  # L + 1 of (B, T, D): z_0, z_1, ..., z_L
+
+
+def record(model: ViT, images: Tensor) -> Record:
+    """Runs a model on normalized images (B, C, H, W); hooks note what its parts compute."""
+    attention, tokens = [], []
+    with ExitStack() as hooks:
+        for part in (model.embed, *model.blocks):
+            hooks.enter_context(part.register_forward_hook(adds_to(tokens)))
+        for attn in (block.attn for block in model.blocks):
+            hooks.enter_context(attn.softmax.register_forward_hook(adds_to(attention)))
+            hooks.callback(setattr, attn, "implementation", attn.implementation)
+            attn.implementation = "plain"  # the fused kernel never holds all of A
+        return Record(model(images), attention, tokens)
+
+
+def adds_to(outputs: list[Tensor]) -> Callable:
+    """A forward hook that appends the output of its module to a list."""
+    return lambda module, inputs, output: outputs.append(output)
+
 
 # --------------------------------------------------------------------------- from tokens to patches
 
@@ -77,29 +106,25 @@ class Walk(NamedTuple):
 @torch.no_grad()
 def walk(model: ViT, image: Tensor, block: int) -> Walk:
     """Follows one normalized image (C, H, W); the block is counted from 0."""
-    outputs: dict[nn.Module, Tensor] = {}
+    outputs: list[Tensor] = []
     layers = model.embed.proj, model.blocks[block].attn.qkv, model.blocks[block].mlp.fc1
-    hooks = [
-        layer.register_forward_hook(lambda layer, _, output: outputs.update({layer: output[0]}))
-        for layer in layers
-    ]
-    trace = Trace()
-    model(image[None], trace=trace)
-    for hook in hooks:
-        hook.remove()
-    embedded, qkv, hidden = (outputs[layer] for layer in layers)
+    with ExitStack() as hooks:
+        for layer in layers:  # in the order in which they are called
+            hooks.enter_context(layer.register_forward_hook(adds_to(outputs)))
+        _, attention, tokens = record(model, image[None])
+    embedded, qkv, hidden = (output[0] for output in outputs)
     q, k, v = qkv.unflatten(-1, (3, model.config.heads, -1)).permute(1, 2, 0, 3)  # (h, T, D_h)
     return Walk(
         patches=patchify(image[None], model.config.patch_size)[0],
         embedded=embedded,
-        tokens=[z[0] for z in trace.tokens],
+        tokens=[z[0] for z in tokens],
         q=q,
         k=k,
         v=v,
         scores=q @ k.mT * q.shape[-1] ** -0.5,
-        attention=[A[0] for A in trace.attention],
+        attention=[A[0] for A in attention],
         hidden=hidden,
-        lens=logit_lens(model, trace.tokens)[:, 0],
+        lens=logit_lens(model, tokens)[:, 0],
     )
 
 
@@ -118,10 +143,9 @@ def attention_gradients(
     Returns:
         Two lists of L tensors (B, h, T, T): A, and dy_c/dA through all later blocks.
     """
-    trace = Trace()
-    logits = model(images, trace=trace)  # (B, K)
-    gradients = torch.autograd.grad(score(logits, targets), trace.attention)
-    return [A.detach() for A in trace.attention], list(gradients)
+    logits, attention, _ = record(model, images)
+    gradients = torch.autograd.grad(score(logits, targets), attention)
+    return [A.detach() for A in attention], list(gradients)
 
 
 def score(logits: Tensor, targets: Tensor) -> Tensor:
@@ -198,10 +222,9 @@ def legrad(model: ViT, images: Tensor, targets: Tensor) -> Tensor:
     Returns:
         (B, N)
     """
-    trace = Trace()
-    model(images, trace=trace)
+    _, attention, tokens = record(model, images)
     total = images.new_zeros(len(images), model.config.patches)
-    for A, z in zip(trace.attention, trace.tokens[1:], strict=True):
+    for A, z in zip(attention, tokens[1:], strict=True):
         of_block = score(model.head(model.norm(model.pool(z))), targets)
         (gradient,) = torch.autograd.grad(of_block, A, retain_graph=True)
         total += gradient.clamp(min=0).mean(dim=(1, 2))[:, -model.config.patches :]
@@ -273,7 +296,7 @@ def logit_lens(model: ViT, tokens: list[Tensor]) -> Tensor:
     """The classifier applied to the tokens after each block, as if it were the last.
 
     Args:
-        tokens: L + 1 of (B, T, D), as in a `Trace`.
+        tokens: L + 1 of (B, T, D), as in a `Record`.
 
     Returns:
         Probabilities (L + 1, B, K); the last are the model's own.
@@ -340,20 +363,17 @@ Head = tuple[int, int]  # a block and a head in it, counted from 0
 @contextmanager
 def without_heads(model: ViT, heads: Iterable[Head]) -> Iterator[None]:
     """A block in which the outputs of these heads are zero before they are projected."""
-    hooks = []
-    for layer, head in heads:
+    with ExitStack() as hooks:
+        for layer, head in heads:
 
-        def silenced(_: nn.Module, inputs: tuple[Tensor], head: int = head) -> tuple[Tensor]:
-            z = inputs[0].unflatten(-1, (model.config.heads, -1)).clone()  # (B, T, h, D_h)
-            z[:, :, head] = 0
-            return (z.flatten(2),)
+            def silenced(_: nn.Module, inputs: tuple[Tensor], head: int = head) -> tuple[Tensor]:
+                z = inputs[0].unflatten(-1, (model.config.heads, -1)).clone()  # (B, T, h, D_h)
+                z[:, :, head] = 0
+                return (z.flatten(2),)
 
-        hooks.append(model.blocks[layer].attn.proj.register_forward_pre_hook(silenced))
-    try:
+            proj = model.blocks[layer].attn.proj
+            hooks.enter_context(proj.register_forward_pre_hook(silenced))
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 class HeadWorth(NamedTuple):

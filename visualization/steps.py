@@ -1,31 +1,39 @@
 """How a ViT works in ten steps, each drawn with the real values of one image in one model.
 
-Each function takes a `Scene` and returns a Figure; `STEPS` lists them in order.
+A step is drawn from a `Scene`; the decorator `step` makes it a figure as all others are.
 """
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
 from torch import Tensor
 
 import explain
-import figures
 from base import GELU
 from explain import Walk
-from figures import (
+from model import Model, Subject
+from style import (
     ATTENTION,
     MARK,
-    SIGNED,
+    RELATIVE,
     SMALLEST,
+    Picture,
+    attention_bar,
     by,
+    corner,
     in_color,
+    new_figure,
     outline,
     show_picture,
-    styled,
+    signed,
+    tiles,
+    to_picture,
 )
 from ViT import ViT, ViTConfig
 
@@ -39,7 +47,7 @@ MOST_COLUMNS = 192  # of a matrix, so that each is a pixel or more
 class Scene(NamedTuple):
     """An image, what a model computes of it, and the patch, block and head that the steps show."""
 
-    model: ViT
+    vit: ViT
     picture: np.ndarray  # (H, W, 3) or (H, W) uint8
     walk: Walk  # on the CPU
     classes: list[str]
@@ -49,7 +57,7 @@ class Scene(NamedTuple):
 
     @property
     def config(self) -> ViTConfig:
-        return self.model.config
+        return self.vit.config
 
     @property
     def number(self) -> int:
@@ -87,36 +95,49 @@ class Scene(NamedTuple):
         return row.unflatten(-1, self.config.grid).numpy()
 
 
-def scene_of(
-    model: ViT,
-    image: Tensor,
-    picture: np.ndarray,
-    classes: list[str],
-    *,
-    patch: tuple[int, int] | None = None,
-    block: int | None = None,
-    head: int | None = None,
-) -> Scene:
+def scene_of(model: Model, subject: Subject) -> Scene:
     """Follows an image through a model.
 
-    Args:
-        image: (C, H, W), normalized, on the model's device.
-        picture: the same image, (H, W, 3) or (H, W) uint8.
-        patch, block, head: counted from 0; by default the middle patch, the middle block, and the
-            head with this patch's largest single weight.
+    Where the options name none, the patch and the block are the middle ones, and the head is that
+    with the patch's largest single weight.
     """
-    config = model.config
-    patch = patch or (config.grid[0] // 2, config.grid[1] // 2)
-    block = config.depth // 2 if block is None else block
-    walk = explain.walk(model, image, block)
+    (g_h, g_w), options = model.config.grid, model.options
+    middle = g_h // 2 + 1, g_w // 2 + 1  # counted from 1
+    row, column = options.query if isinstance(options.query, tuple) else middle
+    block = options.layer - 1 if isinstance(options.layer, int) else model.config.depth // 2
+    walk = explain.walk(model.vit, model.normalize(subject.pixels[None])[0], block)
     walk = Walk(
         *([z.cpu() for z in part] if isinstance(part, list) else part.cpu() for part in walk)
     )
-    scene = Scene(model, picture, walk, classes, patch, block, head or 0)
-    if head is None:
-        highest = scene.of_patch(walk.attention[block]).max(axis=(1, 2))  # (h,)
-        scene = scene._replace(head=int(highest.argmax()))
-    return scene
+    picture = to_picture(subject.pixels)
+    scene = Scene(model.vit, picture, walk, model.classes, (row - 1, column - 1), block, head=0)
+    if isinstance(options.head, int):
+        return scene._replace(head=options.head - 1)
+    highest = scene.of_patch(walk.attention[block]).max(axis=(1, 2))  # (h,)
+    return scene._replace(head=int(highest.argmax()))
+
+
+def step(*shown: str) -> Callable:
+    """Makes a figure of a model and an image out of a function that draws a `Scene`.
+
+    Args:
+        shown: the fields of the walk that it draws, which are the figure's arrays.
+    """
+
+    def figure_of(draw: Callable[[Scene], Figure]) -> Callable[[Model, Subject], Picture]:
+        @wraps(draw)
+        def drawn(model: Model, subject: Subject) -> Picture:
+            scene = scene_of(model, subject)
+            parts = {name: getattr(scene.walk, name) for name in shown}
+            arrays = {
+                name: (torch.stack(part) if isinstance(part, list) else part).numpy()
+                for name, part in parts.items()
+            }
+            return Picture(draw(scene), arrays)
+
+        return drawn
+
+    return figure_of
 
 
 # ---------------------------------------------------------------------------- parts of the pictures
@@ -124,7 +145,7 @@ def scene_of(
 
 def _row(title: str, ratios: list[float], height: float, caption: str) -> tuple[Figure, list[Axes]]:
     """A figure of axes side by side."""
-    figure = figures.new_figure(WIDTH, height + 0.25, title, caption)
+    figure = new_figure(WIDTH, height + 0.25, title, caption)
     return figure, list(figure.subplots(1, len(ratios), width_ratios=ratios))
 
 
@@ -137,8 +158,7 @@ def _sign(axes: Axes, text: str, size: float = 11) -> None:
 def _matrix(axes: Axes, values: np.ndarray, title: str, x: str, y: str = "") -> None:
     """Values (rows, columns) of both signs, white at 0."""
     most = float(np.quantile(np.abs(values), 0.98)) or 1.0
-    scale = {"cmap": SIGNED, "vmin": -most, "vmax": most}
-    axes.imshow(values, aspect="auto", interpolation_stage="data", **scale)
+    axes.imshow(values, aspect="auto", interpolation_stage="data", **signed(most))
     axes.set(xlabel=x, ylabel=y, title=title, xticks=[], yticks=[])
 
 
@@ -168,15 +188,15 @@ def _map(axes: Axes, values: np.ndarray, title: str, **style) -> None:
 
 def _weights(axes: Axes, scene: Scene, values: np.ndarray, title: str) -> None:
     """Attention weights (g_h, g_w), one per patch, on the scale of all figures."""
-    _map(axes, values * scene.config.tokens, title, norm=figures.RELATIVE)
+    _map(axes, values * scene.config.tokens, title, norm=RELATIVE)
 
 
 def _exploded(axes: Axes, scene: Scene) -> None:
     """The picture as patches with gaps between them, the chosen one outlined."""
     pieces, P = scene.pieces(), scene.config.patch_size
-    figures.tiles(axes, pieces, [], [])
+    tiles(axes, pieces, [], [])
     axes.set_aspect("equal")
-    y, x = figures.corner(pieces, *scene.patch)
+    y, x = corner(pieces, *scene.patch)
     outline(axes, y, x, P, P)
 
 
@@ -232,7 +252,7 @@ ROWS = 5  # patches whose tokens the overview shows, the chosen one among them
 CODE = {"family": "monospace", "size": SMALLEST}
 
 
-@styled
+@step("tokens", "attention", "lens")
 def overview(scene: Scene) -> Figure:
     """The paper's Fig. 1 with real values: from the image to its class, and the block inside."""
     canvas = Canvas(9, 4.2)
@@ -280,7 +300,7 @@ def _draw_tokens(canvas: Canvas, scene: Scene) -> None:
 def _strip(axes: Axes, values: np.ndarray, among: np.ndarray) -> None:
     """A token's numbers (1, D), on a scale for all tokens (N, D)."""
     most = float(np.quantile(np.abs(among), 0.95)) or 1.0
-    axes.imshow(values, aspect="auto", cmap=SIGNED, vmin=-most, vmax=most)
+    axes.imshow(values, aspect="auto", **signed(most))
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(visible=True, linewidth=0.5, color="0.5")
 
@@ -350,7 +370,7 @@ def _draw_attention(canvas: Canvas, scene: Scene) -> None:
         _weights(axes, scene, scene.of_patch(scene.walk.attention[layer - 1].mean(dim=0)), "")
         _mark_in_map(axes, scene)
         canvas.text(5.79 + 0.8 * place, 1.62, f"layer {layer}", SMALLEST)
-    figures.attention_bar(
+    attention_bar(
         canvas.figure, None, cax=canvas.axes(5.42, 0.47, 3.14, 0.1), orientation="horizontal"
     )
 
@@ -358,7 +378,7 @@ def _draw_attention(canvas: Canvas, scene: Scene) -> None:
 # ---------------------------------------------------------------------------- the ten steps
 
 
-@styled
+@step("patches")
 def image(scene: Scene) -> Figure:
     P = scene.config.patch_size
     names = [name for name, _ in scene.channels]
@@ -381,7 +401,7 @@ def image(scene: Scene) -> Figure:
     return figure
 
 
-@styled
+@step("patches")
 def patches(scene: Scene) -> Figure:
     (g_h, g_w), P = scene.config.grid, scene.config.patch_size
     piece, channels = scene.pieces()[scene.patch], scene.channels
@@ -402,10 +422,10 @@ def patches(scene: Scene) -> Figure:
     return figure
 
 
-@styled
+@step("patches", "embedded")
 def embedding(scene: Scene) -> Figure:
     x, z = scene.walk.patches.numpy(), scene.walk.embedded.numpy()
-    E = scene.model.embed.proj.weight.detach().cpu().numpy().T  # (C P P, D)
+    E = scene.vit.embed.proj.weight.detach().cpu().numpy().T  # (C P P, D)
     (N, inputs), D = x.shape, z.shape[1]
     title = f"3. One linear map turns every patch into a token of {D} numbers"
     caption = (
@@ -424,9 +444,9 @@ def embedding(scene: Scene) -> Figure:
     return figure
 
 
-@styled
+@step("embedded", "tokens")
 def positions(scene: Scene) -> Figure:
-    added = scene.model.embed.pos_embed[0].detach().cpu()
+    added = scene.vit.embed.pos_embed[0].detach().cpu()
     similarity = explain.position_similarity(added, scene.config.grid)
     T, D = added.shape
     z = scene.walk.tokens[0].numpy()
@@ -450,7 +470,7 @@ def positions(scene: Scene) -> Figure:
     return figure
 
 
-@styled
+@step("q", "k", "v")
 def queries(scene: Scene) -> Figure:
     walk = scene.walk
     parts = [each[scene.head].numpy() for each in (walk.q, walk.k, walk.v)]
@@ -467,7 +487,7 @@ def queries(scene: Scene) -> Figure:
     return figure
 
 
-@styled
+@step("scores", "attention")
 def attention(scene: Scene) -> Figure:
     scores = scene.of_patch(scene.walk.scores[scene.head])
     scores = scores - scores.mean()  # softmax is invariant to a shift
@@ -483,11 +503,11 @@ def attention(scene: Scene) -> Figure:
     _mark_in_picture(axes[0], scene)
     _sign(axes[1], "→")
     most = float(np.abs(scores).max()) or 1.0
-    _map(axes[2], scores, r"$q \cdot k / \sqrt{D_h}$", cmap=SIGNED, vmin=-most, vmax=most)
+    _map(axes[2], scores, r"$q \cdot k / \sqrt{D_h}$", **signed(most))
     _sign(axes[3], "softmax\n→", SMALLEST)
     _weights(axes[4], scene, scene.of_patch(A), "its attention")
     axes[5].set_axis_off()
-    style = {"cmap": ATTENTION, "norm": figures.RELATIVE, "interpolation_stage": "data"}
+    style = {"cmap": ATTENTION, "norm": RELATIVE, "interpolation_stage": "data"}
     axes[6].imshow(len(A) * A.numpy(), **style)
     axes[6].set(title="A", xlabel="key token", ylabel="query token", xticks=[], yticks=[])
     _mark_row(axes[6], scene.token)
@@ -496,7 +516,7 @@ def attention(scene: Scene) -> Figure:
     return figure
 
 
-@styled
+@step("attention")
 def heads(scene: Scene) -> Figure:
     all_heads = scene.of_patch(scene.walk.attention[scene.block])
     maps = all_heads[:MOST_TILES]
@@ -507,7 +527,7 @@ def heads(scene: Scene) -> Figure:
         "and mixed by a linear map."
     )
     figure, axes = _row(title, [1] * (len(maps) + 1), 1.25, caption)
-    figures.attention_bar(figure, axes, pad=0.02)
+    attention_bar(figure, axes, pad=0.02)
     show_picture(axes[0], scene.picture, "query patch")
     _mark_in_picture(axes[0], scene)
     for head, (axis, values) in enumerate(zip(axes[1:], maps, strict=True), start=1):
@@ -516,7 +536,7 @@ def heads(scene: Scene) -> Figure:
     return figure
 
 
-@styled
+@step("hidden")
 def mlp(scene: Scene) -> Figure:
     hidden = scene.walk.hidden
     after = GELU()(hidden).numpy()
@@ -545,7 +565,7 @@ def mlp(scene: Scene) -> Figure:
     return figure
 
 
-@styled
+@step("tokens", "attention")
 def blocks(scene: Scene) -> Figure:
     depth, grid = scene.config.depth, scene.config.grid
     layers = sorted({round(each) for each in np.linspace(0, depth, min(depth + 1, MOST_TILES))})
@@ -555,9 +575,9 @@ def blocks(scene: Scene) -> Figure:
         "that layer. Similar colors mean similar tokens; the hue itself is arbitrary. Below: "
         "attention of the classifier, mean over heads."
     )
-    figure = figures.new_figure(WIDTH, 2.35, title, caption)
+    figure = new_figure(WIDTH, 2.35, title, caption)
     axes = figure.subplots(2, len(layers) + 1)
-    figures.attention_bar(figure, axes[1, :], pad=0.02)
+    attention_bar(figure, axes[1, :], pad=0.02)
     show_picture(axes[0, 0], scene.picture, "input")
     _sign(axes[1, 0], "attention of\nthe classifier", SMALLEST)
     for column, layer in enumerate(layers, start=1):
@@ -574,7 +594,7 @@ def blocks(scene: Scene) -> Figure:
     return figure
 
 
-@styled
+@step("lens")
 def classifier(scene: Scene) -> Figure:
     lens = scene.walk.lens.numpy()
     what = {"class": "class token", "mean": "mean of the patch tokens"}[scene.config.pooling]
@@ -594,23 +614,3 @@ def classifier(scene: Scene) -> Figure:
     axes[1].legend(loc="upper left")
     _bars(axes[2], scene, "prediction")
     return figure
-
-
-class Step(NamedTuple):
-    draw: Callable[[Scene], Figure]
-    shows: tuple[str, ...]  # of the walk
-
-
-STEPS = {
-    "overview": Step(overview, ("tokens", "attention", "lens")),
-    "1-image": Step(image, ("patches",)),
-    "2-patches": Step(patches, ("patches",)),
-    "3-embedding": Step(embedding, ("patches", "embedded")),
-    "4-positions": Step(positions, ("embedded", "tokens")),
-    "5-queries": Step(queries, ("q", "k", "v")),
-    "6-attention": Step(attention, ("scores", "attention")),
-    "7-heads": Step(heads, ("attention",)),
-    "8-mlp": Step(mlp, ("hidden",)),
-    "9-blocks": Step(blocks, ("tokens", "attention")),
-    "10-classifier": Step(classifier, ("lens",)),
-}

@@ -20,7 +20,7 @@ import hashlib
 import io
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,35 +28,78 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))  # the model's modules, from whatever folder this is run
 
-import figures
+import evidence
+import image_figures
+import model_figures
+import run_figures
+import steps
+import style
 import utils
-from catalogue import (
-    OF_AN_IMAGE,
-    OF_THE_MODEL,
-    STEPS,
-    Model,
-    NotApplicable,
-    Options,
-    Page,
-    Picture,
-    Subject,
-    draw_explorer,
-)
 from checkpoint import checkpoint_file, versions
 from config import Parser, add_flags, given
-from data import image_files
 from device import choose_device
+from explorer import Page, explorer
+from model import Model, Options, Subject
+from style import NotApplicable, Picture, styled
 from utils import UserError, run_program
 
-OF_IMAGES = ("image", "steps", "explorer")
+# ---------------------------------------------------------------------------- the figures
+
+OF_AN_IMAGE: dict[str, dict[str, Callable[[Model, Subject], Picture]]] = {
+    "image": {
+        "patches": image_figures.patches,
+        "attention": image_figures.attention_of_classifier,
+        "attention-of-patch": image_figures.attention_of_patch,
+        "explanations": image_figures.explanations,
+    },
+    "steps": {
+        "overview": steps.overview,
+        "1-image": steps.image,
+        "2-patches": steps.patches,
+        "3-embedding": steps.embedding,
+        "4-positions": steps.positions,
+        "5-queries": steps.queries,
+        "6-attention": steps.attention,
+        "7-heads": steps.heads,
+        "8-mlp": steps.mlp,
+        "9-blocks": steps.blocks,
+        "10-classifier": steps.classifier,
+    },
+}
+OF_THE_MODEL: dict[str, dict[str, Callable[[Model], Picture]]] = {
+    "model": {
+        "filters": model_figures.filters,
+        "positions": model_figures.positions,
+    },
+    "data": {
+        "augmentation": model_figures.augmentation,
+        "attention-examples": model_figures.attention_examples,
+        "attention-distance": model_figures.attention_distance,
+        "token-norms": model_figures.token_norms,
+        "token-pca": model_figures.token_pca,
+        "layer-similarity": model_figures.layer_similarity,
+        "class-tokens": model_figures.class_tokens,
+    },
+    "run": {
+        "curves": run_figures.curves,
+        "confusion": run_figures.confusion,
+        "mistakes": run_figures.mistakes,
+        "reliability": run_figures.reliability,
+    },
+    "faithfulness": {
+        "maps": evidence.maps,
+        "heads": evidence.heads,
+    },
+}
+OF_IMAGES = (*OF_AN_IMAGE, "explorer")
 GROUPS = (*OF_IMAGES, *OF_THE_MODEL)
 SLOW = ("faithfulness",)  # which `all` leaves out
+WITHOUT_DATA = ("model/", "run/curves")  # names of figures that need no images
 DEFAULT_IMAGES, EXPLORED_IMAGES = (0, 7), (7, *range(7))
 Drawing = Callable[[], Picture | Page]
 
@@ -161,80 +204,28 @@ def plan(model: Model) -> tuple[dict[str, Drawing], dict[str, str]]:
     groups = of_all if options.what == "all" else (options.what,)
     from_files = bool(options.image or options.dir)
     without_data = {"model", *OF_IMAGES} if from_files else {"model"}
-    reason = None if without_data.issuperset(groups) else why_no_data(model)
+    reason = None if without_data.issuperset(groups) else model.why_no_data
     drawings: dict[str, Drawing] = {}
     missing: dict[str, str] = {}
     for group in groups:
-        if group not in OF_IMAGES:
+        if group in OF_THE_MODEL:
             for name, draw in OF_THE_MODEL[group].items():
-                drawings[f"{group}/{name}"] = partial(draw, model)
+                if reason and not f"{group}/{name}".startswith(WITHOUT_DATA):
+                    missing[f"{group}/{name}"] = reason
+                else:
+                    drawings[f"{group}/{name}"] = partial(draw, model)
         elif reason and not (from_files or options.index):
             missing[group] = reason
         elif group == "explorer":
-            drawings[group] = partial(draw_explorer, model, subjects(model, EXPLORED_IMAGES))
+            drawings[group] = partial(explorer, model, model.subjects(EXPLORED_IMAGES))
         else:
-            figures_of = STEPS if group == "steps" else of_an_image(options.query)
-            for subject in subjects(model, DEFAULT_IMAGES):
-                for name, draw in figures_of.items():
-                    drawings[f"{group}/{subject.name}/{name}"] = partial(draw, model, subject)
-    if reason:
-        needs_none = ("image/", "steps/", "explorer", "model/", "run/curves")
-        missing |= {name: reason for name in drawings if not name.startswith(needs_none)}
-    return {name: draw for name, draw in drawings.items() if name not in missing}, missing
-
-
-def why_no_data(model: Model) -> str | None:
-    """Why the images of the checkpoint's data set are not available; None where they are."""
-    try:
-        _ = model.split
-    except UserError as error:
-        return str(error)
-    return None
-
-
-def of_an_image(query: str | tuple[int, int] | None) -> dict[str, Callable]:
-    """The figures of an image: with the attention of the chosen query, or of both."""
-    if query is None:
-        return OF_AN_IMAGE
-    left_out = "attention-of-patch" if query == "cls" else "attention"
-    return {name: draw for name, draw in OF_AN_IMAGE.items() if name != left_out}
-
-
-def subjects(model: Model, by_default: Iterable[int]) -> list[Subject]:
-    """The images that the command line names, or those of the split with the default indices.
-
-    Raises:
-        UserError: an index is out of range, or a file cannot be read as an image.
-    """
-    options, read = model.options, model.checkpoint.preprocessing.read
-    if options.image or options.dir:
-        files = options.image or image_files(options.dir)
-        size = figures.by(*model.config.image_size)
-        return [
-            Subject(name, f"{file.name} at {size}", read(file), None)
-            for name, file in zip(unique([file.name for file in files]), files, strict=True)
-        ]
-    count = len(model.split)
-    chosen = options.index or [index for index in by_default if index < count]
-    for index in chosen:
-        if not 0 <= index < count:
-            raise UserError(
-                f"--index {index} is out of range 0 to {count - 1} of the {model.of_split}"
-            )
-    indices, name = list(dict.fromkeys(chosen)), model.split_name
-    images, labels = model.split.take(torch.tensor(indices, device=model.device))
-    return [
-        Subject(f"{name}-{index}", f"{name} image {index}", image, int(label))
-        for index, image, label in zip(indices, images, labels, strict=True)
-    ]
-
-
-def unique(names: list[str]) -> Iterator[str]:
-    """The names, with a number appended to repeated ones: a.png, b.png, a.png-2."""
-    seen: dict[str, int] = {}
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        yield name if seen[name] == 1 else f"{name}-{seen[name]}"
+            # With --query, the attention of no other query is drawn.
+            left_out = {None: "", "cls": "attention-of-patch"}.get(options.query, "attention")
+            for subject in model.subjects(DEFAULT_IMAGES):
+                for name, draw in OF_AN_IMAGE[group].items():
+                    if name != left_out:
+                        drawings[f"{group}/{subject.name}/{name}"] = partial(draw, model, subject)
+    return drawings, missing
 
 
 # ---------------------------------------------------------------------------- drawing
@@ -257,7 +248,7 @@ def draw_all(model: Model, command: str) -> None:
             for name, draw in bar:
                 bar.set_description(name)
                 try:
-                    drawn[name] = write(draw(), out / name, model.options)
+                    drawn[name] = write(draw, out / name, model.options)
                 except NotApplicable as reason:
                     missing[name] = str(reason)
         utils.write_json(out / "manifest.json", manifest(model, command, drawn, missing))
@@ -269,14 +260,16 @@ def draw_all(model: Model, command: str) -> None:
     print(f"{model.path}: {len(drawn)} figures in {out}")
 
 
-def write(picture: Picture | Page, stem: Path, options: Options) -> dict[str, Any]:
-    """Writes a picture's files, or a page's; returns its entry in the manifest."""
+@styled
+def write(draw: Drawing, stem: Path, options: Options) -> dict[str, Any]:
+    """Draws a figure, or a page, and writes its files; returns its entry in the manifest."""
+    picture = draw()
     if isinstance(picture, Page):
         path = stem.with_name(f"{stem.name}.html")
         utils.write_whole(path, picture.html.encode())
         return {"files": [path.name], **picture.numbers}
     written = [stem.with_name(f"{stem.name}.{options.format}")]
-    figures.save(picture.figure, written[0], options.dpi)
+    style.save(picture.figure, written[0], options.dpi)
     if options.save_data:
         written.append(stem.with_name(f"{stem.name}.npz"))
         content = io.BytesIO()

@@ -1,0 +1,65 @@
+"""What the figures share: readable, of the requested size, the same in every file, to scale."""
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+
+import style
+
+DRAW = np.random.default_rng(0)
+
+
+@style.styled  # which sets how many ticks there are
+def assert_readable(figure, titled=True):
+    """It has a title and no small text, and nothing leaves it."""
+    assert bool(figure.get_suptitle()) == titled
+    texts = [text for text in figure.findobj(Text) if text.get_text().strip()]
+    assert min(text.get_fontsize() for text in texts if text.get_visible()) >= 7
+    inches, room = figure.get_size_inches(), 0.02
+    ink = figure.get_tightbbox()
+    assert -room < ink.x0 and ink.x1 < inches[0] + room
+    assert -room < ink.y0 and ink.y1 < inches[1] + room
+
+
+@style.styled
+def sheet(maps, title="title"):
+    """A figure of maps (R, C, h, w) with the color bar of attention."""
+    figure = style.new_figure(4, 3, title, "caption")
+    axes = figure.subplots()
+    rows, columns = (list("abc")[:count] for count in maps.shape[:2])
+    style.tiles(axes, maps, rows, columns, cmap=style.ATTENTION, norm=style.RELATIVE)
+    style.attention_bar(figure, axes)
+    return figure
+
+
+def test_a_long_title_takes_several_lines():
+    title = "validation image 12 of a folder: predicted automobile (99.9%), true class automobile"
+    assert_readable(sheet(DRAW.random((1, 1, 2, 3)), title))
+
+
+def test_a_file_has_the_requested_size_and_the_same_figure_gives_the_same_file(tmp_path):
+    maps = DRAW.random((3, 2, 2, 3))
+    for dpi in (50, 120):
+        figure = sheet(maps)
+        style.save(figure, tmp_path / "a.png", dpi)
+        with Image.open(tmp_path / "a.png") as image:
+            assert image.size == pytest.approx(figure.get_size_inches() * dpi, abs=1)
+    for kind in ("png", "pdf", "svg"):
+        for name in ("b", "c"):
+            style.save(sheet(maps), tmp_path / f"{name}.{kind}", 50)
+        assert (tmp_path / f"b.{kind}").read_bytes() == (tmp_path / f"c.{kind}").read_bytes()
+    # Text stays text.
+    assert ">weight relative to uniform</text>" in (tmp_path / "b.svg").read_text()
+    content = (tmp_path / "b.pdf").read_bytes()
+    assert b"/Type /Font" in content and b"/Subtype /Type3" not in content
+
+
+def test_tiles_stand_with_rows_down_and_columns_across_on_one_scale():
+    maps = np.zeros((2, 3, 1, 1))
+    maps[0, 2] = 2  # at the right of the first row
+    images = sheet(maps).axes[0].get_images()
+    (lit,) = [image for image in images if image.get_array().max() == 2]
+    x0, _, _, y0 = lit.get_extent()
+    assert y0 == 0 and x0 == pytest.approx(2 * (1 + style.GAP))
+    assert {image.norm.vmax for image in images} == {10}

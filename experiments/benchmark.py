@@ -237,13 +237,12 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
     """Times an epoch of flipped, cropped and normalized batches, of this code and of DataLoader."""
     device, dataset = setting.device, common.random_dataset(INPUT_IMAGES, setting.device)
     config = TrainConfig(flip="random", crop_padding=4)
-    augment = Augmentation(config, 10, INPUT_IMAGES, device)
+    augment = Augmentation(config, ViTConfig(), INPUT_IMAGES, device)
 
     def own_epoch() -> None:
         order = shuffled_batches(dataset.train, batch_size, utils.generator_for(0))
         for seed, (rows, batch) in enumerate(zip(order, dataset.train.batches(order), strict=True)):
-            images, _ = augment(*batch, rows, 0, seed)
-            dataset.preprocessing.normalize(images)
+            dataset.preprocessing.normalize(augment(*batch, rows, 0, seed).images)
 
     def their_epoch(loader: DataLoader) -> None:
         for images in loader:

@@ -141,13 +141,12 @@ def step_of(run: Run, state: State, forward: Forward, optimize: bool = True) -> 
     Args:
         optimize: False leaves out the optimizers, and times only the forward and backward pass.
     """
-    batch = run.dataset.train.take(torch.arange(run.config.batch_size, device=run.device))
-    targets = F.one_hot(batch.labels, len(run.dataset.classes)).float()
-    dropout = run.patch_dropout(0)
+    rows = torch.arange(run.config.batch_size, device=run.device)
+    seen = run.augment(*run.dataset.train.take(rows), rows, 0, 0)
 
     def step() -> None:
-        inputs = run.normalize(batch.images)
-        add_gradients(lambda x: forward(x, dropout), inputs, targets, run.precision)
+        inputs = run.normalize(seen.images)
+        add_gradients(lambda x: forward(x, seen.kept), inputs, seen.targets, run.precision)
         if optimize:
             update(run, state)
         else:

@@ -69,27 +69,24 @@ class PatchEmbedding(nn.Module):
             self.register_buffer("pos_embed", positions[None], persistent=False)  # (1, T, D)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, images: Tensor, patch_dropout: float = 0.0) -> Tensor:  # (B, C, H, W)
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:  # (B, C, H, W)
         if images.shape[1:] != self.image_shape:
             raise ValueError(f"images are {tuple(images.shape[1:])}, not {self.image_shape}")
         x = patchify(images, self.patch_size)  # (B, N, C P P)
         positions = self.pos_embed  # (1, T, D)
-        if self.training and patch_dropout:
-            x, positions = self.drop_patches(x, patch_dropout)  # N and T are smaller from here
+        if kept is not None:
+            x, positions = self.only(kept, x)  # N is the number kept from here, and T follows
         z = self.proj(x)  # (B, N, D)
         if self.cls_token is not None:
             z = torch.cat([self.cls_token.expand(len(z), -1, -1), z], dim=1)  # (B, N+1, D)
         return self.dropout(z + positions)  # (B, T, D)  Eq. 1
 
-    def drop_patches(self, x: Tensor, patch_dropout: float) -> tuple[Tensor, Tensor]:
-        """Some patches of each image, at random, and the positions of the tokens they become."""
-        B, N, _ = x.shape
-        kept = patches_kept(N, patch_dropout)
-        rows = torch.rand(B, N, device=x.device).argsort(dim=1)[:, :kept]  # (B, kept)
-        x = x.take_along_dim(rows[:, :, None], dim=1)  # (B, kept, C P P)
+    def only(self, kept: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The patches with the numbers `kept` (B, n), and the positions of their tokens."""
+        x = x.take_along_dim(kept[:, :, None], dim=1)  # (B, n, C P P)
         first = 0 if self.cls_token is None else 1  # the class token stays
-        rows = F.pad(rows + first, (first, 0))  # (B, first + kept)
-        return x, self.pos_embed[0, rows]  # (B, kept, C P P), (B, first + kept, D)
+        rows = F.pad(kept + first, (first, 0))  # (B, first + n)
+        return x, self.pos_embed[0, rows]  # (B, n, C P P), (B, first + n, D)
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
@@ -105,11 +102,6 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     x = columns.reshape(-1, 1) * frequencies  # (N, D/4)
     y = rows.reshape(-1, 1) * frequencies  # (N, D/4)
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()  # (N, D)
-
-
-def patches_kept(patches: int, patch_dropout: float) -> int:
-    """How many of an image's patches patch dropout keeps; one at least."""
-    return max(1, round(patches * (1 - patch_dropout)))
 
 
 # ---------------------------------------------------------------------------- attention (Eqs. 5-8)
@@ -194,8 +186,8 @@ class EncoderBlock(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer: normalized images (B, C, H, W) of the config's size to logits (B, K).
 
-    In training, `patch_dropout` drops that fraction of each image's patches, which makes a step
-    cheaper and augments (PatchDropout, Liu et al., arXiv 2208.07220).
+    It sees all patches, or those of each image that `kept` (B, n) numbers: leaving some out makes a
+    training step cheaper, and augments (PatchDropout, Liu et al., arXiv 2208.07220).
     """
 
     def __init__(self, config: ViTConfig):
@@ -208,8 +200,8 @@ class ViT(nn.Module):
         self.head = nn.Linear(config.width, config.classes)
         self.initialize()
 
-    def forward(self, images: Tensor, patch_dropout: float = 0.0) -> Tensor:  # (B, C, H, W)
-        z = self.embed(images, patch_dropout)  # (B, T, D)
+    def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:  # (B, C, H, W)
+        z = self.embed(images, kept)  # (B, T, D)
         for block in self.blocks:
             if self.config.checkpoint_activations and self.training:  # the same, in less memory
                 z = checkpoint(block, z, use_reentrant=False)  # (B, T, D)

@@ -7,14 +7,17 @@ recipe makes of them.
 `python visualization/vis.py data` draws what a checkpoint's recipe does to some images.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recipes import TrainConfig
+from recipes import TrainConfig, patches_kept
 from trivial_augment import trivial_augment
 from utils import copied, generator_for, seed_for
+from ViT import ViTConfig
 
 # ---------------------------------------------------------------------------- place
 
@@ -91,13 +94,14 @@ def mixup(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tens
     return mixed, torch.lerp(other_targets, targets, shares[:, None])
 
 
-def cutmix(
-    images: Tensor, targets: Tensor, shares: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """CutMix (Yun et al., arXiv 1905.04899): a box of each image is another's.
+def cutmix(images: Tensor, shares: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """CutMix (Yun et al., arXiv 1905.04899): a box of each image is the one before's.
 
     Args:
         shares: (B,), how much of the image itself is kept; more where the box is cut off.
+
+    Returns:
+        The images, and where the boxes are: (B, 1, H, W) bool.
     """
     B, _, H, W = images.shape
     center_y, center_x = torch.rand(2, B, generator=generator, device=images.device)
@@ -107,9 +111,13 @@ def cutmix(
     inside_y = (y >= top[:, None]) & (y < bottom[:, None])  # (B, H)
     inside_x = (x >= left[:, None]) & (x < right[:, None])  # (B, W)
     box = inside_y[:, None, :, None] & inside_x[:, None, None, :]  # (B, 1, H, W)
-    kept = 1 - (bottom - top) * (right - left) / (H * W)
-    mixed = torch.where(box, images.roll(1, 0), images)
-    return mixed, torch.lerp(targets.roll(1, 0), targets, kept.to(targets.dtype)[:, None])
+    return torch.where(box, images.roll(1, 0), images), box
+
+
+def visible_share(box: Tensor, patch_size: int, kept: Tensor | None) -> Tensor:
+    """The share (B,) of boxes (B, 1, H, W) in what a model sees: patches `kept` (B, n), or all."""
+    of_patches = F.avg_pool2d(box.float(), patch_size).flatten(1)  # (B, N)
+    return (of_patches if kept is None else of_patches.gather(1, kept)).mean(dim=1)
 
 
 def _interval(center: Tensor, length: Tensor, limit: int) -> tuple[Tensor, Tensor]:
@@ -121,27 +129,37 @@ def _interval(center: Tensor, length: Tensor, limit: int) -> tuple[Tensor, Tenso
 # ---------------------------------------------------------------------------- a batch
 
 
+class Seen(NamedTuple):
+    """A batch as the model sees it, or a part of one."""
+
+    images: Tensor  # (B, C, H, W) uint8
+    targets: Tensor  # (B, K), the probability of each class
+    kept: Tensor | None  # (B, n), the numbers of the patches that are not left out; None: all are
+
+    def part(self, rows: Tensor) -> "Seen":
+        return Seen(*(each if each is None else each[rows] for each in self))
+
+
 class Augmentation:
     """Everything that a recipe does to a batch before the model sees it: the only door to it.
 
     Args:
         config: of the recipe.
-        classes: K.
+        model: the sizes of the model.
         count: of the training images.
         device: of the batches.
     """
 
-    def __init__(self, config: TrainConfig, classes: int, count: int, device: torch.device):
-        self.config, self.classes = config, classes
+    def __init__(self, config: TrainConfig, model: ViTConfig, count: int, device: torch.device):
+        self.config, self.model = config, model
         coins = torch.rand(count, generator=generator_for(config.seed))
         self.coins = coins.to(device) < 0.5  # of each image, for alternating flips
 
-    def __call__(
-        self, images: Tensor, labels: Tensor, rows: Tensor, epoch: int, seed: int
-    ) -> tuple[Tensor, Tensor]:
-        """The images (B, C, H, W) uint8 as the model sees them, and targets (B, K).
+    def __call__(self, images: Tensor, labels: Tensor, rows: Tensor, epoch: int, seed: int) -> Seen:
+        """A batch as the model sees it.
 
         Args:
+            images: (B, C, H, W) uint8.
             labels: (B,)
             rows: (B,), the places of the images among the training images.
             epoch: counted from 0.
@@ -149,7 +167,7 @@ class Augmentation:
         """
         config, left = self.config, self.config.epochs - epoch  # epochs to come, this one too
         generator = generator_for(seed, device=images.device)
-        targets = F.one_hot(labels, self.classes).to(torch.get_default_dtype())
+        targets = F.one_hot(labels, self.model.classes).to(torch.get_default_dtype())
         if config.flip == "random":
             images = random_flip(images, generator)
         elif config.flip == "alternating":
@@ -160,12 +178,28 @@ class Augmentation:
             images = random_resized_crop(images, config.resized_crop, generator)
         if config.policy == "trivial" and left > config.policy_off_epochs:
             images = trivial_augment(images, np.random.default_rng(seed_for(seed, 3)))
+        kept = self._kept(images, config.patch_dropout_in(epoch), generator)
         if (config.mixup or config.cutmix) and left > config.mixing_off_epochs:
-            images, targets = self._mix(images, targets, seed, generator)
-        return images, targets
+            images, targets = self._mix(images, targets, kept, seed, generator)
+        return Seen(images, targets, kept)
+
+    def _kept(
+        self, images: Tensor, patch_dropout: float, generator: torch.Generator
+    ) -> Tensor | None:
+        """Random patches of each image (B, n); None for all of them."""
+        if not patch_dropout:
+            return None
+        shape = len(images), self.model.patches
+        draw = torch.rand(shape, generator=generator, device=images.device)
+        return draw.argsort(dim=1)[:, : patches_kept(self.model.patches, patch_dropout)]
 
     def _mix(
-        self, images: Tensor, targets: Tensor, seed: int, generator: torch.Generator
+        self,
+        images: Tensor,
+        targets: Tensor,
+        kept: Tensor | None,
+        seed: int,
+        generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
         """Mixup or CutMix; with both, one of them for each image."""
         config = self.config
@@ -177,12 +211,15 @@ class Augmentation:
 
         if not config.cutmix:
             return mixup(images, targets, shares(config.mixup))
-        cut = cutmix(images, targets, shares(config.cutmix), generator)
+        cut, box = cutmix(images, shares(config.cutmix), generator)
+        # Labels count what the model sees: of a quarter of the patches, the box's share varies.
+        others = visible_share(box, self.model.patch_size, kept)[:, None].to(targets.dtype)
+        cut_targets = torch.lerp(targets, targets.roll(1, 0), others)
         if not config.mixup:
-            return cut
-        blended = mixup(images, targets, shares(config.mixup))
+            return cut, cut_targets
+        blended, blended_targets = mixup(images, targets, shares(config.mixup))
         choice = torch.rand(len(images), generator=generator, device=images.device) < 0.5
         return (
-            torch.where(choice[:, None, None, None], cut[0], blended[0]),
-            torch.where(choice[:, None], cut[1], blended[1]),
+            torch.where(choice[:, None, None, None], cut, blended),
+            torch.where(choice[:, None], cut_targets, blended_targets),
         )

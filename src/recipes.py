@@ -96,6 +96,15 @@ class TrainConfig(Config):
                 "(--warmup-epochs, --epochs)"
             )
 
+    def patch_dropout_in(self, epoch: int) -> float:
+        """The share of patches that are left out in an epoch, counted from 0."""
+        return self.patch_dropout if epoch < self.epochs - self.whole_epochs else 0.0
+
+
+def patches_kept(patches: int, patch_dropout: float) -> int:
+    """How many of an image's patches patch dropout keeps; one at least."""
+    return max(1, round(patches * (1 - patch_dropout)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(Config):

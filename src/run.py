@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import datasets
 import device as devices
-from augment import Augmentation
+from augment import Augmentation, Seen
 from checkpoint import (
     Checkpoint,
     EpochRecord,
@@ -34,9 +34,9 @@ from distributed import ALONE, StopSignals, World, without_averaging
 from initialization import mimetic, standardize_features, whiten_patches
 from optimizers import learning_rate_factor, load_optimizers, make_optimizers
 from pretrained import load_pretrained
-from recipes import RunOptions, TrainConfig
+from recipes import RunOptions, TrainConfig, patches_kept
 from utils import Diverged, UserError, generator_for, one_line, seed_default_generators, seed_for
-from ViT import ViT, ViTConfig, parameters_of, patches_kept
+from ViT import ViT, ViTConfig, parameters_of
 
 _STARTED = time.perf_counter()
 NO_OPTIONS = RunOptions()
@@ -158,14 +158,9 @@ class Run:
             schedule=self.config.schedule,
         )
 
-    def patch_dropout(self, epoch: int) -> float:
-        """The share of patches left out in an epoch, counted from 0."""
-        config = self.config
-        return config.patch_dropout if epoch < config.epochs - config.whole_epochs else 0.0
-
     def flops(self) -> dict[float, float]:
         """Floating-point operations of the training, by the share of patches left out."""
-        epochs = Counter(map(self.patch_dropout, range(self.config.epochs)))
+        epochs = Counter(map(self.config.patch_dropout_in, range(self.config.epochs)))
         frozen, images = self.config.freeze, len(self.dataset.train)
         return {
             dropout: training_flops(self.model, dropout, frozen=frozen) * images * count
@@ -183,7 +178,7 @@ class Run:
     def seed_draws(self, state: State) -> int:
         """Seeds what the coming step draws, which then does not depend on what came before.
 
-        Dropout, drop path and patch dropout draw from torch's generators, on each rank otherwise.
+        Dropout and drop path draw from torch's generators, on each rank otherwise.
 
         Returns:
             The seed of augmentation, the same on every rank.
@@ -192,17 +187,17 @@ class Run:
         seed_default_generators(seed_for(*key, self.world.rank), self.device)
         return seed_for(*key)
 
-    def parts(self, rows: Tensor) -> Iterator[Tensor]:
-        """The places in a batch of this rank's share, in the parts of gradient accumulation.
+    def parts(self, batch: Seen) -> Iterator[Seen]:
+        """This rank's share of a batch, in the parts of gradient accumulation.
 
         Gradients are averaged over the ranks only in the backward pass of the last part.
         """
-        share = self.world.share(torch.arange(len(rows), device=self.device))
+        share = self.world.share(torch.arange(len(batch.images), device=self.device))
         *parts, last = share.tensor_split(min(self.config.accumulate, len(share)))
-        for part in parts:
+        for rows in parts:
             with without_averaging(self.parallel):
-                yield part
-        yield last
+                yield batch.part(rows)
+        yield batch.part(last)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) as the model takes them."""
@@ -437,7 +432,7 @@ def assemble(
         precision=precision,
         model=model.config,
         parallel=world.parallel(model),
-        augment=Augmentation(config, len(dataset.classes), count, device),
+        augment=Augmentation(config, model.config, count, device),
         class_weights=class_weights,
     )
     return run, State(model, make_optimizers(model, config, precision))

@@ -39,7 +39,7 @@ from recipes import Recipe, RunOptions
 from run import Run, State, new_run, resumed_run
 from utils import Stopped, first_line, is_out_of_memory, run_program
 
-Forward = Callable[[Tensor, float], Tensor]  # images and patch dropout to logits
+Forward = Callable[[Tensor, Tensor | None], Tensor]  # images and kept patches to logits
 LOOK_EVERY = 20  # steps until the loss is looked at, for which the host waits
 
 
@@ -63,14 +63,13 @@ def train_epoch(run: Run, state: State, model: Forward) -> None:
     with progress_bar(run, state) as bar:
         for rows, (images, labels) in zip(order, train.batches(order), strict=True):
             seed = run.seed_draws(state)
-            # (B, C, H, W) uint8, (B, K)
-            images, targets = run.augment(images, labels, rows, state.epoch, seed)
-            for part in run.parts(rows):  # this rank's share, in --accumulate parts
+            batch = run.augment(images, labels, rows, state.epoch, seed)
+            for part in run.parts(batch):  # this rank's share, in --accumulate parts
                 with autocast(run.precision, run.device):
-                    logits = model(run.normalize(images[part]), run.patch_dropout(state.epoch))
-                loss = run.loss(logits, targets[part]) / len(rows)  # adds up to the batch's mean
+                    logits = model(run.normalize(part.images), part.kept)  # (b, K)
+                loss = run.loss(logits, part.targets) / len(rows)  # adds up to the batch's mean
                 (loss * world.size).backward()  # the ranks' gradients are averaged, not added
-                state.count(loss, logits, targets[part])
+                state.count(loss, logits, part.targets)
             update(run, state)
             state.epoch_seconds = time.perf_counter() - started
             bar.update(len(rows))
@@ -135,6 +134,7 @@ def compiled(run: Run, state: State) -> Forward:
     that was not compiled for, such as a short last one, goes through the model as it is. If
     compiling fails, say without a C++ compiler, it reports that and returns the model.
     """
+    epochs = range(run.config.epochs)
     chosen = [dropout for dropout in run.flops() if compile_pays(run, dropout)]
     if not chosen:
         return run.parallel
@@ -142,10 +142,11 @@ def compiled(run: Run, state: State) -> Forward:
     started = time.perf_counter()
     mode = "reduce-overhead" if run.config.compile == "graphs" else None
     fast = torch.compile(run.parallel, dynamic=False, mode=mode)
-    ready = set()
+    ready = set()  # images and patches of a batch
     try:
         for dropout in chosen:
-            ready.add((warm_up(run, state, fast, dropout), dropout))
+            epoch = next(n for n in epochs if run.config.patch_dropout_in(n) == dropout)
+            ready.add(sizes_of(*warm_up(run, state, fast, epoch)))
     except Exception as error:  # whatever a compiler can raise, training can do without it
         if is_out_of_memory(error):
             raise
@@ -155,13 +156,16 @@ def compiled(run: Run, state: State) -> Forward:
         state.model.zero_grad()
         state.compile_seconds += time.perf_counter() - started
 
-    def forward(images: Tensor, patch_dropout: float) -> Tensor:
+    def forward(images: Tensor, kept: Tensor | None) -> Tensor:
         if mode:
             torch.compiler.cudagraph_mark_step_begin()
-        known = (len(images), patch_dropout) in ready
-        return (fast if known else run.parallel)(images, patch_dropout)
+        return (fast if sizes_of(images, kept) in ready else run.parallel)(images, kept)
 
     return forward
+
+
+def sizes_of(images: Tensor, kept: Tensor | None) -> tuple[int, int | None]:
+    return len(images), None if kept is None else kept.shape[1]
 
 
 def compile_pays(run: Run, patch_dropout: float) -> bool:
@@ -173,16 +177,17 @@ def compile_pays(run: Run, patch_dropout: float) -> bool:
     return run.flops()[patch_dropout] > WORTH_COMPILING.get(run.device.type, math.inf)
 
 
-def warm_up(run: Run, state: State, model: Forward, patch_dropout: float) -> int:
-    """A step without an update, on the first images; returns how many this rank has in a part."""
-    rows = next(run.parts(torch.arange(run.config.batch_size, device=run.device)))
-    images = run.normalize(run.dataset.train.take(rows).images)
+def warm_up(run: Run, state: State, model: Forward, epoch: int) -> tuple[Tensor, Tensor | None]:
+    """A step of an epoch without an update, on the first images; what it gave to the model."""
+    rows = torch.arange(run.config.batch_size, device=run.device)
+    part = next(run.parts(run.augment(*run.dataset.train.take(rows), rows, epoch, 0)))
+    images = run.normalize(part.images)
     state.model.train()
     with without_averaging(run.parallel):
         with autocast(run.precision, run.device):
-            logits = model(images, patch_dropout)
+            logits = model(images, part.kept)
         logits.float().sum().backward()
-    return len(rows)
+    return images, part.kept
 
 
 # ---------------------------------------------------------------------------- a run

@@ -17,6 +17,7 @@ from augment import (
     resized_crop,
 )
 from recipes import TrainConfig
+from ViT import ViTConfig
 
 
 @pytest.fixture
@@ -116,17 +117,15 @@ def test_mixup_is_torchvisions_with_a_share_for_each_image(images, targets):
         torch.testing.assert_close(labels[row], transform.transform(their_targets, parameters)[1])
 
 
-def test_cutmix_is_torchvisions_with_a_box_for_each_image(targets):
+def test_cutmix_is_torchvisions_with_a_box_for_each_image():
     images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(64, 3, 8, 12)
     shares = torch.linspace(0, 1, 64, dtype=torch.float64)
-    mixed, labels = cutmix(images, targets, shares, generator(2))
+    mixed, boxes = cutmix(images, shares, generator(2))
     corners = set()
     for row in range(64):
         changed = mixed[row, 0] != row
         assert (mixed[row] == torch.where(changed, (row - 1) % 64, row)).all()
-        kept = 1 - changed.double().mean()
-        expected = kept * targets[row] + (1 - kept) * targets[row - 1]
-        torch.testing.assert_close(labels[row], expected)
+        assert torch.equal(boxes[row, 0], changed)
         if not changed.any():
             continue
         # The box is the one that torchvision makes of this share around this center.
@@ -158,10 +157,15 @@ NOTHING = {"flip": "off", "crop_padding": 0}
 ROWS = torch.arange(64)
 
 
+MODEL = ViTConfig(image_size=(8, 12), patch_size=2)
+
+
 def augment(images, config, seed=1, epoch=0):
     """The images and targets of a recipe, for labels 0 to 9 in turn."""
-    augmentation = Augmentation(config, 10, 64, torch.device("cpu"))
-    return augmentation(images, ROWS % 10, ROWS, epoch, seed)
+    augmentation = Augmentation(config, MODEL, 64, torch.device("cpu"))
+    seen, targets, kept = augmentation(images, ROWS % 10, ROWS, epoch, seed)
+    assert kept is None
+    return seen, targets
 
 
 @pytest.mark.parametrize(
@@ -193,11 +197,11 @@ def test_the_same_seed_gives_the_same_images_and_another_seed_others(images):
 
 def test_an_image_is_flipped_in_the_same_epochs_in_whichever_batch_it_comes(images):
     augmentation = Augmentation(
-        TrainConfig(**NOTHING | {"flip": "alternating"}), 10, 64, torch.device("cpu")
+        TrainConfig(**NOTHING | {"flip": "alternating"}), MODEL, 64, torch.device("cpu")
     )
-    whole, _ = augmentation(images, ROWS % 10, ROWS, 3, 1)
+    whole = augmentation(images, ROWS % 10, ROWS, 3, 1).images
     some = torch.tensor([50, 3, 21])
-    assert torch.equal(augmentation(images[some], some % 10, some, 3, 2)[0], whole[some])
+    assert torch.equal(augmentation(images[some], some % 10, some, 3, 2).images, whole[some])
 
 
 @pytest.mark.parametrize(
@@ -217,3 +221,38 @@ def test_with_both_kinds_of_mixing_each_image_has_one_of_them():
     seen, _ = augment(images, TrainConfig(**NOTHING, mixup=1.0, cutmix=1.0))
     plain = (seen == seen[:, :1, :1, :1]).all(dim=(1, 2, 3))  # a blend of two plain images is plain
     assert 15 < plain.sum() < 55
+
+
+# ---------------------------------------------------------------------------- patches left out
+
+
+def seen_of(options, epoch=0):
+    """What a model sees of 64 images, each of one value, in patches of 2 x 2."""
+    images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(64, 3, 8, 12) * 4
+    config = TrainConfig(**NOTHING, epochs=10, patch_dropout=0.75, whole_epochs=4, **options)
+    augmentation = Augmentation(config, MODEL, 64, torch.device("cpu"))
+    return augmentation(images, ROWS % 10, ROWS, epoch, seed=5)
+
+
+def test_a_quarter_of_the_patches_is_drawn_for_each_image_until_the_whole_epochs():
+    kept = seen_of({}).kept
+    assert kept.shape == (64, 6) and kept.min() == 0 and kept.max() == 23
+    assert all(len(set(row)) == 6 for row in kept.tolist())
+    assert len({tuple(sorted(row)) for row in kept.tolist()}) > 50
+    assert seen_of({}, epoch=5).kept is not None and seen_of({}, epoch=6).kept is None
+
+
+@pytest.mark.parametrize("epoch", [0, 6])
+def test_a_label_counts_for_its_share_of_the_pixels_that_the_model_sees(epoch):
+    images, targets, kept = seen_of({"cutmix": 1.0}, epoch)
+    kept = torch.arange(24).expand(64, 24) if kept is None else kept
+    shares = []
+    for row, (image, target) in enumerate(zip(images, targets, strict=True)):
+        patches = [image[0, 2 * (k // 6) :][:2, 2 * (k % 6) :][:, :2] for k in kept[row].tolist()]
+        own = (torch.stack(patches) == 4 * row).float().mean()
+        expected = torch.zeros(10)
+        expected[row % 10] += own
+        expected[(row - 1) % 64 % 10] += 1 - own
+        torch.testing.assert_close(target, expected)
+        shares.append(own.item())
+    assert max(shares) - min(shares) > 0.5

@@ -259,8 +259,9 @@ class OnePatch(torch.nn.Module):
     def head(self, features):
         return torch.stack([0.5 - features[:, 0], features[:, 0]], dim=1) * 100
 
-    def forward(self, images):
-        return self.head(self.pool(self.embed(images)))
+    def forward(self, images, kept=None):
+        z = self.embed(images)
+        return self.head(self.pool(z if kept is None else z.take_along_dim(kept[:, :, None], 1)))
 
 
 @pytest.mark.parametrize("fill", [None, torch.zeros(3, 1, 1)])

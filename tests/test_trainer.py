@@ -158,15 +158,13 @@ def test_the_last_epochs_see_whole_images_and_compiling_is_for_what_pays(
     tokens, fast = watch_tokens(monkeypatch), []
 
     def compile(model, **_):
-        return lambda images, patch_dropout: (
-            fast.append(patch_dropout) or model(images, patch_dropout)
-        )
+        return lambda images, kept: fast.append(kept.shape[1]) or model(images, kept)
 
     monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(trainer, "compile_pays", lambda run, dropout: dropout == 0.5)
     flags = "--name a --epochs 5 --whole-epochs 1 --patch-dropout 0.5 --validation-images 0"
     assert train(flags + " --no-test") == 0
-    assert fast == [0.5] * 21  # a warm-up, and 4 epochs of 5 steps
+    assert fast == [8] * 21  # a warm-up, and 4 epochs of 5 steps
     assert tokens[:2] == [8, 8] and tokens[2:] == [8] * 40 + [16] * 10  # in each of 2 blocks
 
 

@@ -211,8 +211,8 @@ def test_augmentation_has_a_row_for_each_operation_of_the_recipe(draw, tmp_path,
     flipped = augment.random_flip(images, utils.generator_for(3))
     assert torch.equal(saved["random_flip"], flipped) and not torch.equal(flipped, images)
     assert torch.equal(saved["random_crop"], augment.random_crop(images, 2, utils.generator_for(3)))
-    augmentation = augment.Augmentation(TrainConfig(**used), 10, 8, torch.device("cpu"))
-    expected, _ = augmentation(images, torch.arange(8), torch.arange(8), 0, 3)
+    augmentation = augment.Augmentation(TrainConfig(**used), ViTConfig(), 8, torch.device("cpu"))
+    expected = augmentation(images, torch.arange(8), torch.arange(8), 0, 3).images
     assert torch.equal(saved["whole_recipe"], expected)
 
     write_checkpoint(tmp_path / "run/last.pt", SHAPES, {"flip": "off", "crop_padding": 0})

@@ -20,7 +20,6 @@ from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ViT import ViT, patchify
@@ -319,13 +318,7 @@ def logits_of_kept(model: ViT, images: Tensor, kept: Tensor, fill: Tensor | None
     """
     config = model.config
     if fill is None:
-        z = model.embed(images)  # (B, T, D)
-        first = z.shape[1] - config.patches  # the class token stays
-        rows = F.pad(kept + first, (first, 0))
-        z = z.take_along_dim(rows[:, :, None], dim=1)  # (B, first + n, D)
-        for block in model.blocks:
-            z = block(z)
-        return model.head(model.norm(model.pool(z)))
+        return model(images, kept)
     left = torch.zeros(len(images), config.patches, dtype=torch.bool, device=images.device)
     left = left.scatter(1, kept, True).unflatten(1, config.grid)[:, None]  # (B, 1, H/P, W/P)
     for dim in (2, 3):

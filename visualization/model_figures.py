@@ -106,8 +106,8 @@ def augmentation(model: Model) -> Picture:
     images, labels = train.take(chosen)
     rows = {"original": images}
     for name, recipe in (recipes | {"whole recipe": config}).items():
-        augment = Augmentation(recipe, len(model.classes), len(train), model.device)
-        rows[name], _ = augment(images, labels, chosen, 0, model.options.seed)
+        augment = Augmentation(recipe, model.config, len(train), model.device)
+        rows[name] = augment(images, labels, chosen, 0, model.options.seed).images
     figure = _sheet(
         {name: list(map(to_picture, row)) for name, row in rows.items()},
         names=[model.classes[label] for label in labels],

@@ -92,8 +92,8 @@ class PatchEmbedding(nn.Module):
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Fixed 2-D position embedding of Beyer et al. (arXiv 2205.01580), (N, D).
 
-    A quarter of the dimensions each for sine and cosine of the column and of the row, at D/4
-    frequencies from 1 down to 1/10000.
+    The D dimensions are four quarters: sine and cosine of the column, sine and cosine of the row,
+    each at D/4 frequencies from 1 down to 1/10000.
     """
     down, across = (torch.arange(n, dtype=torch.float64) for n in grid)
     rows, columns = torch.meshgrid(down, across, indexing="ij")  # (H/P, W/P) each
@@ -127,14 +127,15 @@ class MultiHeadSelfAttention(nn.Module):
         qkv = self.qkv(z).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, h, D_h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 of (B, h, T, D_h)  Eq. 5
         rate = self.attention_dropout if self.training else 0.0
+        # The softmax and the product with v are the only place where tokens exchange information.
         if self.is_plain(z):
-            # With entries of variance 1 in q and k, their product has variance D_h; dividing by
-            # sqrt(D_h) brings it back to 1, or the softmax would saturate.
+            # With independent entries of variance 1, the product of q and k has variance D_h. Its
+            # division by sqrt(D_h) makes that 1; otherwise the softmax would saturate.
             A = self.softmax(q @ k.mT * q.shape[-1] ** -0.5)  # (B, h, T, T)  Eq. 6
             heads = F.dropout(A, rate) @ v  # (B, h, T, D_h)  Eq. 7
         else:  # the same in one kernel, which never holds all of A in memory
             heads = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)  # (B, h, T, D_h)
-        # Only here does a token receive anything from others; U_msa mixes what the heads found.
+        # U_msa mixes what the heads found.
         return self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # (B, T, D)  Eq. 8
 
     def is_plain(self, z: Tensor) -> bool:
@@ -213,8 +214,8 @@ class ViT(nn.Module):
     def pool(self, z: Tensor) -> Tensor:  # (B, T, D)
         """The class token, z_L^0 in Eq. 4; in a model without one, the mean of the patches.
 
-        The mean reaches every patch from the first step, and small models train better with it. The
-        reference code takes it after the LayerNorm; here, as in MAE, it is before.
+        With the mean, every patch has a gradient of its own from the head; small models here train
+        better with it. The reference code takes it after the LayerNorm; here, as in MAE, before.
         """
         return z[:, 0] if self.config.pooling == "class" else z.mean(dim=1)  # (B, D)
 
@@ -263,7 +264,7 @@ MODELS = {
 }
 LAYER_NORM_EPSILON = 1e-6  # the reference code's; torch's default is 1e-5
 # On a CPU, plain matrix products are faster than the fused kernel up to this many tokens: 5 times
-# at T = 16 in bfloat16 (forward + backward, torch 2.14, two Zen 4 cores).
+# as fast at T = 16 in bfloat16 (forward + backward, torch 2.14, two Zen 4 cores).
 PLAIN_TOKENS = 256
 
 

@@ -141,13 +141,13 @@ class Seen(NamedTuple):
 
 
 class Augmentation:
-    """Everything that a recipe does to a batch before the model sees it: the only door to it.
+    """Everything that a recipe does to a batch before the model sees it.
 
     Args:
-        config: of the recipe.
+        config: the recipe's.
         model: the sizes of the model.
-        count: of the training images.
-        device: of the batches.
+        count: the number of training images.
+        device: where the batches are.
     """
 
     def __init__(self, config: TrainConfig, model: ViTConfig, count: int, device: torch.device):

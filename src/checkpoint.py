@@ -20,7 +20,16 @@ from torch import Tensor
 from config import Config
 from data import Dataset, Preprocessing
 from recipes import TrainConfig
-from utils import ROOT, UserError, complain, one_line, write_json, write_table, write_torch
+from utils import (
+    ROOT,
+    UserError,
+    complain,
+    existing_path,
+    one_line,
+    write_json,
+    write_table,
+    write_torch,
+)
 from ViT import ViT, ViTConfig
 
 try:
@@ -42,7 +51,7 @@ CONFIGS = {"model": ViTConfig, "training": TrainConfig, "preprocessing": Preproc
 
 @dataclass(frozen=True, kw_only=True)
 class EpochRecord(Config):
-    """An epoch, as a row of metrics.csv has it."""
+    """A row of metrics.csv."""
 
     epoch: int  # counted from 1
     step: int  # the run's, at the end of the epoch
@@ -86,7 +95,7 @@ class Checkpoint:
                 f"preprocessing is not that of {self.model.channels} x {H} x {W} pixels"
             )
         if [row.epoch for row in self.history] != list(range(1, len(self.history) + 1)):
-            raise UserError("history must have a row for each epoch, in their order")
+            raise UserError("history must have a row for each epoch, in order")
         check_weights(self.model, self.weights)
 
 
@@ -235,13 +244,14 @@ def code_commit() -> str | None:
         return None
 
 
-def checkpoint_file(path: Path) -> Path:
-    """A file as given; of a run's folder its last checkpoint."""
+def find_checkpoint(text: str) -> Path:
+    """A checkpoint as named, here or inside the repository; of a run's folder the last one."""
+    path = existing_path(text)
     return path / "last.pt" if path.is_dir() else path
 
 
 def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
-    """Raises UserError where a data set has other classes than a model, or is split otherwise."""
+    """Raises UserError where a data set has other classes than a model, or is split differently."""
     wanted, found = (tuple(each.classes) for each in (checkpoint, dataset))
     if wanted != found:
         pairs = zip(wanted, found, strict=False)
@@ -331,11 +341,7 @@ class RunFolder:
             print(f"cannot lock {self.path} ({error.strerror}); do not start a second run in it")
 
     def save(self, checkpoint: Checkpoint, *, last: bool = False) -> None:
-        """Writes last.pt and metrics.csv; where that fails, says so and keeps the last good ones.
-
-        Args:
-            last: the run does not try again.
-        """
+        """Writes last.pt and metrics.csv; if that fails, says so and keeps the last good ones."""
         try:
             # The rows first: a run that is killed in between resumes, and writes them again.
             write_metrics(self.path / "metrics.csv", checkpoint.history)
@@ -359,11 +365,7 @@ class RunFolder:
             print(f"cannot write {self.path / 'best.pt'}: {error.strerror or error}", flush=True)
 
     def write_result(self, result: dict[str, Any], draw: Callable[[Path], None]) -> bool:
-        """Writes curves.png and result.json; returns whether all of a run is written.
-
-        Args:
-            draw: writes the curves to a path.
-        """
+        """Writes curves.png, by `draw`, and result.json; returns whether all is written."""
         try:
             draw(self.path / "curves.png")
             write_json(self.path / "result.json", result)
@@ -375,8 +377,9 @@ class RunFolder:
         return not self.save_failed
 
     def kept(self) -> list[str]:
-        """What there is to resume, as a line for an error; none where nothing is saved."""
-        return [f"{self.path / 'last.pt'} holds step {self.saved_step}"] * bool(self.saved_step)
+        """Of the last good checkpoint, if there is one, a line for an error."""
+        saved = f"{self.path / 'last.pt'} holds step {self.saved_step}"
+        return [saved] if self.saved_step else []
 
 
 def write_metrics(path: Path, history: list[EpochRecord]) -> None:

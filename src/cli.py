@@ -1,15 +1,16 @@
 """The command line of trainer.py: what it asks for, made from its flags and a recipe."""
 
 import argparse
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from checkpoint import checkpoint_file
-from config import Parser, add_flags, changed_flags, given
+from checkpoint import find_checkpoint
+from config import Parser, add_flags, given
 from device import best_device
 from recipes import RECIPES, RunOptions, TrainConfig
-from utils import UserError, existing_path
+from utils import UserError
 from ViT import MODELS, ViTConfig
 
 TASKS = {
@@ -74,7 +75,7 @@ def parse(argv: list[str], description: str) -> Command:
     run = parser.add_argument_group("run")
     tasks = run.add_mutually_exclusive_group()
     for task, (metavar, text) in TASKS.items():
-        tasks.add_argument(f"--{task}", metavar=metavar, type=_checkpoint, help=text)
+        tasks.add_argument(f"--{task}", metavar=metavar, type=find_checkpoint, help=text)
     add_flags(run, RunOptions())
     model = parser.add_argument_group("model (value of the recipe)")
     model.add_argument("--model", choices=MODELS, help="a size: sets --width, --depth and --heads")
@@ -121,12 +122,12 @@ def _refuse_other_flags(arguments: argparse.Namespace, task: str) -> None:
             raise UserError(f"--{flag} cannot be used with --{task}, which takes {allowed}")
 
 
-def _checkpoint(text: str) -> Path:
-    """A checkpoint as named, or the last one of a run's folder."""
-    return checkpoint_file(existing_path(text))
-
-
 def resume_hint(folder: Path, options: RunOptions) -> str:
     """How to resume a run, with the flags that its checkpoint does not hold."""
-    flags = changed_flags(options, TASK_FLAGS["resume"])
-    return " ".join(["resume with --resume", str(folder), *flags])
+    words = ["resume with --resume", str(folder)]
+    for name in options.changed():
+        if name in TASK_FLAGS["resume"]:
+            value, flag = getattr(options, name), name.replace("_", "-")
+            switch = f"--{flag}" if value else f"--no-{flag}"
+            words += [switch] if isinstance(value, bool) else [f"--{flag}", shlex.quote(str(value))]
+    return " ".join(words)

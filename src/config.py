@@ -4,11 +4,9 @@ import argparse
 import dataclasses
 import difflib
 import re
-import shlex
 import sys
 import types
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -141,20 +139,6 @@ def given(arguments: argparse.Namespace, config_class: type[Config]) -> dict[str
     """The fields of a config class that the command line gave a value."""
     fields = config_class.fields()
     return {name: value for name, value in vars(arguments).items() if name in fields}
-
-
-def changed_flags(config: Config, names: Iterable[str]) -> list[str]:
-    """The flags of those of the named fields whose value is not the default."""
-    flags = []
-    for name in config.changed():
-        value, flag = getattr(config, name), name.replace("_", "-")
-        if name not in names:
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            flags += [f"--{flag}", shlex.quote(str(value))]
-    return flags
 
 
 def _height_and_width(text: str) -> tuple[int, int]:

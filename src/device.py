@@ -24,13 +24,10 @@ def unusable_gpu() -> str | None:
     """Why torch cannot use the NVIDIA GPU of this machine, where that is so."""
     if torch.cuda.is_available() or not any(Path("/dev").glob("nvidia[0-9]*")):
         return None
-    if not torch.version.cuda:
-        return (
-            f"this machine has an NVIDIA GPU, but torch {torch.__version__} is built without CUDA"
-        )
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
     return (
-        f"this machine has an NVIDIA GPU, but torch {torch.__version__} for CUDA "
-        f"{torch.version.cuda} cannot use it; nvidia-smi shows the driver"
+        f"this machine has an NVIDIA GPU, but torch {torch.__version__}, built {built}, cannot use "
+        "it; nvidia-smi shows the driver"
     )
 
 
@@ -100,7 +97,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory in use at any time: the GPU's for tensors, or the process' on a CPU."""
+    """Most memory in use at any time: the GPU's for tensors, or the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -26,7 +26,7 @@ from utils import Stopped, WorldError, one_line
 
 
 class StopSignals:
-    """A block in which Ctrl-C and SIGTERM do not interrupt: the training loop looks at `received`.
+    """Inside this context, Ctrl-C and SIGTERM only set `received`, for the training loop.
 
     A second signal takes its default action, which ends the process there and then.
 
@@ -118,11 +118,11 @@ def without_averaging(model: nn.Module) -> AbstractContextManager:
 
 
 @contextmanager
-def joined_world(use_gpus: bool) -> Iterator[World]:
+def joined_world(device: str | None) -> Iterator[World]:
     """The world that torchrun's environment variables describe, or a world of one.
 
     Args:
-        use_gpus: gradients live on GPUs and are averaged by NCCL; the rest goes by gloo.
+        device: as --device names it; NCCL averages the gradients of GPUs, gloo does the rest.
 
     Raises:
         WorldError: a variable is missing, or the other processes cannot be reached.
@@ -134,6 +134,7 @@ def joined_world(use_gpus: bool) -> Iterator[World]:
         rank, size, local_rank = (
             int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         )
+        use_gpus = device != "cpu" and torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpus else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
         raise WorldError(
@@ -145,7 +146,7 @@ def joined_world(use_gpus: bool) -> Iterator[World]:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise WorldError("another process of this job has ended, and so does this one") from error
-    # A DistributedDataParallel that is left over holds the group; if it held it last, torch 2.11
-    # would deadlock: the group's destructor waits for a thread that waits for Python.
+    # A DistributedDataParallel that is left over holds the group. If it holds the last reference,
+    # torch 2.11 deadlocks: the group's destructor waits for a thread that waits for Python.
     gc.collect()
     dist.destroy_process_group()  # not after an error: it might wait for a process that is gone

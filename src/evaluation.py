@@ -1,4 +1,4 @@
-"""The logits of a split, how good they are, and the table that says so."""
+"""The logits of a split, their metrics, and a table of them."""
 
 import math
 import statistics
@@ -33,9 +33,8 @@ class Evaluation(NamedTuple):
 
 def batch_size_for(config: ViTConfig) -> int:
     """Images per batch, at most 500, so that no activation is too large for memory."""
-    return min(
-        500, max(1, LARGEST_ACTIVATION // (config.tokens * max(config.hidden, config.width)))
-    )
+    of_an_image = config.tokens * max(config.hidden, config.width)
+    return min(500, max(1, LARGEST_ACTIVATION // of_an_image))
 
 
 @torch.inference_mode()
@@ -65,10 +64,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a model on a split; each rank does its share of the images, each image once."""
     rows = world.share(torch.arange(len(split), device=split.labels.device))
-    logits, labels = (
-        predict(model, split, preprocessing, rows, precision).cpu(),
-        split.labels[rows].cpu(),
-    )
+    logits = predict(model, split, preprocessing, rows, precision).cpu()
+    labels = split.labels[rows].cpu()
     best = logits.topk(min(5, logits.shape[1])).indices  # (n, 5)
     hits = (best == labels[:, None]).double()  # (n, 5)
     classes = F.one_hot(labels, logits.shape[1]).double()  # (n, K)

@@ -91,7 +91,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest orthogonal matrix to each of (B, n, m), with singular values of 0.7 to 1.2.
+    """About the nearest orthogonal matrix to each of (B, n, m): singular values of 0.7 to 1.2.
 
     Five steps of the Newton-Schulz iteration with Jordan's coefficients, which bring every singular
     value near 1 fast, but not exactly, except those near 0.
@@ -147,7 +147,7 @@ def layer_of(name: str, depth: int) -> int:
 
 
 def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[torch.optim.Optimizer]:
-    """The optimizers that `rules` name, in the order of their names, of all that is not frozen.
+    """The optimizers that `rules` name, sorted by name, of all weights that are not frozen.
 
     A weight below the head has the rate of its rule times `layer_decay` for each layer above it
     (BEiT, arXiv 2106.08254).

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import device as devices
 import utils
-from checkpoint import checkpoint_file, load_model
+from checkpoint import find_checkpoint, load_model
 from config import Parser
 from data import image_files
 from evaluation import batch_size_for
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE|FOLDER")
     default = utils.ROOT / "checkpoints/vit_cifar10.pt"
     help_text = f"a checkpoint or a run's folder ({default.relative_to(utils.ROOT)})"
-    parser.add_argument("--checkpoint", type=utils.existing_path, default=default, help=help_text)
+    parser.add_argument("--checkpoint", type=find_checkpoint, default=default, help=help_text)
     parser.add_argument("--top", type=int, default=1, help="classes of each file (1)")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.add_argument("--device", help="cuda, mps or cpu (the best available)")
@@ -72,8 +72,7 @@ def main(argv: list[str]) -> int:
     given = (image_files(path) if path.is_dir() else [path] for path in arguments.files)
     files = [file for each in given for file in each]
     device = devices.choose_device(arguments.device)
-    checkpoint = checkpoint_file(arguments.checkpoint)
-    found, errors = predictions(files, checkpoint, device, arguments.top)
+    found, errors = predictions(files, arguments.checkpoint, device, arguments.top)
     if arguments.json:
         rows = [
             {"file": str(file), "predictions": [{"class": c, "probability": p} for c, p in best]}

@@ -20,12 +20,12 @@ from checkpoint import (
     EXPORTED,
     Checkpoint,
     check_weights,
-    checkpoint_file,
+    find_checkpoint,
     load_checkpoint,
     save_model,
 )
 from data import Preprocessing
-from utils import UserError, existing_path, first_line, write_torch
+from utils import UserError, first_line, write_torch
 from ViT import MODELS, ViT, ViTConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -152,7 +152,7 @@ def load_pretrained(origin: str, heads: int | None = None) -> Pretrained:
         return _from_timm(origin, name)
     if library == "torchvision" and name:
         return _from_torchvision(origin, *name.split(":")[:2])
-    path = checkpoint_file(existing_path(origin))
+    path = find_checkpoint(origin)
     weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     if weights is None:  # a checkpoint of ours
         checkpoint = load_checkpoint(path)
@@ -344,7 +344,7 @@ def state_dict_for(library: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
         ):
             if lacks:
                 raise UserError(f"torchvision has no ViT with {other}; timm has")
-    weights = dict(ViT(config).state_dict() | checkpoint.weights)
+    weights = dict(checkpoint.weights)
     shape = (config.width, config.channels, config.patch_size, config.patch_size)
     weights["embed.proj.weight"] = weights["embed.proj.weight"].reshape(shape)
     if "embed.pos_embed" not in weights:  # fixed ones, which are learned ones there

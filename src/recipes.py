@@ -13,7 +13,7 @@ from ViT import MODELS, ViTConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """Everything besides the model that a run depends on; where it is kept is in RunOptions."""
+    """Everything besides the model that a run depends on; RunOptions says where it is kept."""
 
     dataset: Annotated[str, f"data set: {', '.join(DATASETS)}, {FOLDER}PATH"] = "cifar10"
     validation_images: Annotated[
@@ -65,7 +65,7 @@ class TrainConfig(Config):
         float, "CutMix alpha; 0 disables; with Mixup, one of the two for each image", "[0, inf)"
     ] = 0.0
     patch_dropout: Annotated[float, "share of patches left out in training", "[0, 1)"] = 0.0
-    # What ends within a run ends a number of epochs before it does.
+    # What ends within a run is off in its last epochs.
     whole_epochs: Annotated[int, "epochs at the end without patch dropout", "[0, inf)"] = 0
     policy_off_epochs: Annotated[int, "epochs at the end without the policy", "[0, inf)"] = 0
     mixing_off_epochs: Annotated[int, "epochs at the end without mixing", "[0, inf)"] = 0
@@ -84,6 +84,10 @@ class TrainConfig(Config):
         super().__post_init__()
         if self.seed >= 2**63:
             raise UserError(f"seed must be below 2^63, not {self.seed}")
+        if self.init_from and (self.initialization != "paper" or self.whiten_patches):
+            raise UserError(
+                "init_from gives the weights: initialization and whiten_patches are for a new model"
+            )
         if self.accumulate > self.batch_size:
             raise UserError(f"accumulate {self.accumulate} is above batch_size {self.batch_size}")
         if self.compile == "graphs" and self.accumulate > 1:
@@ -161,6 +165,8 @@ _STRONG = replace(
     validate_every=5,
 )
 
+_SHIPPED = ViTConfig(patch_size=4, width=256, depth=6, heads=8, pooling="mean", positions="sincos")
+
 # The layer-wise decay is BEiT's and MAE's; not yet tuned here.
 _FINETUNE = TrainConfig(
     init_from="checkpoints/vit_cifar10.pt",
@@ -178,12 +184,9 @@ RECIPES = {
         about="""For a GPU, untested: the model of `shipped` for 300 epochs.
 
         Command   python src/trainer.py
-        Hardware  a GPU
         Expect    not known: no GPU was available
         """,
-        model=ViTConfig(
-            patch_size=4, width=256, depth=6, heads=8, pooling="mean", positions="sincos"
-        ),
+        model=_SHIPPED,
         train=replace(_STRONG, epochs=300, policy_off_epochs=30, mixing_off_epochs=60),
     ),
     # Many epochs on few patches, as the studies in results/speed94 found best at equal operations,
@@ -193,7 +196,6 @@ RECIPES = {
         about="""For a GPU, untested: aims at 94% in a minute, on a quarter of the patches.
 
         Command   python src/trainer.py --recipe speed94
-        Hardware  a GPU
         Expect    not known: no GPU was available
         """,
         model=ViTConfig(
@@ -213,7 +215,6 @@ RECIPES = {
         about="""For a GPU, untested: aims at the best accuracy in half an hour, patches 2 x 2.
 
         Command   python src/trainer.py --recipe best
-        Hardware  a GPU
         Expect    not known: no GPU was available
         """,
         model=ViTConfig(
@@ -232,8 +233,7 @@ RECIPES = {
         about="""The paper's choices at CIFAR scale: ViT-Ti/4, AdamW, cosine, flip and crop.
 
         Command   python src/trainer.py --recipe baseline
-        Hardware  a GPU
-        Expect    not known: not yet trained to its end
+        Expect    not known: not trained to its end on a GPU
         """,
         model=ViTConfig(**MODELS["tiny"], patch_size=4, dropout=0.1),
         train=TrainConfig(validate_every=5),
@@ -339,9 +339,7 @@ RECIPES = {
         Time      10852 s the whole process, 10566 s of it training, other work beside some of it
         Expect    91.8% validation, 91.0% test accuracy (1 seed)
         """,
-        model=ViTConfig(
-            patch_size=4, width=256, depth=6, heads=8, pooling="mean", positions="sincos"
-        ),
+        model=_SHIPPED,
         train=replace(
             _STRONG,
             epochs=145,

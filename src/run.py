@@ -1,4 +1,4 @@
-"""A run: `Run` is what it works with, `State` what a step changes; begun anew or resumed.
+"""`Run` holds what stays fixed in training, `State` what a step changes; new and resumed runs.
 
 The training loop of trainer.py moves the `State` from step to step. A checkpoint is the configs of
 the `Run` and `State.to_dict()`.
@@ -47,7 +47,7 @@ NO_OPTIONS = RunOptions()
 
 @dataclass
 class State:
-    """All that a step changes; with several ranks, the sums are of this rank's images."""
+    """All that a step changes; of the sums, each rank holds its part."""
 
     model: ViT
     optimizers: list[torch.optim.Optimizer]
@@ -85,22 +85,18 @@ class State:
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * factor
 
-    def totals(self, world: World) -> dict[str, Tensor]:
-        """The sums over all ranks, on the CPU."""
-        return {name: world.sum(value) for name, value in self.sums.items()}
-
     def end_epoch(self, record: EpochRecord) -> None:
         self.history.append(record)
         self.sums, self.epoch_seconds = {}, 0.0
 
-    def to_dict(self, world: World = ALONE) -> dict[str, Any]:
-        """The state as a `Checkpoint` has it."""
+    def to_dict(self, totals: dict[str, Tensor]) -> dict[str, Any]:
+        """The state as a `Checkpoint` has it; the totals are the sums over all ranks."""
         return {
             "weights": dict(self.model.state_dict()),
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
             "step": self.step,
             "history": list(self.history),
-            "sums": self.totals(world),
+            "sums": totals,
             "seconds": {
                 "epoch": self.epoch_seconds,
                 "compile": self.compile_seconds,
@@ -125,7 +121,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run works with; no step changes it."""
+    """What stays fixed in training; only its folder and its signals have a state of their own."""
 
     recipe: str  # the name that checkpoints and result.json state
     config: TrainConfig
@@ -135,7 +131,7 @@ class Run:
     world: World
     folder: RunFolder
     precision: str  # "bf16" or "fp32"
-    model: ViTConfig
+    model_config: ViTConfig
     parallel: nn.Module  # the model of the state, over all ranks
     augment: Augmentation
     class_weights: Tensor | None  # (K,)
@@ -163,7 +159,7 @@ class Run:
         epochs = Counter(map(self.config.patch_dropout_in, range(self.config.epochs)))
         frozen, images = self.config.freeze, len(self.dataset.train)
         return {
-            dropout: training_flops(self.model, dropout, frozen=frozen) * images * count
+            dropout: training_flops(self.model_config, dropout, frozen=frozen) * images * count
             for dropout, count in epochs.items()
         }
 
@@ -178,7 +174,7 @@ class Run:
     def seed_draws(self, state: State) -> int:
         """Seeds what the coming step draws, which then does not depend on what came before.
 
-        Dropout and drop path draw from torch's generators, on each rank otherwise.
+        Dropout and drop path draw from torch's generators, differently on each rank.
 
         Returns:
             The seed of augmentation, the same on every rank.
@@ -216,12 +212,12 @@ class Run:
     # ------------------------------------------------------------------------ of an epoch
 
     def totals(self, state: State) -> dict[str, Tensor]:
-        """`State.totals`, for which the host waits.
+        """The sums over all ranks, on the CPU, for which the host waits.
 
         Raises:
             Diverged: a loss was not finite.
         """
-        totals = state.totals(self.world)
+        totals = {name: self.world.sum(value) for name, value in state.sums.items()}
         if "loss" in totals and not totals["loss"].isfinite():
             raise self.diverged(state, f"the loss is {totals['loss'].item()}")
         return totals
@@ -259,47 +255,42 @@ class Run:
         return minutes >= self.options.save_minutes and not ends_epoch
 
     def save(self, state: State, *, last: bool = False) -> None:
-        """Saves the state in the run's folder, on rank 0.
-
-        Args:
-            last: the run does not try again.
+        """Saves the state on rank 0; `last`: the run does not try again.
 
         Raises:
             Diverged: a loss or a weight is not finite.
         """
-        self.totals(state)
+        totals = self.totals(state)
         if not all(weight.isfinite().all() for weight in state.model.state_dict().values()):
             raise self.diverged(state, "the weights are not finite")
         self.folder.saved_at = time.perf_counter()
-        checkpoint = self.checkpoint(state)
         if self.world.leads:
-            self.folder.save(checkpoint, last=last)
+            self.folder.save(self.checkpoint(state, totals), last=last)
 
     def save_best(self, state: State) -> None:
         """Keeps the model of the last epoch if no other was better on the validation images."""
         accuracies = [row.validation_accuracy or 0 for row in state.history]
         if self.world.leads and accuracies[-1] == max(accuracies):
-            self.folder.save_best(self.checkpoint(state))
+            self.folder.save_best(self.checkpoint(state, {}))
 
-    def checkpoint(self, state: State) -> Checkpoint:
-        """What to save; within an epoch all ranks make it together, as its sums are of all."""
+    def checkpoint(self, state: State, totals: dict[str, Tensor]) -> Checkpoint:
         return Checkpoint(
             recipe=self.recipe,
-            model=self.model,
+            model=self.model_config,
             training=self.config,
             preprocessing=self.dataset.preprocessing,
             classes=list(self.dataset.classes),
             drawn_from=self.dataset.drawn_from,
             versions=versions(),
-            **state.to_dict(self.world),
+            **state.to_dict(totals),
         )
 
     def result(self, state: State) -> dict[str, Any]:
-        """What result.json says of the training; the test and the seconds of the rest are added."""
+        """What result.json says of the training; `train` adds the test and the other timings."""
         training = sum(record.seconds for record in state.history)
         return {
             "recipe": self.recipe,
-            "model": asdict(self.model),
+            "model": asdict(self.model_config),
             "training": asdict(self.config),
             "parameters": parameters_of(state.model),
             "epochs": self.config.epochs,
@@ -360,7 +351,7 @@ def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: boo
     return (2 if frozen else 6) * (config.depth * block + patches) + 6 * D * config.classes
 
 
-# ---------------------------------------------------------------------------- its beginning
+# ---------------------------------------------------------------------------- starting a run
 
 
 def load_data(
@@ -370,7 +361,7 @@ def load_data(
     device: torch.device,
     world: World,
 ) -> Dataset:
-    """The data set of a run: the first thing that it has on the device."""
+    """The data set of a run. What needs deterministic kernels comes after it."""
     if config.deterministic and device.type == "cuda":
         devices.use_deterministic_kernels()
     return datasets.load_dataset(
@@ -430,7 +421,7 @@ def assemble(
         world=world,
         folder=folder or RunFolder(Path()),
         precision=precision,
-        model=model.config,
+        model_config=model.config,
         parallel=world.parallel(model),
         augment=Augmentation(config, model.config, count, device),
         class_weights=class_weights,

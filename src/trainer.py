@@ -9,9 +9,9 @@
     python src/trainer.py --export checkpoints/NAME    model.pt: weights only, in half precision
     torchrun --nproc-per-node=K src/trainer.py ...     the same, on K devices
 
-A run writes to checkpoints/<name>/: every --save-minutes and at its end last.pt and metrics.csv (a
-row per epoch), at its end curves.png and result.json. The test set is evaluated once, at the end of
-a run. Ctrl-C and SIGTERM save first and say how to resume.
+A run writes to checkpoints/<name>/: last.pt and metrics.csv (a row per epoch) every --save-minutes
+and at its end, then curves.png and result.json. The test set is evaluated once, at the end of a
+run. Ctrl-C and SIGTERM save first and say how to resume.
 """
 
 import math
@@ -49,12 +49,11 @@ LOOK_EVERY = 20  # steps until the loss is looked at, for which the host waits
 def train_epoch(run: Run, state: State, model: Forward) -> None:
     """Shows the model every training image once, or those that an interrupted epoch has left.
 
-    Every rank makes the same batch and takes a share of it, so that a run does not depend on the
-    number of ranks.
+    Every rank makes the same augmented batch and takes a share of it.
 
     Raises:
         Diverged: a loss is not finite.
-        Stopped: a signal has come; everything is saved.
+        Stopped: a signal has come; the run has saved, or tried to.
     """
     world, train = run.world, run.dataset.train
     order = run.batches_left(state)  # rows of the training images, for each step
@@ -91,12 +90,7 @@ def update(run: Run, state: State) -> None:
 
 
 def after_step(run: Run, state: State, bar: tqdm) -> None:
-    """Looks at the loss now and then, and saves or stops if any rank asks for it.
-
-    Raises:
-        Diverged: a loss is not finite.
-        Stopped: a signal has come; everything is saved.
-    """
+    """Looks at the loss now and then, and saves or stops if any rank asks for it."""
     save, stop = run.world.any(run.save_is_due(state), bool(run.stop.received))
     if state.step % LOOK_EVERY == 0:
         loss = run.totals(state)["loss"].item() / run.steps_done(state)
@@ -122,8 +116,8 @@ def progress_bar(run: Run, state: State) -> tqdm:
 
 # ---------------------------------------------------------------------------- compiling
 
-# Floating-point operations for which compiling pays: two minutes of a CPU that does 2e11 a second,
-# and, not measured yet, a minute of a GPU at 5e13.
+# Floating-point operations for which compiling pays: 100 s of a CPU that does 2e11 a second, and a
+# minute of a GPU at 5e13, which is an estimate.
 WORTH_COMPILING = {"cpu": 2e13, "cuda": 3e15}
 
 
@@ -169,7 +163,7 @@ def sizes_of(images: Tensor, kept: Tensor | None) -> tuple[int, int | None]:
 
 
 def compile_pays(run: Run, patch_dropout: float) -> bool:
-    """Whether compiling for this share of left out patches is worth its half minute."""
+    """Whether compiling for this share of patch dropout is worth half a minute."""
     if run.config.batch_size > len(run.dataset.train):
         return False  # every batch is a short one
     if run.config.compile != "auto":
@@ -195,19 +189,15 @@ def warm_up(run: Run, state: State, model: Forward, epoch: int) -> tuple[Tensor,
 FOR_A_GPU = 5e15  # operations: a quarter of a day of a CPU that does 2e11 a second
 
 
-def train(run: Run, state: State, command: str = "") -> dict[str, Any] | None:
+def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | None:
     """Trains a run to its last epoch, tests it once, and writes its results.
 
     Args:
-        command: what result.json states as its origin.
+        command_line: what result.json states as its origin.
 
     Returns:
         The content of result.json; None on all ranks but the first, and where not all of it could
         be written.
-
-    Raises:
-        Diverged: a loss or a weight is not finite.
-        Stopped: a signal has come; everything is saved.
     """
     run.say(run.headline(state))
     if run.device.type == "cpu" and sum(run.flops().values()) > FOR_A_GPU:
@@ -226,11 +216,11 @@ def train(run: Run, state: State, command: str = "") -> dict[str, Any] | None:
             run.save(state, last=True)
     if not run.world.leads:
         return None
-    result = {"command": command, "commit": commit, **run.result(state)}
+    result = {"command": command_line, "commit": commit, **run.result(state)}
     result |= {"test_accuracy": test and test.top1, "test_loss": test and test.loss}
     result["seconds"] |= {
         "evaluation": ended - started,
-        # Saving and validating included; of a run in one go.
+        # Includes saving and validation; only of a run that was not interrupted.
         "first_step_to_end": None if resumed else ended - began,
         "total": state.total_seconds,
     }
@@ -252,7 +242,7 @@ def train_epochs(run: Run, state: State, model: Forward) -> None:
             line += f"   validation loss {record.validation_loss:.4f}"
             line += f"   accuracy {record.validation_accuracy:.2%}"
         run.say(f"{line}   {record.seconds:.1f} s")
-    if validate(run, state):  # the epoch that --epochs has now made the last
+    if validate(run, state):  # a resumed run whose --epochs now ends at an epoch without
         run.save(state)
 
 
@@ -260,10 +250,7 @@ def validate(run: Run, state: State) -> bool:
     """Adds the validation figures to the last record, and keeps the best epoch if asked to.
 
     Returns:
-        Whether there are such images, and the record did not have their figures.
-
-    Raises:
-        Diverged: the loss is not finite.
+        Whether the record gained them.
     """
     record, split = state.history[-1], run.dataset.validation
     if not split or record.validation_loss is not None:
@@ -279,7 +266,7 @@ def validate(run: Run, state: State) -> bool:
 
 
 def write_result(run: Run, state: State, result: dict[str, Any]) -> bool:
-    """curves.png, result.json and the last lines on the terminal; whether all is written."""
+    """Prints the outcome, writes curves.png and result.json; returns whether all is written."""
     from curves import write_curves  # imports matplotlib, which training does not need
 
     outcome, seconds = "not tested", result["seconds"]
@@ -297,7 +284,7 @@ def write_result(run: Run, state: State, result: dict[str, Any]) -> bool:
 
 @contextmanager
 def hints(run: Run) -> Iterator[None]:
-    """Adds to an error that passes what to do about it."""
+    """Adds advice to an error on its way out."""
     try:
         yield
     except Stopped as stop:
@@ -333,21 +320,22 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
 
     Raises:
         UserError: an option or the data cannot be used.
-        Diverged: the loss is not finite.
+        Diverged: a loss or a weight is not finite.
+        Stopped: a signal has come; the run has saved, or tried to.
     """
-    configs = recipe.model, recipe.train
-    changes = dict.fromkeys(recipe.model.changed()), {}
-    command = cli.Command("train", None, name, *configs, options, *changes, note="")
+    chosen = recipe.model.changed()
     devices.keep_freed_memory()
-    with joined_world(may_use_gpus(options)) as world:
+    with joined_world(options.device) as world:
         device = devices.choose_device(options.device, world)
-        return train_command(command, device, world, "")
+        with RunFolder(options.output_dir / (options.name or name)) as folder:
+            where = options, device, world, folder
+            return train(*new_run(name, recipe.model, recipe.train, *where, chosen))
 
 
-def train_command(
-    command: cli.Command, device: torch.device, world: World, line: str
-) -> dict[str, Any] | None:
-    """Begins or resumes a run and trains it; see `train`. A run that is finished stays as it is."""
+def begin_or_resume(
+    command: cli.Command, device: torch.device, world: World, command_line: str
+) -> int:
+    """Trains a new or a resumed run; returns the exit status."""
     options = command.options
     with RunFolder(command.folder) as folder:
         where = options, device, world, folder
@@ -360,8 +348,9 @@ def train_command(
                 run.say(command.note)
         if run.is_finished(state):
             run.say(f"{folder.path} already finished; raise --epochs to continue")
-            return {}
-        return train(run, state, line)
+            return 0
+        result = train(run, state, command_line)
+    return 1 if result is None and world.leads else 0
 
 
 def main(argv: list[str]) -> int:
@@ -369,7 +358,7 @@ def main(argv: list[str]) -> int:
     command = cli.parse(argv, description=__doc__)
     options = command.options
     devices.keep_freed_memory()
-    with joined_world(may_use_gpus(options)) as world:
+    with joined_world(options.device) as world:
         if command.task == "export":
             if world.leads:
                 export(command.path, options.library, options.overwrite)
@@ -380,14 +369,9 @@ def main(argv: list[str]) -> int:
             return 0
         if world.leads and (unusable := devices.unusable_gpu()):
             print(unusable)
-        result = train_command(
+        return begin_or_resume(
             command, device, world, shlex.join(["python", "src/trainer.py", *argv])
         )
-        return 1 if result is None and world.leads else 0
-
-
-def may_use_gpus(options: RunOptions) -> bool:
-    return options.device != "cpu" and torch.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What everything stands on: errors, how a program ends, files, seeds."""
+"""Shared helpers that import nothing of ours: errors, how a program ends, files, seeds."""
 
 import csv
 import io
@@ -83,7 +83,7 @@ def run_program(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def status_of(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """What `main` returns; of an error its exit status, after a line on standard error.
+    """What `main` returns; for an error its exit status, after a line on standard error.
 
     The line ends with the notes of the error (`add_note`): what to do about it.
     """

@@ -67,7 +67,7 @@ def test_a_gpu_that_torch_cannot_use_is_said(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "built without CUDA" in devices.unusable_gpu()
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "for CUDA 13.0 cannot use it" in devices.unusable_gpu()
+    assert "built for CUDA 13.0, cannot use it" in devices.unusable_gpu()
     monkeypatch.setattr(devices.Path, "glob", lambda *_: iter([]))
     assert devices.unusable_gpu() is None
 

@@ -250,7 +250,7 @@ def test_a_batch_of_random_images_is_learned():
 @pytest.mark.parametrize("mode", ["on", "graphs"])
 def test_the_compiled_model_gives_the_same_logits(mode):
     run, state = real_run(f"demo --compile {mode}")
-    nn.init.normal_(state.model.head.weight, std=run.model.width**-0.5)
+    nn.init.normal_(state.model.head.weight, std=run.model_config.width**-0.5)
     compiled = forward_of(run, state, "compiled")
     assert compiled is not run.parallel
     images = run.dataset.train.take(torch.arange(40, device=GPU)).images

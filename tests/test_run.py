@@ -118,7 +118,7 @@ def test_the_model_has_the_channels_and_classes_of_the_data_set(tmp_path, monkey
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: gray)
     where = RunOptions(), torch.device("cpu"), ALONE, RunFolder(tmp_path / "a")
     begun, state = new_run("demo", ViTConfig(), TrainConfig(), *where)
-    config = begun.model
+    config = begun.model_config
     assert config is state.model.config
     assert (config.channels, config.classes, config.image_size) == (1, 2, (32, 32))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -40,7 +40,7 @@ import run_figures
 import steps
 import style
 import utils
-from checkpoint import checkpoint_file, versions
+from checkpoint import find_checkpoint, versions
 from config import Parser, add_flags, given
 from device import choose_device
 from explorer import Page, explorer
@@ -306,8 +306,7 @@ def portable(value: Any) -> Any:
 
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
-    named = options.checkpoint and utils.existing_path(str(options.checkpoint))
-    path = checkpoint_file(named or newest_checkpoint())
+    path = find_checkpoint(str(options.checkpoint or newest_checkpoint()))
     model = Model(path, choose_device(options.device), options)
     check_options(model)
     draw_all(model, shlex.join(["python", "visualization/vis.py", *argv]))

@@ -7,11 +7,12 @@ when they are needed is its own business.
 """
 
 import os
-import signal
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -19,15 +20,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from torchvision.transforms.functional import pil_to_tensor
 
 from config import Config
-from utils import UserError, one_line
+from utils import UserError, copied, one_line
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # red, green, blue
 SPLIT_SEED = 0  # the held-out images do not depend on a run's seed, so that runs compare
-WORKERS = min(8, os.cpu_count() or 1)  # processes that decode images
+AHEAD = 2  # batches that are decoded while one is used
 
 
 # ---------------------------------------------------------------------------- preprocessing
@@ -72,7 +73,8 @@ class Preprocessing(Config):
         if self.channels not in (1, 3):
             raise UserError(f"{path} needs a model of 1 or 3 channels, not {self.channels}")
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
+            _quiet_pillow()
+            with Image.open(path) as file:
                 return self.fit(file)
         except (UnidentifiedImageError, Image.DecompressionBombError) as error:
             bomb = isinstance(error, Image.DecompressionBombError)
@@ -105,6 +107,12 @@ def _pixel_scale(values: tuple[float, ...], device: torch.device, dtype: torch.d
     """Values of each channel as pixels (C, 1, 1); kept, since a copy to a GPU waits for it."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1) * 255
+
+
+@cache
+def _quiet_pillow() -> None:
+    """Drops Pillow's warnings, in all threads: what it cannot read is an error."""
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -175,25 +183,24 @@ class Pictures:
     """Images that are decoded when they are asked for."""
 
     items: Sequence[Any]
-    read: Callable[[Any], Tensor]  # of an item: uint8 (C, H, W); workers get it pickled
+    read: Callable[[Any], Tensor]  # of an item: uint8 (C, H, W)
 
     def __getitem__(self, row: int) -> Tensor:
         return self.read(self.items[row])
 
 
 class StreamedSplit(Split):
-    """Images that workers decode as they are needed; only the labels are in memory."""
+    """Images that threads decode as they are needed; only the labels are in memory."""
 
     def __init__(self, pictures: Pictures, labels: Tensor):
         self.pictures, self.labels = pictures, labels
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
         """As of a `Split`, in the same order; raises UserError where a file cannot be read."""
-        rows, device = list(rows), self.labels.device
-        loader = _loader(self.pictures, rows, torch.stack)
-        for each, images in zip(rows, loader, strict=True):
-            images = images.pin_memory() if device.type == "cuda" else images
-            yield Batch(images.to(device, non_blocking=True), self.labels[each])
+        rows = list(rows)
+        numbers = [each.tolist() for each in rows]  # now, as this waits for a GPU
+        for each, images in zip(rows, in_threads(self.pictures.__getitem__, numbers), strict=True):
+            yield Batch(copied(torch.stack(images), self.labels.device), self.labels[each])
 
     def subset(self, rows: Tensor) -> "StreamedSplit":
         items = Subset(self.pictures.items, rows.tolist())
@@ -208,54 +215,49 @@ class StreamedSplit(Split):
         Args:
             keep: hold the decoded images in memory, or else stay streamed.
         """
-        attempts = Pictures(range(len(self)), partial(_attempt, self.pictures))
-        images, failed = [], {}
-        rows = torch.arange(len(self)).split(64)
-        loader = _loader(attempts, rows, _collate)
-        for each, (found, errors) in zip(rows, loader, strict=True):
-            failed |= {int(each[row]): message for row, message in errors.items()}
-            if keep:
-                images.append(found.clone())  # out of the memory shared with a worker
-        good = torch.tensor(
-            [row for row in range(len(self)) if row not in failed], dtype=torch.long
-        )
-        split = Split(torch.cat(images), self.labels[good]) if keep else self.subset(good)
-        return split, list(failed.values())
+
+        def attempt(row: int) -> Tensor | UserError | None:
+            try:
+                image = self.pictures[row]
+            except UserError as error:
+                return error
+            return image if keep else None
+
+        batches = [range(len(self))[start : start + 64] for start in range(0, len(self), 64)]
+        found = [each for batch in in_threads(attempt, batches) for each in batch]
+        errors = [str(each) for each in found if isinstance(each, UserError)]
+        good = [row for row, each in enumerate(found) if not isinstance(each, UserError)]
+        rows = torch.tensor(good, dtype=torch.long)
+        if not keep:
+            return self.subset(rows), errors
+        images = [found[row] for row in good] or [torch.empty(0, dtype=torch.uint8)]
+        return Split(torch.stack(images), self.labels[rows]), errors
 
 
-def _loader(pictures: Pictures, rows: Sequence[Tensor], collate: Callable) -> Iterator[Any]:
-    """A DataLoader of the batches of given rows; an error in a worker is raised as its own line."""
-    loader = DataLoader(
-        pictures,
-        batch_sampler=[each.tolist() for each in rows],
-        num_workers=max(0, min(WORKERS, len(rows) - 1)),
-        collate_fn=collate,
-        worker_init_fn=_ignore_interrupts,
-        generator=torch.Generator(),  # or it would draw from torch's
-    )
-    try:
-        yield from loader
-    except UserError as error:  # of a worker, with its traceback before the message
-        raise UserError(str(error).splitlines()[-1].removeprefix("utils.UserError: ")) from None
+def cpus() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leaves Ctrl-C, which reaches every process, to the main process, which ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def in_threads(read: Callable[[int], Any], batches: Iterable[Sequence[int]]) -> Iterator[list[Any]]:
+    """What `read` gives for each number of each batch, in order; threads are `AHEAD` batches ahead.
 
-
-def _attempt(pictures: Pictures, row: int) -> Tensor | str:
-    try:
-        return pictures[row]
-    except UserError as error:
-        return str(error)
-
-
-def _collate(found: list[Tensor | str]) -> tuple[Tensor, dict[int, str]]:
-    """The images that could be read, (n, C, H, W), and by their place the errors of the others."""
-    errors = {row: each for row, each in enumerate(found) if isinstance(each, str)}
-    images = [each for each in found if isinstance(each, Tensor)]
-    return torch.stack(images) if images else torch.empty(0, dtype=torch.uint8), errors
+    Pillow decodes and resizes without Python's lock. Processes would need shared memory, signals
+    and locks of their own.
+    """
+    with ThreadPoolExecutor(cpus()) as pool:
+        begun: deque[list[Future]] = deque()
+        try:
+            for batch in batches:
+                begun.append([pool.submit(read, number) for number in batch])
+                if len(begun) > AHEAD:
+                    yield [each.result() for each in begun.popleft()]
+            while begun:
+                yield [each.result() for each in begun.popleft()]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def shuffled_batches(

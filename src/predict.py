@@ -9,6 +9,7 @@ training. Of a folder, every image file in it is classified. A file that cannot 
 on standard error and, in the end, exit status 2.
 """
 
+import utils  # isort: skip  # before torch, for its threads
 import json
 from pathlib import Path
 
@@ -16,7 +17,6 @@ import torch
 from tqdm import tqdm
 
 import device as devices
-import utils
 from checkpoint import find_checkpoint, load_model
 from config import Parser
 from data import image_files

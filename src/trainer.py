@@ -14,6 +14,7 @@ and at its end, then curves.png and result.json. The test set is evaluated once,
 run. Ctrl-C and SIGTERM save first and say how to resume.
 """
 
+import utils  # noqa: F401  # isort: skip  # before torch, for its threads
 import math
 import shlex
 import signal

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 import utils
@@ -36,3 +37,20 @@ def test_a_program_ends_silently_when_the_reader_of_its_output_is_gone():
     done = subprocess.run([sys.executable, "-c", code], **pipes, timeout=PATIENCE)
     os.close(writing)
     assert done.returncode == 141 and done.stderr == ""
+
+
+@pytest.mark.parametrize("program", ["src/trainer.py", "src/predict.py", "visualization/vis.py"])
+def test_idle_threads_sleep_unless_the_user_has_set_how_they_wait(program):
+    """The setting is there when torch, which reads it, begins to be imported."""
+    source = "import os, runpy, sys\n"
+    source += "class Watch:\n"
+    source += "    def find_spec(self, name, *_):\n"
+    source += "        if name == 'torch': sys.exit(os.environ.get('GOMP_SPINCOUNT', 'not set'))\n"
+    source += f"sys.meta_path.insert(0, Watch())\nsys.path.insert(0, {str(ROOT / 'src')!r})\nrunpy.run_path({str(ROOT / program)!r})\n"
+    for setting, expected in (({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, "not set")):
+        plain = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
+        command = [sys.executable, "-c", source]
+        done = subprocess.run(
+            command, env=plain | setting, capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert done.stderr.strip() == expected

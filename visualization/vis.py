@@ -33,13 +33,13 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))  # the model's modules, from whatever folder this is run
 
+import utils  # isort: skip  # before torch, for its threads
 import evidence
 import image_figures
 import model_figures
 import run_figures
 import steps
 import style
-import utils
 from checkpoint import find_checkpoint, versions
 from config import Parser, add_flags, given
 from device import choose_device

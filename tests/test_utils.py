@@ -46,7 +46,9 @@ def test_idle_threads_sleep_unless_the_user_has_set_how_they_wait(program):
     source += "class Watch:\n"
     source += "    def find_spec(self, name, *_):\n"
     source += "        if name == 'torch': sys.exit(os.environ.get('GOMP_SPINCOUNT', 'not set'))\n"
-    source += f"sys.meta_path.insert(0, Watch())\nsys.path.insert(0, {str(ROOT / 'src')!r})\nrunpy.run_path({str(ROOT / program)!r})\n"
+    source += "sys.meta_path.insert(0, Watch())\n"
+    source += f"sys.path.insert(0, {str(ROOT / 'src')!r})\n"
+    source += f"runpy.run_path({str(ROOT / program)!r})\n"
     for setting, expected in (({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, "not set")):
         plain = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
         command = [sys.executable, "-c", source]

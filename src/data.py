@@ -6,6 +6,7 @@ validation images, a stratified part of the training images is held out, the sam
 when they are needed is its own business.
 """
 
+import math
 import os
 import warnings
 from collections import deque
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Subset
 from torchvision.transforms.functional import pil_to_tensor
@@ -28,6 +29,15 @@ from utils import UserError, copied, one_line
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # red, green, blue
 SPLIT_SEED = 0  # the held-out images do not depend on a run's seed, so that runs compare
+TURNS = {  # what undoes an EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 AHEAD = 2  # batches that are decoded while one is used
 
 
@@ -74,7 +84,9 @@ class Preprocessing(Config):
             raise UserError(f"{path} needs a model of 1 or 3 channels, not {self.channels}")
         try:
             _quiet_pillow()
-            with Image.open(path) as file:
+            if Path(path).exists() and not Path(path).is_file():
+                raise OSError("it is not a regular file")
+            with Image.open(path, formats=raster_formats()) as file:
                 return self.fit(file)
         except (UnidentifiedImageError, Image.DecompressionBombError) as error:
             bomb = isinstance(error, Image.DecompressionBombError)
@@ -90,11 +102,14 @@ class Preprocessing(Config):
         Upright, as its EXIF says; on white where it is transparent; in RGB, or in gray for one
         channel; resized to cover the size, then center-cropped.
         """
-        upright = _eight_bit(ImageOps.exif_transpose(image)).convert("RGBA")
-        white = Image.new("RGBA", upright.size, "white")
-        flat = Image.alpha_composite(white, upright).convert("RGB" if self.channels == 3 else "L")
-        H, W = self.size
-        method = Image.Resampling[self.interpolation.upper()]
+        (H, W), method = self.size, Image.Resampling[self.interpolation.upper()]
+        enough = math.ceil(2 * max(H, W) / self.crop)
+        image.draft(None, (enough, enough))  # a JPEG is decoded at the scale that is needed
+        flat = _upright(_eight_bit(image))
+        if flat.has_transparency_data:
+            flat = flat.convert("RGBA")
+            flat = Image.alpha_composite(Image.new("RGBA", flat.size, "white"), flat)
+        flat = flat.convert("RGB" if self.channels == 3 else "L")
         return pil_to_tensor(ImageOps.fit(flat, (W, H), method, bleed=(1 - self.crop) / 2))
 
     def keeps(self, shape: Sequence[int]) -> bool:
@@ -115,6 +130,23 @@ def _quiet_pillow() -> None:
     warnings.filterwarnings("ignore", module="PIL")
 
 
+@cache
+def raster_formats() -> tuple[str, ...]:
+    """Pillow's formats but for those that another program draws, which runs what they hold."""
+    Image.init()
+    return tuple(sorted(Image.OPEN.keys() - {"EPS", "WMF"}))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """An image as its EXIF says to hold it; damaged EXIF costs no pixels."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of a parser on data that cameras and editors write
+        orientation = None
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
 def _eight_bit(image: Image.Image) -> Image.Image:
     """16-bit gray, which Pillow would cut off at 255 instead of scaling, in 8 bits."""
     if not image.mode.startswith("I"):
@@ -133,8 +165,8 @@ def image_files(folder: Path) -> list[Path]:
         files = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
-    formats = Image.registered_extensions().items()
-    readable = {extension for extension, name in formats if name in Image.OPEN}
+    extensions = Image.registered_extensions().items()
+    readable = {extension for extension, name in extensions if name in raster_formats()}
     found = [file for file in files if file.suffix.lower() in readable]
     if not found:
         raise UserError(f"the folder {folder} holds no image files")

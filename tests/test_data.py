@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import io
+import os
 import pickle
 import tarfile
 import threading
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torchvision
 import torchvision.transforms.v2.functional as reference
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 import datasets
@@ -348,6 +349,39 @@ def test_any_kind_of_image_is_read_as_rgb_at_the_models_size(kind, tmp_path):
         assert (image[:, :7] == 255).all()
 
 
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_orientation_is_undone_as_pillow_does(orientation, suffix, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5
+    path = tmp_path / f"turned{suffix}"
+    Image.fromarray(pixels).resize((16, 16)).save(path, exif=exif, quality=95)
+    with Image.open(path) as image:
+        expected = ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(expecting((16, 16)).read(path).permute(1, 2, 0), np.asarray(expected))
+
+
+def test_damaged_exif_costs_no_pixels(tmp_path):
+    path = tmp_path / "image.jpg"
+    two_halves().save(path, quality=100, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
+    assert expecting((16, 16)).read(path).float().mean(dim=(1, 2))[0] > 100
+
+
+def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_with_nearly_the_same_result(tmp_path):
+    """The pixels that a full decode, then a resize, would give differ by less than 1 of 255."""
+    waves = np.sin(np.arange(1200) / 40)[:, None, None] * np.cos(np.arange(1600) / 70)[:, None]
+    picture = Image.fromarray((127 + 120 * np.tile(waves, (1, 1, 3))).astype(np.uint8))
+    picture.save(tmp_path / "large.jpg", quality=95)
+    with Image.open(tmp_path / "large.jpg") as image:
+        expecting((32, 32)).fit(image)
+        assert image.size == (200, 150)  # an eighth
+        whole = Image.open(tmp_path / "large.jpg").convert("RGB")
+    expected = ImageOps.fit(whole, (32, 32), Image.Resampling.BICUBIC)
+    found = expecting((32, 32)).read(tmp_path / "large.jpg").permute(1, 2, 0)
+    assert np.abs(found.numpy().astype(int) - np.asarray(expected)).mean() < 1
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I"])
 def test_sixteen_bits_are_scaled_and_not_cut_off(mode, tmp_path):
     values = np.repeat(np.linspace(0, 2**16 - 1, 16).astype(np.uint16)[None], 16, axis=0)
@@ -368,13 +402,18 @@ def test_one_pixel_fills_the_picture_and_a_gray_model_gets_gray(tmp_path):
     assert gray.shape == (1, 16, 24) and gray.unique().tolist() == [18]
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "cut off", "bomb", "folder", "gone"])
+KINDS = ["text", "PostScript", "empty", "cut off", "bomb", "folder", "pipe", "gone"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path, monkeypatch):
     path = tmp_path / "image.png"
     two_halves(size=(300, 300)).save(path)
     content = path.read_bytes()
     if kind == "text":
         path.write_text("not an image")
+    elif kind == "PostScript":  # which Ghostscript, where it is installed, would run
+        path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop")
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "cut off":
@@ -385,6 +424,8 @@ def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path, monkeypatch):
         path.unlink()
         if kind == "folder":
             path.mkdir()
+        elif kind == "pipe":
+            os.mkfifo(path)
     with pytest.raises(UserError) as caught:
         expecting((16, 16)).read(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)

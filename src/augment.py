@@ -129,6 +129,16 @@ def _interval(center: Tensor, length: Tensor, limit: int) -> tuple[Tensor, Tenso
 # ---------------------------------------------------------------------------- a batch
 
 
+OPERATIONS = {  # of `Augmentation`, by the field of a recipe that turns each on
+    "flip": "flip",
+    "crop_padding": "random crop",
+    "resized_crop": "random resized crop",
+    "policy": "TrivialAugment",
+    "mixup": "Mixup",
+    "cutmix": "CutMix",
+}
+
+
 class Seen(NamedTuple):
     """A batch as the model sees it, or a part of one."""
 

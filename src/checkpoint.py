@@ -292,6 +292,11 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
+    @property
+    def replaces(self) -> bool:
+        """Whether files of an earlier run are still here, as this one is not saved."""
+        return bool(self._replaced)
+
     def refuse_existing(self, overwrite: bool) -> None:
         """Raises UserError where the folder holds a run that is not to be replaced."""
         if any((self.path / name).exists() for name in RUN_FILES) and not overwrite:
@@ -314,7 +319,7 @@ class RunFolder:
                 pass  # fails now rather than after an epoch where nothing can be written
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
-        self._replaced = set(RUN_FILES)
+        self._replaced = {name for name in RUN_FILES if (self.path / name).exists()}
 
     def take(self) -> None:
         """Keeps other runs out until this object or the process ends, however it ends.
@@ -358,7 +363,8 @@ class RunFolder:
 
     def save_best(self, checkpoint: Checkpoint) -> None:
         """Writes best.pt, a model that no run resumes; where that fails, says so."""
-        self._replaced.discard("best.pt")
+        if self.replaces:  # the earlier run's files stay together
+            return
         try:
             save_checkpoint(self.path / "best.pt", model_only(checkpoint))
         except OSError as error:
@@ -366,6 +372,9 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any], draw: Callable[[Path], None]) -> bool:
         """Writes curves.png, by `draw`, and result.json; returns whether all is written."""
+        if self.replaces:
+            complain(f"{self.path} still has the earlier run: this one could not be saved")
+            return False
         try:
             draw(self.path / "curves.png")
             write_json(self.path / "result.json", result)

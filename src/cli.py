@@ -124,7 +124,7 @@ def _refuse_other_flags(arguments: argparse.Namespace, task: str) -> None:
 
 def resume_hint(folder: Path, options: RunOptions) -> str:
     """How to resume a run, with the flags that its checkpoint does not hold."""
-    words = ["resume with --resume", str(folder)]
+    words = ["resume with --resume", shlex.quote(str(folder))]
     for name in options.changed():
         if name in TASK_FLAGS["resume"]:
             value, flag = getattr(options, name), name.replace("_", "-")

@@ -9,6 +9,7 @@ A process that torchrun did not start is a world of one, and no method then comm
 import gc
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,17 +42,20 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
+            for number in self.NUMBERS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        while self._before:
+            signal.signal(*self._before.popitem())
         if self.received and error is None:
             raise Stopped(self.received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        for each in self.NUMBERS:
+        for each in self._before:
             signal.signal(each, signal.SIG_DFL)
         self.received = number
 
@@ -106,7 +110,7 @@ class World:
         """The model, averaging its gradients over the ranks at the end of a backward pass."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 ALONE = World()

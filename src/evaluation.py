@@ -64,7 +64,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a model on a split; each rank does its share of the images, each image once."""
     rows = world.share(torch.arange(len(split), device=split.labels.device))
-    logits = predict(model, split, preprocessing, rows, precision).cpu()
+    logits = torch.empty(0, model.config.classes)  # of a rank without a share
+    if len(rows):
+        logits = predict(model, split, preprocessing, rows, precision).cpu()
     labels = split.labels[rows].cpu()
     best = logits.topk(min(5, logits.shape[1])).indices  # (n, 5)
     hits = (best == labels[:, None]).double()  # (n, 5)

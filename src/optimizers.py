@@ -110,9 +110,9 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # of parameter groups
-    "AdamW": partial(torch.optim.AdamW, fused=True),
-    "Muon": Muon,
-    "SGD": partial(torch.optim.SGD, momentum=0.9),
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "muon": Muon,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
 }
 
 
@@ -126,13 +126,14 @@ class Rule(NamedTuple):
 
 def rules(config: TrainConfig) -> list[Rule]:
     """Weight decay is for matrices: not for biases, norms, class token and positions."""
-    muon, others = config.optimizer == "muon", "SGD" if config.optimizer == "sgd" else "AdamW"
+    muon = config.optimizer == "muon"
+    others = "adamw" if muon else config.optimizer
     decay = {"weight_decay": config.weight_decay}
     of_muon, of_others = {"lr": config.muon_learning_rate} | decay, {"lr": config.learning_rate}
     matrices = r"(embed\.proj|blocks\.\d+\.(attn|mlp)\.\w+)\.weight"
     return [
-        *[Rule(r"blocks\.\d+\.attn\.qkv\.weight", "Muon", of_muon | {"parts": 3})] * muon,
-        *[Rule(matrices, "Muon", of_muon)] * muon,
+        *[Rule(r"blocks\.\d+\.attn\.qkv\.weight", "muon", of_muon | {"parts": 3})] * muon,
+        *[Rule(matrices, "muon", of_muon)] * muon,
         Rule(rf"{matrices}|head\.weight", others, of_others | decay),
         Rule(r".*", others, of_others | {"weight_decay": 0.0}),
     ]
@@ -168,7 +169,7 @@ def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[tor
         group = {"params": weights, **table[number].options, "lr": rate}
         groups[table[number].optimizer].append(group)
 
-    in_float32 = {"Muon": {"dtype": torch.float32}} if precision == "fp32" else {}
+    in_float32 = {"muon": {"dtype": torch.float32}} if precision == "fp32" else {}
     optimizers = [
         OPTIMIZERS[name](groups[name], **in_float32.get(name, {})) for name in sorted(groups)
     ]

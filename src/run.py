@@ -57,6 +57,7 @@ class State:
     epoch_seconds: float = 0.0  # of the epoch so far
     compile_seconds: float = 0.0
     earlier_seconds: float = 0.0  # of earlier processes of the run
+    started: float = _STARTED  # of this process, on the clock of `time.perf_counter`
 
     @property
     def epoch(self) -> int:
@@ -66,7 +67,7 @@ class State:
     @property
     def total_seconds(self) -> float:
         """Of all processes of the run, each from when torch is imported."""
-        return self.earlier_seconds + time.perf_counter() - _STARTED
+        return self.earlier_seconds + time.perf_counter() - self.started
 
     def count(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Adds a part of a batch to the sums; a new metric is one more, and a column of the record.
@@ -77,8 +78,10 @@ class State:
             targets: (n, K)
         """
         hits = logits.argmax(dim=1) == targets.argmax(dim=1)
-        for name, value in {"loss": loss.detach(), "correct": hits.sum()}.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+        added = {"loss": loss.detach(), "correct": hits.sum()}
+        # A sum that the checkpoint of a begun epoch lacks is not begun within it.
+        sums = self.sums or dict.fromkeys(added, 0)
+        self.sums = {name: sums[name] + added[name] for name in sums}
 
     def set_learning_rates(self, factor: float) -> None:
         """Sets each group of weights to a share of its peak rate."""

@@ -37,7 +37,7 @@ from distributed import World, joined_world, without_averaging
 from evaluation import evaluate, report
 from pretrained import export
 from recipes import Recipe, RunOptions
-from run import Run, State, new_run, resumed_run
+from run import Run, Seen, State, new_run, resumed_run
 from utils import Stopped, first_line, is_out_of_memory, run_program
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # images and kept patches to logits
@@ -129,7 +129,7 @@ def compiled(run: Run, state: State) -> Forward:
     that was not compiled for, such as a short last one, goes through the model as it is. If
     compiling fails, say without a C++ compiler, it reports that and returns the model.
     """
-    epochs = range(run.config.epochs)
+    epochs, rows = range(run.config.epochs), torch.arange(run.config.batch_size, device=run.device)
     chosen = [dropout for dropout in run.flops() if compile_pays(run, dropout)]
     if not chosen:
         return run.parallel
@@ -137,11 +137,15 @@ def compiled(run: Run, state: State) -> Forward:
     started = time.perf_counter()
     mode = "reduce-overhead" if run.config.compile == "graphs" else None
     fast = torch.compile(run.parallel, dynamic=False, mode=mode)
-    ready = set()  # images and patches of a batch
+    ready = set()  # images and patches of the parts that it is compiled for
     try:
         for dropout in chosen:
             epoch = next(n for n in epochs if run.config.patch_dropout_in(n) == dropout)
-            ready.add(sizes_of(*warm_up(run, state, fast, epoch)))
+            batch = run.augment(*run.dataset.train.take(rows), rows, epoch, 0)
+            for part in run.parts(batch):
+                if (sizes := sizes_of(part.images, part.kept)) not in ready:
+                    warm_up(run, state, fast, part)
+                    ready.add(sizes)
     except Exception as error:  # whatever a compiler can raise, training can do without it
         if is_out_of_memory(error):
             raise
@@ -172,17 +176,13 @@ def compile_pays(run: Run, patch_dropout: float) -> bool:
     return run.flops()[patch_dropout] > WORTH_COMPILING.get(run.device.type, math.inf)
 
 
-def warm_up(run: Run, state: State, model: Forward, epoch: int) -> tuple[Tensor, Tensor | None]:
-    """A step of an epoch without an update, on the first images; what it gave to the model."""
-    rows = torch.arange(run.config.batch_size, device=run.device)
-    part = next(run.parts(run.augment(*run.dataset.train.take(rows), rows, epoch, 0)))
-    images = run.normalize(part.images)
+def warm_up(run: Run, state: State, model: Forward, part: Seen) -> None:
+    """A step without an update."""
     state.model.train()
     with without_averaging(run.parallel):
         with autocast(run.precision, run.device):
-            logits = model(images, part.kept)
+            logits = model(run.normalize(part.images), part.kept)
         logits.float().sum().backward()
-    return images, part.kept
 
 
 # ---------------------------------------------------------------------------- a run
@@ -203,7 +203,7 @@ def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | No
     run.say(run.headline(state))
     if run.device.type == "cpu" and sum(run.flops().values()) > FOR_A_GPU:
         run.say("this recipe targets a GPU; expect hours or days here (--recipe cpu: ten minutes)")
-    commit = code_commit()  # now, as it may change while the run trains
+    commit = code_commit() if run.world.leads else None  # now, as the code may change meanwhile
     with hints(run):
         model = compiled(run, state)
         began, resumed = time.perf_counter(), state.step > 0
@@ -233,10 +233,13 @@ def train_epochs(run: Run, state: State, model: Forward) -> None:
     while state.epoch < run.config.epochs:
         train_epoch(run, state, model)
         is_last = state.epoch == run.config.epochs
-        if state.epoch % run.config.validate_every == 0 or is_last:
-            validate(run, state)
-        if any(run.world.any(is_last, run.save_is_due(state))):
+        validated = (is_last or state.epoch % run.config.validate_every == 0) and validate(
+            run, state
+        )
+        if any(run.world.any(is_last, run.save_is_due(state), run.folder.replaces)):
             run.save(state)
+        if validated and run.options.keep_best:
+            run.save_best(state)
         record = state.history[-1]
         line = f"epoch {record.epoch:3}/{run.config.epochs}   train loss {record.train_loss:.4f}"
         if record.validation_loss is not None:
@@ -245,10 +248,12 @@ def train_epochs(run: Run, state: State, model: Forward) -> None:
         run.say(f"{line}   {record.seconds:.1f} s")
     if validate(run, state):  # a resumed run whose --epochs now ends at an epoch without
         run.save(state)
+    if any(run.world.any(bool(run.stop.received))):  # all ranks, also where one has the signal
+        raise Stopped(run.stop.received or signal.SIGTERM)
 
 
 def validate(run: Run, state: State) -> bool:
-    """Adds the validation figures to the last record, and keeps the best epoch if asked to.
+    """Adds the validation figures to the last record.
 
     Returns:
         Whether the record gained them.
@@ -261,8 +266,6 @@ def validate(run: Run, state: State) -> bool:
         raise run.diverged(state, f"the validation loss is {result.loss}")
     figures = {"validation_loss": result.loss, "validation_accuracy": result.top1}
     state.history[-1] = replace(record, **figures)
-    if run.options.keep_best:
-        run.save_best(state)
     return True
 
 
@@ -295,7 +298,7 @@ def hints(run: Run) -> Iterator[None]:
             cli.resume_hint(run.folder.path, run.options) if saved else "nothing is saved"
         )
         raise
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             batch, parts = run.config.batch_size, run.config.accumulate
             more = f"--accumulate {2 * parts} for the same batch in smaller parts, or "
@@ -324,13 +327,15 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
         Diverged: a loss or a weight is not finite.
         Stopped: a signal has come; the run has saved, or tried to.
     """
-    chosen = recipe.model.changed()
+    chosen, started = recipe.model.changed(), time.perf_counter()
     devices.keep_freed_memory()
     with joined_world(options.device) as world:
         device = devices.choose_device(options.device, world)
         with RunFolder(options.output_dir / (options.name or name)) as folder:
             where = options, device, world, folder
-            return train(*new_run(name, recipe.model, recipe.train, *where, chosen))
+            run, state = new_run(name, recipe.model, recipe.train, *where, chosen)
+            state.started = started
+            return train(run, state)
 
 
 def begin_or_resume(

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import distributed
 import run
 import small
 import trainer
@@ -128,6 +129,17 @@ def test_a_signal_in_the_final_test_leaves_only_that_to_do(train, tmp_path, monk
         assert train(f"--resume {parts}") == 0
         assert differing(tmp_path / "whole", parts) == 0
         assert train(f"--resume {tmp_path / 'whole'} --epochs 2") == 0
+
+
+def test_a_signal_that_was_ignored_stays_ignored(monkeypatch):
+    """As nohup and shells' background jobs do with Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with distributed.StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received is None and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_signal_ends_the_process_at_once(tmp_path):

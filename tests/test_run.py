@@ -14,7 +14,7 @@ from data import Preprocessing
 from distributed import ALONE
 from evaluation import Evaluation
 from recipes import RunOptions, TrainConfig
-from run import Run, assemble, new_run, training_flops
+from run import Run, State, assemble, new_run, training_flops
 from small import SHAPES, rows_of
 from utils import UserError
 from ViT import ViT, ViTConfig
@@ -30,6 +30,38 @@ def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tm
     assert (tmp_path / "a/last.pt").read_bytes() == before
     assert train("--name a --epochs 1 --seed 3 --overwrite") == 0
     assert load_checkpoint(tmp_path / "a/last.pt").training.seed == 3
+
+
+def test_an_overwritten_run_is_whole_until_the_new_one_is_saved(
+    train, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "a"
+    assert train("--name a --epochs 2 --keep-best") == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"last.pt", "best.pt", "result.json", "curves.png"} <= before.keys()
+    monkeypatch.setattr("checkpoint.save_checkpoint", raising(OSError(28, "No space left")))
+    assert train("--name a --epochs 1 --seed 3 --overwrite --keep-best") == 1
+    assert "still has the earlier run" in capsys.readouterr().err
+    now = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert all(now[name] == before[name] for name in before.keys() - {"metrics.csv"})
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_a_sum_that_a_begun_epochs_checkpoint_lacks_is_not_begun_within_it():
+    """A metric of newer code, in an epoch that older code began."""
+    state = State(None, [])
+    logits, targets = torch.eye(3), torch.eye(3)
+    state.count(torch.tensor(0.5), logits, targets)
+    assert {name: float(value) for name, value in state.sums.items()} == {"loss": 0.5, "correct": 3}
+    state.sums = {"loss": torch.tensor(1.0)}
+    state.count(torch.tensor(0.5), logits, targets)
+    assert {name: float(value) for name, value in state.sums.items()} == {"loss": 1.5}
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(train, tmp_path, capsys):

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -222,6 +224,18 @@ def test_a_compiled_run_is_the_same_also_with_short_batches(
     assert same_weights(plain, compiled)
 
 
+def test_every_size_of_a_part_is_compiled_for(train, monkeypatch):
+    """Of 45 images in four parts: 12, 11, 11 and 11; of the last 20, 5 each, which are short."""
+    seen = []
+
+    def compile(model, **_):
+        return lambda images, kept: seen.append(len(images)) or model(images, kept)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert train("--name a --epochs 1 --batch-size 45 --accumulate 4 --compile on --no-test") == 0
+    assert seen == [12, 11] + 4 * [12, 11, 11, 11]
+
+
 def test_bf16_is_close_to_fp32(train, tmp_path):
     for precision in ("fp32", "bf16"):
         assert train(f"--name {precision} --epochs 1 --precision {precision}") == 0
@@ -285,6 +299,22 @@ def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path):
     with pytest.raises(Diverged, match="the loss is"):
         broken = dataclasses.replace(saved.training, learning_rate=1e30)
         trainer.fit(Recipe("", saved.model, broken), RunOptions(output_dir=tmp_path, name="b"))
+
+
+def test_runs_of_one_process_and_of_another_thread_have_times_of_their_own(train, tmp_path):
+    assert train("--name a --epochs 1") == 0
+    saved, results = load_checkpoint(tmp_path / "a/last.pt"), []
+    recipe = Recipe("", saved.model, saved.training)
+
+    def fit():
+        options = RunOptions(output_dir=tmp_path, device="cpu")
+        results.append(trainer.fit(recipe, options, name="threaded"))
+
+    began = time.perf_counter()
+    thread = threading.Thread(target=fit)
+    thread.start()
+    thread.join(small.PATIENCE)
+    assert results[0]["seconds"]["total"] <= time.perf_counter() - began
 
 
 def test_without_a_recipe_the_machine_chooses_one_and_says_so(tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import explain
-from augment import Augmentation
+from augment import OPERATIONS, Augmentation
 from model import Model
 from style import (
     ATTENTION,
@@ -88,16 +88,9 @@ def positions(model: Model) -> Picture:
 def augmentation(model: Model) -> Picture:
     """What each operation of the recipe does to training images, and all of them together."""
     config, train = model.checkpoint.training, model.dataset.train
-    names = {  # of the operations, by the field that turns each on
-        "flip": f"{config.flip} flip",
-        "crop_padding": "random crop",
-        "resized_crop": "random resized crop",
-        "policy": "TrivialAugment",
-        "mixup": "Mixup",
-        "cutmix": "CutMix",
-    }
+    names = OPERATIONS | {"flip": f"{config.flip} flip"}
     values = {field: getattr(config, field) for field in names}
-    off = {field: "off" if isinstance(value, str) else 0 for field, value in values.items()}
+    off = {f: "off" if isinstance(value, str) else type(value)() for f, value in values.items()}
     used = [field for field in names if values[field] != off[field]]
     if not used:
         raise NotApplicable("the recipe uses no augmentation")

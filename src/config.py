@@ -17,10 +17,8 @@ class Config:
     """Base of the dataclasses whose fields are declared `name: Annotated[type, help, range]`.
 
     The command line shows the help text. The range is an interval such as "[0, 1)" and may be left
-    out, as may the whole annotation of a config that has no flags.
-
-    Raises:
-        UserError: a value is not of its type or not in its range; the message names it.
+    out, as may the whole annotation of a config that has no flags. A value of another type or
+    outside its range raises UserError, which names it.
     """
 
     def __post_init__(self):
@@ -92,8 +90,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the nearest flag for a misspelled one."""
 
     def __init__(self, **options: Any):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=as_written, **options)
 
     def error(self, message: str) -> typing.NoReturn:
         if message.startswith("unrecognized arguments: "):
@@ -128,7 +126,7 @@ def add_flags(
         value = getattr(config, name)
         if isinstance(value, tuple):
             value = "x".join(map(str, value))
-        elif isinstance(value, Path) and value.is_relative_to(ROOT):
+        elif kind is Path and value.is_relative_to(ROOT):
             value = f"{value.relative_to(ROOT)}/"
         shown = "" if value is None else f" ({value})"
         flag = f"--{name.replace('_', '-')}"

@@ -36,10 +36,8 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 def alternating_flip(images: Tensor, coins: Tensor, epoch: int) -> Tensor:
     """Mirrors each image in every other epoch, so that two epochs show both views of it.
 
-    From Jordan, 94% on CIFAR-10 in 3.29 seconds (arXiv 2404.00498).
-
-    Args:
-        coins: (B,) bool, the same in every epoch: whether the image is mirrored in even epochs.
+    From Jordan, 94% on CIFAR-10 in 3.29 seconds (arXiv 2404.00498). The coins (B,), the same in
+    every epoch, are true for the images that are mirrored in even ones.
     """
     return flip(images, coins ^ bool(epoch % 2))
 
@@ -83,11 +81,7 @@ def resized_crop(images: Tensor, windows: Tensor) -> Tensor:
 
 
 def mixup(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al., arXiv 1710.09412): the weighted mean of each image and another.
-
-    Args:
-        shares: (B,), how much of the image itself is kept.
-    """
+    """Mixup (Zhang et al., arXiv 1710.09412): each image by its share (B,), with another."""
     others, other_targets = images.roll(1, 0), targets.roll(1, 0)  # of a shuffled batch
     kept = shares[:, None, None, None]
     mixed = (kept * images + (1 - kept) * others).round().to(torch.uint8)
@@ -97,11 +91,8 @@ def mixup(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tens
 def cutmix(images: Tensor, shares: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """CutMix (Yun et al., arXiv 1905.04899): a box of each image is the one before's.
 
-    Args:
-        shares: (B,), how much of the image itself is kept; more where the box is cut off.
-
-    Returns:
-        The images, and where the boxes are: (B, 1, H, W) bool.
+    Shares (B,) of the image itself are kept, more where the box is cut off. Returns the images and
+    where the boxes are, (B, 1, H, W) bool.
     """
     B, _, H, W = images.shape
     center_y, center_x = torch.rand(2, B, generator=generator, device=images.device)
@@ -151,14 +142,7 @@ class Seen(NamedTuple):
 
 
 class Augmentation:
-    """Everything that a recipe does to a batch before the model sees it.
-
-    Args:
-        config: the recipe's.
-        model: the sizes of the model.
-        count: the number of training images.
-        device: where the batches are.
-    """
+    """Everything that a recipe does to a batch, of `count` training images, before the model."""
 
     def __init__(self, config: TrainConfig, model: ViTConfig, count: int, device: torch.device):
         self.config, self.model = config, model

@@ -172,20 +172,13 @@ class Augmentation:
             images = random_resized_crop(images, config.resized_crop, generator)
         if config.policy == "trivial" and left > config.policy_off_epochs:
             images = trivial_augment(images, np.random.default_rng(seed_for(seed, 3)))
-        kept = self._kept(images, config.patch_dropout_in(epoch), generator)
+        kept, N = None, self.model.patches
+        if patch_dropout := config.patch_dropout_in(epoch):
+            draw = torch.rand(len(images), N, generator=generator, device=images.device)
+            kept = draw.argsort(dim=1)[:, : patches_kept(N, patch_dropout)]  # (B, n)
         if (config.mixup or config.cutmix) and left > config.mixing_off_epochs:
             images, targets = self._mix(images, targets, kept, seed, generator)
         return Seen(images, targets, kept)
-
-    def _kept(
-        self, images: Tensor, patch_dropout: float, generator: torch.Generator
-    ) -> Tensor | None:
-        """Random patches of each image (B, n); None for all of them."""
-        if not patch_dropout:
-            return None
-        shape = len(images), self.model.patches
-        draw = torch.rand(shape, generator=generator, device=images.device)
-        return draw.argsort(dim=1)[:, : patches_kept(self.model.patches, patch_dropout)]
 
     def _mix(
         self,

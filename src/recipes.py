@@ -136,7 +136,7 @@ class RunOptions(Config):
 class Recipe:
     """A model, how to train it, and the accuracy to expect."""
 
-    about: str  # command, hardware, time and the accuracy to expect; the first line is a summary
+    about: str  # a summary; then, where they are known, the time and the accuracy to expect
     model: ViTConfig
     train: TrainConfig
 
@@ -172,7 +172,6 @@ _FINETUNE = TrainConfig(
     init_from="checkpoints/vit_cifar10.pt",
     epochs=10,
     batch_size=50,
-    learning_rate=1e-3,
     layer_decay=0.75,
     warmup_epochs=1.0,
     crop_padding=0,

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -333,23 +333,26 @@ def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: boo
 # ---------------------------------------------------------------------------- starting a run
 
 
-def load_data(
-    config: TrainConfig,
-    preprocessing: Preprocessing,
-    options: RunOptions,
-    device: torch.device,
-    world: World,
-) -> Dataset:
+class Place(NamedTuple):
+    """Where a run is trained and kept."""
+
+    options: RunOptions
+    device: torch.device
+    world: World
+    folder: RunFolder
+
+
+def load_data(config: TrainConfig, preprocessing: Preprocessing, place: Place) -> Dataset:
     """The data set of a run. What needs deterministic kernels comes after it."""
-    if config.deterministic and device.type == "cuda":
+    if config.deterministic and place.device.type == "cuda":
         devices.use_deterministic_kernels()
     return datasets.load_dataset(
         config.dataset,
         preprocessing,
         validation_images=config.validation_images,
-        device=device,
-        data_dir=options.data_dir,
-        world=world,
+        device=place.device,
+        data_dir=place.options.data_dir,
+        world=place.world,
     )
 
 
@@ -405,10 +408,7 @@ def new_run(
     recipe: str,
     model_config: ViTConfig,
     config: TrainConfig,
-    options: RunOptions,
-    device: torch.device,
-    world: World,
-    folder: RunFolder,
+    place: Place,
     chosen: tuple[str, ...] = (),
 ) -> tuple[Run, State]:
     """A fresh run; the model's channels and classes are those of the data set.
@@ -416,6 +416,7 @@ def new_run(
     Weights to start from must agree with the `chosen` fields of the model's config, and set the
     others. Where anything cannot be used, nothing was changed.
     """
+    options, device, world, folder = place
     if world.leads:
         folder.refuse_existing(options.overwrite)  # before what may be a long download
     start = None
@@ -425,7 +426,7 @@ def new_run(
         model_config = start.adapted(model_config, chosen)
     expected = start.preprocessing if start else datasets.preprocessing_for(config.dataset)
     preprocessing = dataclasses.replace(expected, size=model_config.image_size)
-    dataset = load_data(config, preprocessing, options, device, world)
+    dataset = load_data(config, preprocessing, place)
     model_config = dataclasses.replace(
         model_config, channels=dataset.preprocessing.channels, classes=len(dataset.classes)
     )
@@ -439,8 +440,7 @@ def new_run(
         whiten_patches(model, dataset.train, preprocessing)
     if config.freeze:
         standardize_features(model.to(device), dataset.train, preprocessing)
-    names = {"recipe": recipe, "folder": folder, "options": options}
-    run, state = assemble(model, config, dataset, device, world, **names)
+    run, state = assemble(model, config, dataset, recipe=recipe, **place._asdict())
     if world.leads:
         folder.make(options.overwrite)
     world.wait()
@@ -449,38 +449,31 @@ def new_run(
     return run, state
 
 
-def resumed_run(
-    path: Path,
-    changes: dict[str, Any],
-    options: RunOptions,
-    device: torch.device,
-    world: World,
-    folder: RunFolder,
-) -> tuple[Run, State]:
+def resumed_run(path: Path, changes: dict[str, Any], place: Place) -> tuple[Run, State]:
     """The run of a last.pt, as that left it, but for changes of `epochs` and `accumulate`."""
     if path.name != "last.pt":  # which the run would overwrite
         raise UserError(f"--resume takes a run's folder or its last.pt, not {path}")
-    if world.leads:
-        folder.take()
-    world.wait()
+    if place.world.leads:
+        place.folder.take()
+    place.world.wait()
     checkpoint = load_checkpoint(path)
     config = dataclasses.replace(checkpoint.training, **changes)
-    dataset = load_data(config, checkpoint.preprocessing, options, device, world)
+    dataset = load_data(config, checkpoint.preprocessing, place)
     check_fit(checkpoint, dataset)
-    names = {"recipe": checkpoint.recipe, "folder": folder, "options": options}
-    run, state = assemble(ViT(checkpoint.model), config, dataset, device, world, **names)
+    model, where = ViT(checkpoint.model), place._asdict()
+    run, state = assemble(model, config, dataset, recipe=checkpoint.recipe, **where)
     try:
         if not checkpoint.optimizers:
             raise UserError("it holds a model without its optimizers, for sharing")
-        state.load(checkpoint, world)
+        state.load(checkpoint, place.world)
         if not 0 <= run.steps_done(state) <= run.steps_per_epoch:
             raise UserError(f"it is at step {run.steps_done(state)} of {run.steps_per_epoch}")
     except (UserError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be resumed: {one_line(error)}") from error
-    folder.saved_step = state.step
+    run.folder.saved_step = state.step
     if state.step > config.epochs * run.steps_per_epoch:
         raise UserError(
-            f"--epochs {config.epochs} is less than {folder.path} has done: epoch {state.epoch}"
+            f"--epochs {config.epochs} is less than {run.folder.path} has done: epoch {state.epoch}"
             f" and {run.steps_done(state)} steps"
         )
     if config.epochs != (before := checkpoint.training.epochs):

@@ -37,7 +37,7 @@ from distributed import World, joined_world, without_averaging
 from evaluation import evaluate, report
 from pretrained import export
 from recipes import Recipe, RunOptions
-from run import Run, Seen, State, new_run, resumed_run
+from run import Place, Run, Seen, State, new_run, resumed_run
 from utils import Stopped, first_line, is_out_of_memory, run_program
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # images and kept patches to logits
@@ -324,8 +324,8 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     with joined_world(options.device) as world:
         device = devices.choose_device(options.device, world)
         with RunFolder(options.output_dir / (options.name or name)) as folder:
-            where = options, device, world, folder
-            run, state = new_run(name, recipe.model, recipe.train, *where, chosen)
+            place = Place(options, device, world, folder)
+            run, state = new_run(name, recipe.model, recipe.train, place, chosen)
             state.started = started
             return train(run, state)
 
@@ -334,14 +334,13 @@ def begin_or_resume(
     command: cli.Command, device: torch.device, world: World, command_line: str
 ) -> int:
     """Trains a new or a resumed run; returns the exit status."""
-    options = command.options
     with RunFolder(command.folder) as folder:
-        where = options, device, world, folder
+        place = Place(command.options, device, world, folder)
         if command.task == "resume":
-            run, state = resumed_run(command.path, command.training_changes, *where)
+            run, state = resumed_run(command.path, command.training_changes, place)
         else:
             chosen = tuple(command.model_changes)
-            run, state = new_run(command.recipe, command.model, command.training, *where, chosen)
+            run, state = new_run(command.recipe, command.model, command.training, place, chosen)
             if command.note:
                 run.say(command.note)
         if run.is_finished(state):

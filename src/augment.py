@@ -81,7 +81,7 @@ def resized_crop(images: Tensor, windows: Tensor) -> Tensor:
 
 
 def mixup(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al., arXiv 1710.09412): each image by its share (B,), with another."""
+    """Mixup (Zhang et al., arXiv 1710.09412): mixes each image, by its share (B,), with another."""
     others, other_targets = images.roll(1, 0), targets.roll(1, 0)  # of a shuffled batch
     kept = shares[:, None, None, None]
     mixed = (kept * images + (1 - kept) * others).round().to(torch.uint8)

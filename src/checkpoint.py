@@ -284,8 +284,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.take()
             self.refuse_existing(overwrite)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass  # fails now rather than after an epoch where nothing can be written
+            # Where nothing can be written, this fails now rather than after an epoch.
+            tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
         self.replaces = {name for name in RUN_FILES if (self.path / name).exists()}

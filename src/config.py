@@ -126,7 +126,7 @@ def add_flags(
         value = getattr(config, name)
         if isinstance(value, tuple):
             value = "x".join(map(str, value))
-        elif kind is Path and value.is_relative_to(ROOT):
+        elif isinstance(value, Path) and value.is_relative_to(ROOT):
             value = f"{value.relative_to(ROOT)}/"
         shown = "" if value is None else f" ({value})"
         flag = f"--{name.replace('_', '-')}"

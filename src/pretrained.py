@@ -90,10 +90,8 @@ class Pretrained:
             if name not in FREE and asked != found:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {asked} is not that of {self.origin}, {found}")
-        free = {name: getattr(wanted, name) for name in FREE if name != "image_size"}
-        if "image_size" in chosen:
-            free["image_size"] = wanted.image_size
-        return replace(self.config, **free)
+        free = [name for name in FREE if name != "image_size" or name in chosen]
+        return replace(self.config, **{name: getattr(wanted, name) for name in free})
 
     def initialize(self, model: ViT, classes: tuple[str, ...]) -> str:
         """Gives a model these weights; returns what was done, in a line.
@@ -104,8 +102,7 @@ class Pretrained:
         weights, done = dict(self.weights), []
         config, old, new = model.config, self.config.grid, model.config.grid
         if old != new and config.positions == "learned":
-            positions = resize_positions(weights["embed.pos_embed"], old, new)
-            weights["embed.pos_embed"] = positions
+            weights["embed.pos_embed"] = resize_positions(weights["embed.pos_embed"], old, new)
             done.append(f"positions interpolated from {old[0]}x{old[1]} to {new[0]}x{new[1]}")
         if self.classes != tuple(classes):
             weights |= {f"head.{name}": weight for name, weight in model.head.state_dict().items()}

@@ -142,7 +142,10 @@ class Seen(NamedTuple):
 
 
 class Augmentation:
-    """Everything that a recipe does to a batch, of `count` training images, before the model."""
+    """Everything that a recipe does to a batch before the model sees it.
+
+    Of the model it needs the sizes; `count` is that of all training images.
+    """
 
     def __init__(self, config: TrainConfig, model: ViTConfig, count: int, device: torch.device):
         self.config, self.model = config, model

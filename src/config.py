@@ -57,10 +57,11 @@ def is_a(value: Any, kind: Any) -> bool:
     if container is typing.Literal:
         return type(value) is str and value in inner
     if container in (list, tuple):
+        if type(value) is not container:
+            return False
         any_length = container is list or inner[-1] is Ellipsis
-        kinds = inner[:1] * len(value) if any_length and type(value) is container else inner
-        fits = type(value) is container and len(value) == len(kinds)
-        return fits and all(map(is_a, value, kinds))
+        kinds = inner[:1] * len(value) if any_length else inner
+        return len(value) == len(kinds) and all(map(is_a, value, kinds))
     return type(value) is kind or (kind is Path and isinstance(value, Path))
 
 

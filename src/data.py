@@ -221,7 +221,7 @@ class StreamedSplit(Split):
         return StreamedSplit(self.items, self.read, self.labels.to(device))
 
     def decoded(self, keep: bool) -> tuple[Split, list[str]]:
-        """Without the images that cannot be read, in memory if wanted, and the errors of those."""
+        """The split without the images that cannot be read, in memory if `keep`; their errors."""
 
         def attempt(row: int) -> Tensor | UserError | None:
             try:

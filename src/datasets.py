@@ -51,8 +51,7 @@ def _torchvision(
 ) -> Dataset:
     """A data set of torchvision, which downloads it and checks the md5 of all it reads.
 
-    Args:
-        option: of `kind`, with its values for training, validation and test; None: there is none.
+    The values of an option of `kind` name its training, validation and test set; None: it has none.
     """
     parts, before = [], socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none

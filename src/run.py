@@ -202,7 +202,7 @@ class Run:
     # ------------------------------------------------------------------------ of an epoch
 
     def totals(self, state: State) -> dict[str, Tensor]:
-        """The sums over all ranks, on the CPU, for which the host waits; of a finite loss."""
+        """The sums over all ranks, on the CPU, for which the host waits, or `Diverged`."""
         totals = {name: self.world.sum(value) for name, value in state.sums.items()}
         if "loss" in totals and not totals["loss"].isfinite():
             raise self.diverged(state, f"the loss is {totals['loss'].item()}")
@@ -241,7 +241,7 @@ class Run:
         return minutes >= self.options.save_minutes and not ends_epoch
 
     def save(self, state: State, *, last: bool = False) -> None:
-        """Saves the state on rank 0, if it is finite; `last`: the run does not try again."""
+        """Saves the state on rank 0, or raises `Diverged`; `last`: the run does not try again."""
         totals = self.totals(state)
         if not all(weight.isfinite().all() for weight in state.model.state_dict().values()):
             raise self.diverged(state, "the weights are not finite")

@@ -192,9 +192,8 @@ FOR_A_GPU = 5e15  # operations: a quarter of a day of a CPU that does 2e11 a sec
 def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | None:
     """Trains a run to its last epoch, tests it once, and writes its results.
 
-    Returns:
-        The content of result.json; None on all ranks but the first, and where not all of it could
-        be written.
+    Returns the content of result.json; None on all ranks but the first, and where not all of it
+    could be written.
     """
     run.say(run.headline(state))
     if run.device.type == "cpu" and sum(run.flops().values()) > FOR_A_GPU:

@@ -150,13 +150,14 @@ def tiny():
     return randomized(timm.create_model("vit_tiny_patch16_224", **options))
 
 
-@pytest.mark.parametrize("kind", ["a.pth", "a.bin", "a.safetensors", "wrapped.pth"])
+@pytest.mark.parametrize("kind", ["a.pth", "a.bin", "a.safetensors", "wrapped.pth", "old.pth"])
 def test_files_of_weights_are_read(kind, tiny, tmp_path):
     path, state = tmp_path / kind, tiny.state_dict()
     if path.suffix == ".safetensors":
         save_file(state, path)
     else:
-        torch.save({"model": state, "epoch": 3} if kind == "wrapped.pth" else state, path)
+        content = {"model": state, "epoch": 3} if kind == "wrapped.pth" else state
+        torch.save(content, path, _use_new_zipfile_serialization=kind != "old.pth")
     assert_same_logits(load_pretrained(str(path)), tiny)
 
 

@@ -36,10 +36,8 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 def alternating_flip(images: Tensor, coins: Tensor, epoch: int) -> Tensor:
     """Mirrors each image in every other epoch, so that two epochs show both views of it.
 
-    From Jordan, 94% on CIFAR-10 in 3.29 seconds (arXiv 2404.00498).
-
-    Args:
-        coins: (B,) bool, the same in every epoch: whether the image is mirrored in even epochs.
+    From Jordan, 94% on CIFAR-10 in 3.29 seconds (arXiv 2404.00498). The coins (B,), the same in
+    every epoch, are true for the images that are mirrored in even ones.
     """
     return flip(images, coins ^ bool(epoch % 2))
 
@@ -83,11 +81,7 @@ def resized_crop(images: Tensor, windows: Tensor) -> Tensor:
 
 
 def mixup(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al., arXiv 1710.09412): the weighted mean of each image and another.
-
-    Args:
-        shares: (B,), how much of the image itself is kept.
-    """
+    """Mixup (Zhang et al., arXiv 1710.09412): mixes each image, by its share (B,), with another."""
     others, other_targets = images.roll(1, 0), targets.roll(1, 0)  # of a shuffled batch
     kept = shares[:, None, None, None]
     mixed = (kept * images + (1 - kept) * others).round().to(torch.uint8)
@@ -97,11 +91,8 @@ def mixup(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tens
 def cutmix(images: Tensor, shares: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """CutMix (Yun et al., arXiv 1905.04899): a box of each image is the one before's.
 
-    Args:
-        shares: (B,), how much of the image itself is kept; more where the box is cut off.
-
-    Returns:
-        The images, and where the boxes are: (B, 1, H, W) bool.
+    Shares (B,) of the image itself are kept, more where the box is cut off. Returns the images and
+    where the boxes are, (B, 1, H, W) bool.
     """
     B, _, H, W = images.shape
     center_y, center_x = torch.rand(2, B, generator=generator, device=images.device)
@@ -153,11 +144,7 @@ class Seen(NamedTuple):
 class Augmentation:
     """Everything that a recipe does to a batch before the model sees it.
 
-    Args:
-        config: the recipe's.
-        model: the sizes of the model.
-        count: the number of training images.
-        device: where the batches are.
+    Of the model it needs the sizes; `count` is that of all training images.
     """
 
     def __init__(self, config: TrainConfig, model: ViTConfig, count: int, device: torch.device):
@@ -188,20 +175,13 @@ class Augmentation:
             images = random_resized_crop(images, config.resized_crop, generator)
         if config.policy == "trivial" and left > config.policy_off_epochs:
             images = trivial_augment(images, np.random.default_rng(seed_for(seed, 3)))
-        kept = self._kept(images, config.patch_dropout_in(epoch), generator)
+        kept, N = None, self.model.patches
+        if patch_dropout := config.patch_dropout_in(epoch):
+            draw = torch.rand(len(images), N, generator=generator, device=images.device)
+            kept = draw.argsort(dim=1)[:, : patches_kept(N, patch_dropout)]  # (B, n)
         if (config.mixup or config.cutmix) and left > config.mixing_off_epochs:
             images, targets = self._mix(images, targets, kept, seed, generator)
         return Seen(images, targets, kept)
-
-    def _kept(
-        self, images: Tensor, patch_dropout: float, generator: torch.Generator
-    ) -> Tensor | None:
-        """Random patches of each image (B, n); None for all of them."""
-        if not patch_dropout:
-            return None
-        shape = len(images), self.model.patches
-        draw = torch.rand(shape, generator=generator, device=images.device)
-        return draw.argsort(dim=1)[:, : patches_kept(self.model.patches, patch_dropout)]
 
     def _mix(
         self,

@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,16 +21,7 @@ from torch import Tensor
 from config import Config
 from data import Dataset, Preprocessing
 from recipes import TrainConfig
-from utils import (
-    ROOT,
-    UserError,
-    complain,
-    existing_path,
-    one_line,
-    write_json,
-    write_table,
-    write_torch,
-)
+from utils import ROOT, UserError, complain, one_line, write_json, write_table, write_torch
 from ViT import ViT, ViTConfig
 
 try:
@@ -38,10 +30,7 @@ except ImportError:  # Windows has no flock
     fcntl = None
 
 EXPORTED = {None: "model.pt", "timm": "model_timm.pth", "torchvision": "model_torchvision.pth"}
-RUN_FILES = (
-    *("last.pt", "best.pt", "metrics.csv", "curves.png", "result.json"),
-    *EXPORTED.values(),
-)
+RUN_FILES = "last.pt", "best.pt", "metrics.csv", "curves.png", "result.json", *EXPORTED.values()
 
 # ---------------------------------------------------------------------------- checkpoints
 
@@ -115,25 +104,14 @@ def check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint of plain containers and tensors, whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written; one that was there is still there.
-    """
+    """Writes a checkpoint of plain containers and tensors, whole or not at all."""
     content = vars(checkpoint) | {"history": [asdict(row) for row in checkpoint.history]}
     content |= {name: asdict(content[name]) for name in CONFIGS}
     write_torch(path, {"format": CHECKPOINT_FORMAT, **content})
 
 
 def save_model(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes only the model of a checkpoint, in half precision.
-
-    `load_model` reads it like any other, into float32; a run cannot resume from it.
-
-    Raises:
-        OSError: as in `save_checkpoint`.
-        UserError: a weight is too large for half precision.
-    """
+    """Writes only the model of a checkpoint, in half precision; no run can resume from it."""
     halves = {name: weight.half() for name, weight in checkpoint.weights.items()}
     if not all(half.isfinite().all() for half in halves.values()):
         raise UserError(f"{path} cannot hold weights above 65,504 in half precision")
@@ -151,41 +129,43 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         UserError: there is no such file, it is damaged, or its content makes no sense.
     """
-    path = Path(path)
+    return as_checkpoint(path, read_torch(Path(path)))
+
+
+def read_torch(path: Path) -> Any:
+    """What a file of torch.save holds, on the CPU; nothing in it is executed."""
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is not a file")
     try:
         content = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(content) as archive:
-            if damaged := archive.testzip():  # torch.load compares no checksum
-                raise zipfile.BadZipFile(damaged)
+        if zipfile.is_zipfile(content):  # not what torch wrote before 1.6
+            with zipfile.ZipFile(content) as archive:
+                if damaged := archive.testzip():  # torch.load compares no checksum
+                    raise zipfile.BadZipFile(damaged)
         content.seek(0)
         with warnings.catch_warnings(action="ignore"):
-            plain = torch.load(content, map_location="cpu", weights_only=True)
-        return _from_dict(plain)
+            return torch.load(content, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (UserError, TypeError, KeyError) as error:
+    except Exception as error:  # a damaged file can fail in any way inside zipfile and torch.load
+        raise UserError(f"{path} is not a file of weights, or is damaged") from error
+
+
+def as_checkpoint(path: str | Path, content: Any) -> Checkpoint:
+    """What `save_checkpoint` wrote. A class refuses a field that it does not know by name."""
+    try:
+        if type(content) is not dict or type(content.get("format")) is not int:
+            raise UserError("src/trainer.py did not write it")
+        content = _from_format_5(content) if content["format"] == 5 else content
+        if (number := content["format"]) != CHECKPOINT_FORMAT:
+            raise UserError(f"it has checkpoint format {number}, this code reads 5 and 6")
+        fields = {name: value for name, value in content.items() if name != "format"}
+        fields |= {name: config(**fields[name]) for name, config in CONFIGS.items()}
+        fields["history"] = [EpochRecord(**row) for row in fields["history"]]
+        return Checkpoint(**fields)
+    except Exception as error:  # content of any kind can fail in any way
         reason = one_line(error)[:300]
         raise UserError(f"{path} is not a usable checkpoint: {reason}") from error
-    except Exception as error:  # a damaged file can fail in any way inside zipfile and torch.load
-        raise UserError(f"{path} is not a checkpoint, or is damaged") from error
-
-
-def _from_dict(content: Any) -> Checkpoint:
-    """What `save_checkpoint` wrote. A class refuses a field that it does not know by name."""
-    if type(content) is not dict or type(content.get("format")) is not int:
-        raise UserError("src/trainer.py did not write it")
-    content = _from_format_5(content) if content["format"] == 5 else content
-    if content["format"] != CHECKPOINT_FORMAT:
-        raise UserError(
-            f"it has checkpoint format {content['format']}, this code reads 5 and "
-            f"{CHECKPOINT_FORMAT}"
-        )
-    fields = {name: value for name, value in content.items() if name != "format"}
-    fields |= {name: config(**fields[name]) for name, config in CONFIGS.items()}
-    fields["history"] = [EpochRecord(**row) for row in fields["history"]]
-    return Checkpoint(**fields)
 
 
 def _from_format_5(old: dict[str, Any]) -> dict[str, Any]:
@@ -199,12 +179,10 @@ def _from_format_5(old: dict[str, Any]) -> dict[str, Any]:
     new["seconds"] = {"epoch": partial["seconds"]}
     new["seconds"] |= {each: new.pop(f"{each}_seconds", 0.0) for each in ("compile", "total")}
     training = new["training"] = dict(old["training"])
-    for off, share in (
-        ("policy_off_epochs", "policy_epochs"),
-        ("mixing_off_epochs", "mixed_epochs"),
-    ):
-        epochs = training["epochs"]
-        training[off] = epochs - math.ceil(training.pop(share, 1.0) * epochs)
+    epochs = training["epochs"]
+    shares = {"policy_off_epochs": "policy_epochs", "mixing_off_epochs": "mixed_epochs"}
+    for name, share in shares.items():
+        training[name] = epochs - math.ceil(training.pop(share, 1.0) * epochs)
     return new
 
 
@@ -239,26 +217,26 @@ def code_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "src"))
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "src")
+        return f"{commit}+" if changes else commit
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def find_checkpoint(text: str) -> Path:
     """A checkpoint as named, here or inside the repository; of a run's folder the last one."""
-    path = existing_path(text)
+    path = Path(text).expanduser()
+    path = path if path.exists() else ROOT / path
     return path / "last.pt" if path.is_dir() else path
 
 
 def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
     """Raises UserError where a data set has other classes than a model, or is split differently."""
-    wanted, found = (tuple(each.classes) for each in (checkpoint, dataset))
-    if wanted != found:
-        pairs = zip(wanted, found, strict=False)
-        a, b = next((pair for pair in pairs if pair[0] != pair[1]), (len(wanted), len(found)))
-        raise UserError(
-            f"the classes of {dataset.name} are not the model's: {b!r} instead of {a!r}"
-        )
+    for ours, theirs in zip_longest(checkpoint.classes, dataset.classes):
+        if ours != theirs:
+            raise UserError(
+                f"the classes of {dataset.name} are not the model's: {theirs!r} instead of {ours!r}"
+            )
     before, now = checkpoint.drawn_from, dataset.drawn_from
     if before and now and before != now:
         raise UserError(
@@ -282,7 +260,7 @@ class RunFolder:
         self.save_failed = False  # the last time it was tried
         self.saved_at = time.perf_counter()
         self._lock: int | None = None
-        self._replaced: set[str] = set()  # files of an earlier run, until this one is saved
+        self.replaces: set[str] = set()  # files of an earlier run, until this one is saved
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -291,11 +269,6 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-    @property
-    def replaces(self) -> bool:
-        """Whether files of an earlier run are still here, as this one is not saved."""
-        return bool(self._replaced)
 
     def refuse_existing(self, overwrite: bool) -> None:
         """Raises UserError where the folder holds a run that is not to be replaced."""
@@ -306,28 +279,21 @@ class RunFolder:
             )
 
     def make(self, overwrite: bool) -> None:
-        """Makes and takes the folder of a new run.
-
-        Raises:
-            UserError: it is in use, exists, or cannot be written to.
-        """
+        """Makes and takes the folder of a new run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.take()
             self.refuse_existing(overwrite)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass  # fails now rather than after an epoch where nothing can be written
+            # Where nothing can be written, this fails now rather than after an epoch.
+            tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
-        self._replaced = {name for name in RUN_FILES if (self.path / name).exists()}
+        self.replaces = {name for name in RUN_FILES if (self.path / name).exists()}
 
     def take(self) -> None:
         """Keeps other runs out until this object or the process ends, however it ends.
 
         The lock is on the folder itself: no lock file is left behind by a run that was killed.
-
-        Raises:
-            UserError: another run has it, or it is not there.
         """
         if fcntl is None:
             print(f"cannot lock {self.path} on this platform; do not start a second run in it")
@@ -349,11 +315,15 @@ class RunFolder:
         """Writes last.pt and metrics.csv; if that fails, says so and keeps the last good ones."""
         try:
             # The rows first: a run that is killed in between resumes, and writes them again.
-            write_metrics(self.path / "metrics.csv", checkpoint.history)
+            rows = (
+                {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(row).items()}
+                for row in checkpoint.history
+            )
+            write_table(self.path / "metrics.csv", EpochRecord.fields(), rows)
             save_checkpoint(self.path / "last.pt", checkpoint)
-            for name in self._replaced - {"metrics.csv", "last.pt"}:
+            for name in self.replaces - {"metrics.csv", "last.pt"}:
                 (self.path / name).unlink(missing_ok=True)
-            self._replaced = set()
+            self.replaces = set()
             self.saved_step, self.save_failed = checkpoint.step, False
         except OSError as error:
             self.save_failed = True
@@ -389,13 +359,3 @@ class RunFolder:
         """Of the last good checkpoint, if there is one, a line for an error."""
         saved = f"{self.path / 'last.pt'} holds step {self.saved_step}"
         return [saved] if self.saved_step else []
-
-
-def write_metrics(path: Path, history: list[EpochRecord]) -> None:
-    """metrics.csv: a row for each epoch."""
-    rows = ({name: _short(value) for name, value in asdict(row).items()} for row in history)
-    write_table(path, EpochRecord.fields(), rows)
-
-
-def _short(value: float | None) -> float | str | None:
-    return f"{value:.6g}" if isinstance(value, float) else value

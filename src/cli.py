@@ -49,26 +49,17 @@ class Command:
 
 
 def parse(argv: list[str], description: str) -> Command:
-    """The command line of trainer.py; help shows the values of the chosen recipe.
-
-    Raises:
-        UserError: a value is refused by its config.
-    """
+    """The command line of trainer.py; help shows the values of the chosen recipe."""
     first = Parser(prog="trainer.py", add_help=False)
     first.add_argument("--recipe", choices=RECIPES, help="the options that flags override")
-    first.add_argument("--device", default=None, help=argparse.SUPPRESS)
+    first.add_argument("--device")
     known = first.parse_known_args(argv)[0]
-    name, note = known.recipe, ""
-    if name is None:
-        name, note = default_recipe(known.device)
+    name, note = (known.recipe, "") if known.recipe else default_recipe(known.device)
     recipe = RECIPES[name]
 
-    parser = Parser(
-        prog=first.prog,
-        description=description,
-        epilog="recipes:\n"
-        + "\n".join(f"  {name:16}{each.about.splitlines()[0]}" for name, each in RECIPES.items()),
-    )
+    lines = (f"  {name:16}{each.about.splitlines()[0]}" for name, each in RECIPES.items())
+    epilog = "\n".join(["recipes:", *lines])
+    parser = Parser(prog=first.prog, description=description, epilog=epilog)
     parser.add_argument(
         "--recipe", choices=RECIPES, help=f"the options that flags override ({name})"
     )

@@ -17,10 +17,8 @@ class Config:
     """Base of the dataclasses whose fields are declared `name: Annotated[type, help, range]`.
 
     The command line shows the help text. The range is an interval such as "[0, 1)" and may be left
-    out, as may the whole annotation of a config that has no flags.
-
-    Raises:
-        UserError: a value is not of its type or not in its range; the message names it.
+    out, as may the whole annotation of a config that has no flags. A value of another type or
+    outside its range raises UserError, which names it.
     """
 
     def __post_init__(self):
@@ -59,10 +57,11 @@ def is_a(value: Any, kind: Any) -> bool:
     if container is typing.Literal:
         return type(value) is str and value in inner
     if container in (list, tuple):
+        if type(value) is not container:
+            return False
         any_length = container is list or inner[-1] is Ellipsis
-        kinds = inner[:1] * len(value) if any_length and type(value) is container else inner
-        fits = type(value) is container and len(value) == len(kinds)
-        return fits and all(map(is_a, value, kinds))
+        kinds = inner[:1] * len(value) if any_length else inner
+        return len(value) == len(kinds) and all(map(is_a, value, kinds))
     return type(value) is kind or (kind is Path and isinstance(value, Path))
 
 
@@ -92,8 +91,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, with the nearest flag for a misspelled one."""
 
     def __init__(self, **options: Any):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        super().__init__(allow_abbrev=False, **options)
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=as_written, **options)
 
     def error(self, message: str) -> typing.NoReturn:
         if message.startswith("unrecognized arguments: "):

@@ -66,10 +66,7 @@ class Preprocessing(Config):
         return len(self.mean)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) as floats of mean 0 and standard deviation 1.
-
-        The floats are of torch's default type, which is float32.
-        """
+        """uint8 images (B, C, H, W) as floats of mean 0 and std 1, of torch's default type."""
         shift = _pixel_scale(self.mean, images.device, torch.get_default_dtype())
         scale = _pixel_scale(self.std, images.device, torch.get_default_dtype())
         return (images.to(scale.dtype) - shift) / scale
@@ -88,12 +85,12 @@ class Preprocessing(Config):
                 raise OSError("it is not a regular file")
             with Image.open(path, formats=raster_formats()) as file:
                 return self.fit(file)
-        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-            bomb = isinstance(error, Image.DecompressionBombError)
-            reason = "too large" if bomb else "not of a known format"
-            raise UserError(f"cannot read {path} as an image: {reason}") from error
         except Exception as error:  # a damaged file can fail in any way inside a decoder
             reason = getattr(error, "strerror", None) or one_line(error)
+            if isinstance(error, UnidentifiedImageError):
+                reason = "not of a known format"
+            elif isinstance(error, Image.DecompressionBombError):
+                reason = "too large"
             raise UserError(f"cannot read {path} as an image: {reason}") from error
 
     def fit(self, image: Image.Image) -> Tensor:
@@ -156,11 +153,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The files in a folder with an image's file name extension, sorted by name.
-
-    Raises:
-        UserError: there are none, or the folder cannot be read.
-    """
+    """The files in a folder with an image's file name extension, at least one, sorted by name."""
     try:
         files = sorted(folder.iterdir())
     except OSError as error:
@@ -182,12 +175,7 @@ class Batch(NamedTuple):
 
 
 class Split:
-    """Images and labels in the memory of one device.
-
-    Args:
-        images: (n, C, H, W) uint8.
-        labels: (n,) int64.
-    """
+    """Images (n, C, H, W) uint8 and labels (n,) int64 in the memory of one device."""
 
     def __init__(self, images: Tensor, labels: Tensor):
         self._images, self.labels = images, labels
@@ -210,47 +198,34 @@ class Split:
         return Split(self._images.to(device), self.labels.to(device))
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """Images that are decoded when they are asked for."""
-
-    items: Sequence[Any]
-    read: Callable[[Any], Tensor]  # of an item: uint8 (C, H, W)
-
-    def __getitem__(self, row: int) -> Tensor:
-        return self.read(self.items[row])
-
-
 class StreamedSplit(Split):
-    """Images that threads decode as they are needed; only the labels are in memory."""
+    """Images that threads `read` as they are needed, uint8 (C, H, W); only labels are in memory."""
 
-    def __init__(self, pictures: Pictures, labels: Tensor):
-        self.pictures, self.labels = pictures, labels
+    def __init__(self, items: Sequence[Any], read: Callable[[Any], Tensor], labels: Tensor):
+        self.items, self.read, self.labels = items, read, labels
+
+    def image(self, row: int) -> Tensor:
+        return self.read(self.items[row])
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
         """As of a `Split`, in the same order; raises UserError where a file cannot be read."""
         rows = list(rows)
         numbers = [each.tolist() for each in rows]  # now, as this waits for a GPU
-        for each, images in zip(rows, in_threads(self.pictures.__getitem__, numbers), strict=True):
+        for each, images in zip(rows, in_threads(self.image, numbers), strict=True):
             yield Batch(copied(torch.stack(images), self.labels.device), self.labels[each])
 
     def subset(self, rows: Tensor) -> "StreamedSplit":
-        items = Subset(self.pictures.items, rows.tolist())
-        return StreamedSplit(Pictures(items, self.pictures.read), self.labels[rows])
+        return StreamedSplit(Subset(self.items, rows.tolist()), self.read, self.labels[rows])
 
     def to(self, device: torch.device | str) -> "StreamedSplit":
-        return StreamedSplit(self.pictures, self.labels.to(device))
+        return StreamedSplit(self.items, self.read, self.labels.to(device))
 
     def decoded(self, keep: bool) -> tuple[Split, list[str]]:
-        """The split without the images that cannot be read, and what is wrong with each of those.
-
-        Args:
-            keep: hold the decoded images in memory, or else stay streamed.
-        """
+        """The split without the images that cannot be read, in memory if `keep`; their errors."""
 
         def attempt(row: int) -> Tensor | UserError | None:
             try:
-                image = self.pictures[row]
+                image = self.image(row)
             except UserError as error:
                 return error
             return image if keep else None
@@ -266,20 +241,14 @@ class StreamedSplit(Split):
         return Split(torch.stack(images), self.labels[rows]), errors
 
 
-def cpus() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def in_threads(read: Callable[[int], Any], batches: Iterable[Sequence[int]]) -> Iterator[list[Any]]:
     """What `read` gives for each number of each batch, in order; threads are `AHEAD` batches ahead.
 
     Pillow decodes and resizes without Python's lock. Processes would need shared memory, signals
     and locks of their own.
     """
-    with ThreadPoolExecutor(cpus()) as pool:
+    may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(may_use) as pool:
         begun: deque[list[Future]] = deque()
         try:
             for batch in batches:
@@ -295,12 +264,8 @@ def in_threads(read: Callable[[int], Any], batches: Iterable[Sequence[int]]) -> 
 def shuffled_batches(
     split: Split, batch_size: int, generator: torch.Generator
 ) -> tuple[Tensor, ...]:
-    """The row numbers of a split in batches; each comes once, and the last batch may be short.
-
-    Args:
-        generator: on the CPU, so that the order is the same on every device.
-    """
-    rows = torch.randperm(len(split), generator=generator)
+    """The row numbers of a split in batches; each comes once, and the last batch may be short."""
+    rows = torch.randperm(len(split), generator=generator)  # on the CPU: alike for every device
     return rows.to(split.labels.device).split(batch_size)
 
 
@@ -308,9 +273,6 @@ def stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
     """Rows to train on and rows to hold out; every class gives its share of the latter.
 
     Where the shares are no whole numbers, those with the largest fractions are rounded up.
-
-    Raises:
-        UserError: `held_out` is negative, or leaves a class without training images.
     """
     counts = labels.bincount()  # (K,)
     shares = counts.double() * held_out / len(labels)
@@ -345,3 +307,8 @@ class Dataset:
     test: Split | None
     notes: tuple[str, ...] = ()  # lines for the user
     drawn_from: int = 0  # how many images the held-out ones were drawn from; 0: none were
+
+    def splits(self) -> dict[str, Split]:
+        """The parts that there are, by the names of their fields."""
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: split for name, split in parts.items() if split}

@@ -1,6 +1,6 @@
 """Every data set behind one function: those of torchvision, synthetic shapes, your own folder.
 
-A data set is a row of `DATASETS`: a function that returns a `Source` at the size and colors of a
+A data set is a row of `DATASETS`: a function that loads it at the size and colors of a
 `Preprocessing`. `load_dataset` calls it, holds out validation images, and keeps everything in the
 memory of the device where that is small enough.
 
@@ -11,8 +11,8 @@ memory of the device where that is small enough.
 import http.client
 import re
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,6 @@ from data import (
     CIFAR10_MEAN,
     CIFAR10_STD,
     Dataset,
-    Pictures,
     Preprocessing,
     Split,
     StreamedSplit,
@@ -44,38 +43,22 @@ TEST_SHARE = 0.1  # of a folder without a test set
 HALF = (0.5, 0.5, 0.5)  # the paper's reference code normalizes every data set to -1 to 1
 
 
-class Source(NamedTuple):
-    """A data set as it is published."""
-
-    classes: tuple[str, ...]
-    train: Split
-    validation: Split | None
-    test: Split | None
-    notes: tuple[str, ...] = ()  # what to tell the user
-    drawn_from: int = 0  # how many images the test set was drawn from; 0: it was not drawn
-
-
 # ---------------------------------------------------------------------------- torchvision's
 
 
 def _torchvision(
-    kind: type,
-    option: str,
-    values: tuple[Any, ...],
-    folder: Path,
-    wanted: Preprocessing,
-) -> Source:
+    kind: type, option: str, *values: Any, name: str, folder: Path, wanted: Preprocessing
+) -> Dataset:
     """A data set of torchvision, which downloads it and checks the md5 of all it reads.
 
-    Args:
-        option: of `kind`, with its values for training, validation and test; None: there is none.
+    The values of an option of `kind` name its training, validation and test set; None: it has none.
     """
-    parts = []
+    parts, before = [], socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
     try:
-        with _stall_limit(DOWNLOAD_TIMEOUT):
-            for value in values:
-                more = {option: value, "download": True}
-                parts.append(kind(folder, **more) if value is not None else None)
+        for value in values:
+            more = {option: value, "download": True}
+            parts.append(kind(folder, **more) if value is not None else None)
     except ImportError as error:
         raise UserError(f"{kind.__name__} needs scipy: pip install scipy") from error
     except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as error:
@@ -86,8 +69,11 @@ def _torchvision(
             f"put {getattr(kind, 'filename', 'its files')} into {folder} yourself "
             "(python src/trainer.py --recipe demo needs no download)"
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
     classes = getattr(parts[0], "classes", None) or [str(digit) for digit in range(10)]
-    return Source(tuple(classes), *(part and _torchvision_split(part, wanted) for part in parts))
+    splits = (part and _torchvision_split(part, wanted) for part in parts)
+    return Dataset(name, tuple(classes), wanted, *splits)
 
 
 def _torchvision_split(dataset: Any, wanted: Preprocessing) -> Split:
@@ -95,40 +81,25 @@ def _torchvision_split(dataset: Any, wanted: Preprocessing) -> Split:
     labels = torch.as_tensor(next(getattr(dataset, n) for n in names if hasattr(dataset, n))).long()
     if isinstance(dataset, tv.CIFAR10):  # of which CIFAR100 is one
         return _split(torch.from_numpy(dataset.data).permute(0, 3, 1, 2), labels, wanted)
-    return StreamedSplit(Pictures(dataset, partial(_fitted, wanted)), labels)
+    return StreamedSplit(dataset, partial(_fitted, wanted), labels)
 
 
 def _split(images: Tensor, labels: Tensor, wanted: Preprocessing) -> Split:
     """A split of uint8 images (n, C, H, W) of one size, which may not be the wanted one."""
     if wanted.keeps(images.shape[1:]):
         return Split(images.contiguous(), labels)
-    return StreamedSplit(Pictures(images, partial(_fitted, wanted)), labels)
+    return StreamedSplit(images, partial(_fitted, wanted), labels)
 
 
 def _fitted(wanted: Preprocessing, item: Tensor | tuple[Image.Image, int]) -> Tensor:
     return wanted.fit(to_pil_image(item) if isinstance(item, Tensor) else item[0])
 
 
-@contextmanager
-def _stall_limit(seconds: float) -> Iterator[None]:
-    """Makes sockets opened here give up after so long without a byte; torchvision sets no limit."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
 # ---------------------------------------------------------------------------- a folder
 
 
-def _folder(path: Path, wanted: Preprocessing) -> Source:
-    """Pictures of your own, in a folder for each class.
-
-    Raises:
-        UserError: the folder has another layout, or a class without a readable picture.
-    """
+def _folder(name: str, path: Path, wanted: Preprocessing) -> Dataset:
+    """Pictures of your own, in a folder for each class."""
     train = path / "train" if (path / "train").is_dir() else path
     classes = tuple(class_folders(train))
 
@@ -138,26 +109,24 @@ def _folder(path: Path, wanted: Preprocessing) -> Source:
         if unknown := set(class_folders(folder)) - set(classes):
             raise UserError(f"{folder} has a class {min(unknown)!r}, which {train} has not")
         files, labels = [], []
-        for label, name in enumerate(classes):
-            if (folder / name).is_dir():
-                found = image_files(folder / name)
+        for label, each in enumerate(classes):
+            if (folder / each).is_dir():
+                found = image_files(folder / each)
                 files, labels = files + found, labels + [label] * len(found)
-        return StreamedSplit(Pictures(files, wanted.read), torch.tensor(labels))
+        return StreamedSplit(files, wanted.read, torch.tensor(labels))
 
     if train != path:
-        return Source(classes, split(train), split(path / "val"), split(path / "test"))
+        splits = (split(folder) for folder in (train, path / "val", path / "test"))
+        return Dataset(name, classes, wanted, *splits)
     whole = split(path)
     kept, out = stratified_split(whole.labels, round(TEST_SHARE * len(whole)))
     note = f"{path} has no folder train: {len(out)} of its pictures are the test set"
-    return Source(classes, whole.subset(kept), None, whole.subset(out), (note,), len(whole))
+    parts = whole.subset(kept), None, whole.subset(out)
+    return Dataset(name, classes, wanted, *parts, (note,), drawn_from=len(whole))
 
 
 def class_folders(path: Path) -> list[str]:
-    """The names of the folders in a folder, in natural order: 2 before 10.
-
-    Raises:
-        UserError: there are fewer than two.
-    """
+    """The names of the folders in a folder, at least two, in natural order: 2 before 10."""
 
     def natural(name: str) -> list[str | int]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
@@ -176,50 +145,45 @@ def class_folders(path: Path) -> list[str]:
 # ---------------------------------------------------------------------------- the table
 
 
-def _shapes(folder: Path, wanted: Preprocessing) -> Source:
+def _shapes(name: str, folder: Path, wanted: Preprocessing) -> Dataset:
     """A synthetic data set, small enough to train on in a minute; nothing is downloaded."""
-    drawn = (draw_shapes(count, seed)[:2] for count, seed in ((10_000, 0), (2_000, 1)))
-    train, test = (_split(*images_and_labels, wanted) for images_and_labels in drawn)
-    return Source(tuple(SHAPES), train, None, test)
+    train, test = (
+        _split(*draw_shapes(n, seed)[:2], wanted) for n, seed in ((10_000, 0), (2_000, 1))
+    )
+    return Dataset(name, tuple(SHAPES), wanted, train, None, test)
 
 
 class Entry(NamedTuple):
     """A data set of the table, and the mean and standard deviation to normalize it with."""
 
-    load: Callable[[Path, Preprocessing], Source]
+    load: Callable[..., Dataset]  # of its name, the folder of data sets and a `Preprocessing`
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
 
 
-def _of_torchvision(kind: type, option: str, *values: Any) -> Callable[..., Source]:
-    return partial(_torchvision, kind, option, values)
-
-
 DATASETS = {
     "cifar10": Entry(
-        _of_torchvision(tv.CIFAR10, "train", True, None, False), CIFAR10_MEAN, CIFAR10_STD
+        partial(_torchvision, tv.CIFAR10, "train", True, None, False), CIFAR10_MEAN, CIFAR10_STD
     ),
     "cifar100": Entry(
-        _of_torchvision(tv.CIFAR100, "train", True, None, False),
+        partial(_torchvision, tv.CIFAR100, "train", True, None, False),
         (0.5071, 0.4865, 0.4409),
         (0.2673, 0.2564, 0.2762),
     ),
-    "fashion_mnist": Entry(_of_torchvision(tv.FashionMNIST, "train", True, None, False)),
-    "svhn": Entry(_of_torchvision(tv.SVHN, "split", "train", None, "test")),
-    "stl10": Entry(_of_torchvision(tv.STL10, "split", "train", None, "test")),
-    "flowers102": Entry(_of_torchvision(tv.Flowers102, "split", "train", "val", "test")),
-    "oxford_pets": Entry(_of_torchvision(tv.OxfordIIITPet, "split", "trainval", None, "test")),
+    "fashion_mnist": Entry(partial(_torchvision, tv.FashionMNIST, "train", True, None, False)),
+    "svhn": Entry(partial(_torchvision, tv.SVHN, "split", "train", None, "test")),
+    "stl10": Entry(partial(_torchvision, tv.STL10, "split", "train", None, "test")),
+    "flowers102": Entry(partial(_torchvision, tv.Flowers102, "split", "train", "val", "test")),
+    "oxford_pets": Entry(
+        partial(_torchvision, tv.OxfordIIITPet, "split", "trainval", None, "test")
+    ),
     "shapes": Entry(_shapes, (0.31,) * 3, (0.247,) * 3),
 }
 FOLDER = "folder:"
 
 
 def preprocessing_for(name: str) -> Preprocessing:
-    """What a new model expects of the images of a data set; 32 x 32 pixels.
-
-    Raises:
-        UserError: there is no such data set.
-    """
+    """What a new model expects of the images of a data set; 32 x 32 pixels."""
     if name.startswith(FOLDER):
         return Preprocessing(size=(32, 32), mean=HALF, std=HALF)
     if name not in DATASETS:
@@ -256,26 +220,25 @@ def load_dataset(
     wanted = preprocessing or default
     with world.one_of_each_host_first():
         if name.startswith(FOLDER):
-            source = _folder(Path(name.removeprefix(FOLDER)).expanduser(), wanted)
+            dataset = _folder(name, Path(name.removeprefix(FOLDER)).expanduser(), wanted)
         else:
-            source = DATASETS[name].load(Path(data_dir), wanted)
-        (train, validation, test), notes = _readable(source, wanted)
-    if absent := set(range(len(source.classes))) - set(train.labels.tolist()):
-        raise UserError(f"{name} has no training image of {source.classes[min(absent)]!r}")
-    drawn_from = source.drawn_from
+            dataset = DATASETS[name].load(name=name, folder=Path(data_dir), wanted=wanted)
+        dataset = _readable(dataset)
+    train = dataset.train
+    if absent := set(range(len(dataset.classes))) - set(train.labels.tolist()):
+        raise UserError(f"{name} has no training image of {dataset.classes[min(absent)]!r}")
     share = validation_images * (len(train) if validation_images < 1 else 1)
-    if validation is None and share:
-        drawn_from = drawn_from or len(train)
+    if dataset.validation is None and share:
         kept, held_out = stratified_split(train.labels, round(share))
-        train, validation = train.subset(kept), train.subset(held_out)
-    parts = (split.to(device) if split else None for split in (train, validation, test))
-    return Dataset(name, source.classes, wanted, *parts, (*source.notes, *notes), drawn_from)
+        parts = {"train": train.subset(kept), "validation": train.subset(held_out)}
+        dataset = replace(dataset, **parts, drawn_from=dataset.drawn_from or len(train))
+    return replace(dataset, **{part: s.to(device) for part, s in dataset.splits().items()})
 
 
-def _readable(source: Source, wanted: Preprocessing) -> tuple[list[Split | None], list[str]]:
-    """The splits of a source without the files that cannot be read, and lines for the user."""
-    splits, notes, failed = [source.train, source.validation, source.test], [], []
-    count = sum(len(split) for split in splits if split)
+def _readable(dataset: Dataset) -> Dataset:
+    """Without the files that cannot be read; in memory, where all of it is small enough."""
+    wanted, splits, notes, failed = dataset.preprocessing, dataset.splits(), [], []
+    count = sum(map(len, splits.values()))
     size = count * wanted.channels * wanted.size[0] * wanted.size[1]
     keep = size <= LARGEST_IN_MEMORY
     if not keep:
@@ -283,12 +246,11 @@ def _readable(source: Source, wanted: Preprocessing) -> tuple[list[Split | None]
             f"{count:,} images are {size / 1e9:.1f} GB, above {LARGEST_IN_MEMORY / 1e9:.1f}: "
             "they are decoded again in every epoch"
         )
-    for number, split in enumerate(splits):
-        if not isinstance(split, StreamedSplit):
-            continue
-        if keep or not isinstance(split.pictures.items, Tensor):  # a tensor has no broken images
-            splits[number], errors = split.decoded(keep)
+    for part, split in splits.items():
+        # A tensor has no broken images.
+        if isinstance(split, StreamedSplit) and (keep or not isinstance(split.items, Tensor)):
+            splits[part], errors = split.decoded(keep)
             failed += errors
     if failed:
         notes.append(f"{len(failed)} of {count:,} images left out: {'; '.join(failed[:3])}")
-    return splits, notes
+    return replace(dataset, **splits, notes=(*dataset.notes, *notes))

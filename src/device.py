@@ -32,11 +32,7 @@ def unusable_gpu() -> str | None:
 
 
 def choose_device(name: str | None, world: World = ALONE) -> torch.device:
-    """The named device, or the best there is; of several ranks, each on a GPU of its own.
-
-    Raises:
-        UserError: this machine does not have it.
-    """
+    """The named device, or the best there is; of several ranks, each on a GPU of its own."""
     if world.size > 1:
         if name not in (None, "cuda", "cpu"):
             raise UserError(f"--device {name} is one device for {world.size} processes; use cuda")

@@ -29,13 +29,9 @@ from utils import Stopped, WorldError, one_line
 class StopSignals:
     """Inside this context, Ctrl-C and SIGTERM only set `received`, for the training loop.
 
-    A second signal takes its default action, which ends the process there and then.
-
-    Raises:
-        Stopped: at the end of the block, if a signal has come.
+    A second signal takes its default action, which ends the process there and then. If a signal has
+    come, the end of the block raises `Stopped`.
     """
-
-    NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -43,7 +39,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
-            for number in self.NUMBERS:
+            for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                     self._before[number] = signal.signal(number, self._note)
         return self
@@ -125,11 +121,7 @@ def without_averaging(model: nn.Module) -> AbstractContextManager:
 def joined_world(device: str | None) -> Iterator[World]:
     """The world that torchrun's environment variables describe, or a world of one.
 
-    Args:
-        device: as --device names it; NCCL averages the gradients of GPUs, gloo does the rest.
-
-    Raises:
-        WorldError: a variable is missing, or the other processes cannot be reached.
+    Unless --device is cpu, NCCL averages the gradients of GPUs; gloo does the rest.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
@@ -141,9 +133,8 @@ def joined_world(device: str | None) -> Iterator[World]:
         use_gpus = device != "cpu" and torch.cuda.is_available()
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpus else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:
-        raise WorldError(
-            f"cannot join the other processes of this job: {one_line(error)}"
-        ) from error
+        reason = one_line(error)
+        raise WorldError(f"cannot join the other processes of this job: {reason}") from error
     try:
         yield World(rank, size, local_rank)
     except RuntimeError as error:

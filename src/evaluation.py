@@ -84,11 +84,7 @@ def evaluate(
 
 
 def report(path: Path, options: RunOptions, device: torch.device, world: World = ALONE) -> None:
-    """--evaluate: prints loss, top-1, top-5 and the accuracy of each class on the test set.
-
-    Raises:
-        UserError: the checkpoint or its data set cannot be used.
-    """
+    """--evaluate: prints loss, top-1, top-5 and the accuracy of each class on the test set."""
     model, checkpoint = load_model(path, device)
     dataset = datasets.load_dataset(
         checkpoint.training.dataset,

@@ -18,10 +18,8 @@ from ViT import ViT
 def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
     """The learning rate of a step as a share of the peak: linear warm-up, then decay to 0.
 
-    Args:
-        step: 0 for the first; at `steps`, after the last one, the factor is 0.
-        warmup: steps of linear warm-up; the last of them is the first at the full rate.
-        schedule: "cosine" or "linear", of the decay.
+    The last step of the warm-up is the first at the full rate; the factor would be 0 at `steps`,
+    after the last one. The schedule, "cosine" or "linear", is that of the decay.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -41,7 +39,6 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         groups: of matrices; a group's `parts` is the number of matrices stacked in each weight.
-        lr: the learning rate.
         weight_decay: decoupled, times the rate.
         momentum: Nesterov's.
         dtype: of the iteration.
@@ -131,59 +128,48 @@ def rules(config: TrainConfig) -> list[Rule]:
     decay = {"weight_decay": config.weight_decay}
     of_muon, of_others = {"lr": config.muon_learning_rate} | decay, {"lr": config.learning_rate}
     matrices = r"(embed\.proj|blocks\.\d+\.(attn|mlp)\.\w+)\.weight"
-    return [
-        *[Rule(r"blocks\.\d+\.attn\.qkv\.weight", "muon", of_muon | {"parts": 3})] * muon,
-        *[Rule(matrices, "muon", of_muon)] * muon,
+    table = [
+        Rule(r"blocks\.\d+\.attn\.qkv\.weight", "muon", of_muon | {"parts": 3}),
+        Rule(matrices, "muon", of_muon),
         Rule(rf"{matrices}|head\.weight", others, of_others | decay),
         Rule(r".*", others, of_others | {"weight_decay": 0.0}),
     ]
+    return table if muon else table[2:]
 
 
-def layer_of(name: str, depth: int) -> int:
-    """The layer of a weight, for the decay of the rate: 0 the embedding, depth + 1 the head."""
+def layer_of(name: str, top: int) -> int:
+    """The layer of a weight, for the decay of the rate: 0 the embedding, `top` the head."""
     if name.startswith("embed."):
         return 0
     block = re.match(r"blocks\.(\d+)\.", name)
-    return int(block[1]) + 1 if block else depth + 1
+    return int(block[1]) + 1 if block else top
 
 
 def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[torch.optim.Optimizer]:
     """The optimizers that `rules` name, sorted by name, of all weights that are not frozen.
 
     A weight below the head has the rate of its rule times `layer_decay` for each layer above it
-    (BEiT, arXiv 2106.08254).
-
-    Args:
-        precision: "bf16" or "fp32", of Muon's iteration.
+    (BEiT, arXiv 2106.08254). Muon's iteration is in the precision, "bf16" or "fp32".
     """
-    table, depth = rules(config), model.config.depth
-    members = defaultdict(list)  # the number of a rule and a layer, to weights
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            number = next(n for n, rule in enumerate(table) if re.fullmatch(rule.pattern, name))
-            layer = layer_of(name, depth) if config.layer_decay < 1 else depth + 1
-            members[number, layer].append(weight)
+    top = model.config.depth + 1
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     groups = defaultdict(list)  # by the optimizer's name
-    for (number, layer), weights in sorted(members.items(), key=lambda item: item[0]):
-        rate = table[number].options["lr"] * config.layer_decay ** (depth + 1 - layer)
-        group = {"params": weights, **table[number].options, "lr": rate}
-        groups[table[number].optimizer].append(group)
-
+    for rule in rules(config):
+        matching = [name for name in weights if re.fullmatch(rule.pattern, name)]
+        layers = defaultdict(list)
+        for name in matching:
+            layer = layer_of(name, top) if config.layer_decay < 1 else top
+            layers[layer].append(weights.pop(name))
+        for layer in sorted(layers):
+            rate = rule.options["lr"] * config.layer_decay ** (top - layer)
+            group = rule.options | {"params": layers[layer], "lr": rate, "peak_lr": rate}
+            groups[rule.optimizer].append(group)
     in_float32 = {"muon": {"dtype": torch.float32}} if precision == "fp32" else {}
-    optimizers = [
-        OPTIMIZERS[name](groups[name], **in_float32.get(name, {})) for name in sorted(groups)
-    ]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak_lr"] = group["lr"]
-    return optimizers
+    return [OPTIMIZERS[name](groups[name], **in_float32.get(name, {})) for name in sorted(groups)]
 
 
 def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
-    """Restores what optimizers remember of each of their parameters; their options stay.
-
-    Raises:
-        UserError: it is not what such optimizers remember of such parameters.
-    """
+    """Restores what optimizers remember of each of their parameters; their options stay."""
     if len(states) != len(optimizers):
         raise UserError(f"optimizers has {len(states)} entries, not {len(optimizers)}")
     for optimizer, state in zip(optimizers, states, strict=True):

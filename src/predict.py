@@ -30,11 +30,7 @@ Predictions = dict[Path, list[tuple[str, float]]]  # classes of files, with thei
 def predictions(
     files: list[Path], checkpoint: Path, device: torch.device, top: int
 ) -> tuple[Predictions, list[str]]:
-    """The `top` most probable classes of each file, and the errors of files that cannot be read.
-
-    Raises:
-        UserError: the checkpoint cannot be used.
-    """
+    """The `top` most probable classes of each file, and the errors of files that cannot be read."""
     model, described = load_model(checkpoint, device)
     top, found, errors = min(top, len(described.classes)), {}, []
     with tqdm(total=len(files), unit=" images", disable=None, leave=False) as bar:

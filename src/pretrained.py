@@ -9,7 +9,6 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +18,11 @@ from torch import Tensor
 from checkpoint import (
     EXPORTED,
     Checkpoint,
+    as_checkpoint,
     check_weights,
     find_checkpoint,
     load_checkpoint,
+    read_torch,
     save_model,
 )
 from data import Preprocessing
@@ -82,36 +83,26 @@ class Pretrained:
     def adapted(self, wanted: ViTConfig, chosen: tuple[str, ...]) -> ViTConfig:
         """The config of these weights, with what they leave free from another.
 
-        Args:
-            chosen: the fields of `wanted` that the user has set.
-
-        Raises:
-            UserError: one of them contradicts the weights.
+        The fields of `wanted` that the user has `chosen` must not contradict the weights.
         """
         for name in chosen:
             asked, found = getattr(wanted, name), getattr(self.config, name)
             if name not in FREE and asked != found:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {asked} is not that of {self.origin}, {found}")
-        free = {name: getattr(wanted, name) for name in FREE if name != "image_size"}
-        if "image_size" in chosen:
-            free["image_size"] = wanted.image_size
-        return replace(self.config, **free)
+        free = [name for name in FREE if name != "image_size" or name in chosen]
+        return replace(self.config, **{name: getattr(wanted, name) for name in free})
 
     def initialize(self, model: ViT, classes: tuple[str, ...]) -> str:
-        """Gives a model these weights; another image size or set of classes is provided for.
+        """Gives a model these weights; returns what was done, in a line.
 
         Learned positions are interpolated to another grid (paper, 3.2). A head for other classes
         keeps its initial weights, which are zero.
-
-        Returns:
-            What was done, in a line.
         """
         weights, done = dict(self.weights), []
         config, old, new = model.config, self.config.grid, model.config.grid
         if old != new and config.positions == "learned":
-            positions = resize_positions(weights["embed.pos_embed"], old, new)
-            weights["embed.pos_embed"] = positions
+            weights["embed.pos_embed"] = resize_positions(weights["embed.pos_embed"], old, new)
             done.append(f"positions interpolated from {old[0]}x{old[1]} to {new[0]}x{new[1]}")
         if self.classes != tuple(classes):
             weights |= {f"head.{name}": weight for name, weight in model.head.state_dict().items()}
@@ -125,8 +116,6 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
 
     The position of a class token, the first, stays.
     """
-    if old == new:
-        return positions
     first = positions.shape[1] - old[0] * old[1]
     grid = positions[:, first:].unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, H/P, W/P)
     grid = F.interpolate(grid, new, mode="bicubic", antialias=True)
@@ -153,13 +142,20 @@ def load_pretrained(origin: str, heads: int | None = None) -> Pretrained:
     if library == "torchvision" and name:
         return _from_torchvision(origin, *name.split(":")[:2])
     path = find_checkpoint(origin)
-    weights = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if weights is None:  # a checkpoint of ours
-        checkpoint = load_checkpoint(path)
-        config, expected = checkpoint.model, checkpoint.preprocessing
-        weights = {name: weight.float() for name, weight in checkpoint.weights.items()}
-        return Pretrained(origin, config, weights, expected, tuple(checkpoint.classes))
-    return from_state_dict(origin, weights, heads)
+    if path.suffix == ".safetensors":
+        return from_state_dict(origin, _read_safetensors(path), heads)
+    content = read_torch(path)
+    if isinstance(content, dict) and "format" in content:  # a checkpoint of ours
+        found = as_checkpoint(path, content)
+        weights = {name: weight.float() for name, weight in found.weights.items()}
+        return Pretrained(origin, found.model, weights, found.preprocessing, tuple(found.classes))
+    for key in ("state_dict", "model"):  # where training scripts put it
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in content.items()
+    ):
+        raise UserError(f"{path} holds no state dict")
+    return from_state_dict(origin, content, heads)
 
 
 def from_state_dict(
@@ -171,11 +167,7 @@ def from_state_dict(
 ) -> Pretrained:
     """A state dict of timm's or torchvision's ViT, recognized by its names.
 
-    Args:
-        preprocessing: what the weights expect; if unknown, what most of the library's do.
-
-    Raises:
-        UserError: it is of another model; the message names the weight or part at fault.
+    Without a `preprocessing`, the weights are taken to expect what most of the library's do.
     """
     for pattern, what in REFUSED.items():
         if any(re.search(pattern, name) for name in weights):
@@ -247,22 +239,6 @@ def _replaced(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
     return name
 
 
-def _read_torch(path: Path) -> dict[str, Tensor] | None:
-    """The state dict in a file of torch.save; None where it is a checkpoint of this repository."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"{path} is not a file of weights, or is damaged") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content if "format" in content else content[key]
-    if isinstance(content, dict) and "format" in content:
-        return None
-    return _checked(path, content)
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         import safetensors.torch
@@ -274,15 +250,6 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(f"{path} is not a file of safetensors, or is damaged") from error
-
-
-def _checked(path: Path, content: Any) -> dict[str, Tensor]:
-    is_tensors = isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in content.items()
-    )
-    if not is_tensors:
-        raise UserError(f"{path} holds no state dict")
-    return content
 
 
 def _from_timm(origin: str, name: str) -> Pretrained:
@@ -328,11 +295,7 @@ def _from_torchvision(origin: str, name: str, weights: str = "DEFAULT") -> Pretr
 
 
 def state_dict_for(library: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The weights of a checkpoint as timm's or torchvision's model loads them.
-
-    Raises:
-        UserError: the library has no such model.
-    """
+    """The weights of a checkpoint as timm's or torchvision's model loads them."""
     config = checkpoint.model
     if library == "torchvision":
         H, W = config.image_size
@@ -357,14 +320,7 @@ def state_dict_for(library: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def export(path: Path, library: str | None, overwrite: bool) -> None:
-    """--export: writes model.pt beside a checkpoint: weights only, for sharing.
-
-    Args:
-        library: "timm" or "torchvision" writes its state dict instead, to model_<library>.pth.
-
-    Raises:
-        UserError: the checkpoint cannot be used, the file exists or cannot be written.
-    """
+    """--export: writes model.pt beside a checkpoint, or a library's state dict, for sharing."""
     target = path.with_name(EXPORTED[library])
     if target.exists() and not overwrite:
         raise UserError(f"{target} exists; --overwrite replaces it")

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,7 @@ from torch import Tensor, nn
 import datasets
 import device as devices
 from augment import Augmentation, Seen
-from checkpoint import (
-    Checkpoint,
-    EpochRecord,
-    RunFolder,
-    check_fit,
-    load_checkpoint,
-    versions,
-)
+from checkpoint import Checkpoint, EpochRecord, RunFolder, check_fit, load_checkpoint, versions
 from data import Dataset, Preprocessing, shuffled_batches
 from distributed import ALONE, StopSignals, World, without_averaging
 from initialization import mimetic, standardize_features, whiten_patches
@@ -39,7 +32,6 @@ from utils import Diverged, UserError, generator_for, one_line, seed_default_gen
 from ViT import ViT, ViTConfig, parameters_of
 
 _STARTED = time.perf_counter()
-NO_OPTIONS = RunOptions()
 
 
 # ---------------------------------------------------------------------------- what a step changes
@@ -72,10 +64,7 @@ class State:
     def count(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Adds a part of a batch to the sums; a new metric is one more, and a column of the record.
 
-        Args:
-            loss: (), the part's share of the mean over the batch.
-            logits: (n, K)
-            targets: (n, K)
+        The loss is the part's share of the mean over the batch; logits and targets are (n, K).
         """
         hits = logits.argmax(dim=1) == targets.argmax(dim=1)
         added = {"loss": loss.detach(), "correct": hits.sum()}
@@ -177,10 +166,8 @@ class Run:
     def seed_draws(self, state: State) -> int:
         """Seeds what the coming step draws, which then does not depend on what came before.
 
-        Dropout and drop path draw from torch's generators, differently on each rank.
-
-        Returns:
-            The seed of augmentation, the same on every rank.
+        Dropout and drop path draw from torch's generators, differently on each rank. The seed that
+        is returned, of augmentation, is the same on every rank.
         """
         key = (self.config.seed, state.epoch, self.steps_done(state))
         seed_default_generators(seed_for(*key, self.world.rank), self.device)
@@ -215,11 +202,7 @@ class Run:
     # ------------------------------------------------------------------------ of an epoch
 
     def totals(self, state: State) -> dict[str, Tensor]:
-        """The sums over all ranks, on the CPU, for which the host waits.
-
-        Raises:
-            Diverged: a loss was not finite.
-        """
+        """The sums over all ranks, on the CPU, for which the host waits, or `Diverged`."""
         totals = {name: self.world.sum(value) for name, value in state.sums.items()}
         if "loss" in totals and not totals["loss"].isfinite():
             raise self.diverged(state, f"the loss is {totals['loss'].item()}")
@@ -258,11 +241,7 @@ class Run:
         return minutes >= self.options.save_minutes and not ends_epoch
 
     def save(self, state: State, *, last: bool = False) -> None:
-        """Saves the state on rank 0; `last`: the run does not try again.
-
-        Raises:
-            Diverged: a loss or a weight is not finite.
-        """
+        """Saves the state on rank 0, or raises `Diverged`; `last`: the run does not try again."""
         totals = self.totals(state)
         if not all(weight.isfinite().all() for weight in state.model.state_dict().values()):
             raise self.diverged(state, "the weights are not finite")
@@ -328,7 +307,7 @@ class Run:
 
     def headline(self, state: State) -> str:
         """What is about to be trained, on what."""
-        count = f"{self.world.size} x " * (self.world.size > 1)
+        count = f"{self.world.size} x " if self.world.size > 1 else ""
         return (
             f"{self.folder.path}: ViT of {parameters_of(state.model):,} parameters on "
             f"{len(self.dataset.train):,} images of {self.config.dataset}, {self.precision} on "
@@ -341,10 +320,7 @@ def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: boo
 
     2 per weight and token in the forward pass, twice that in the backward pass, and the two
     products of attention; norms, softmax and GELU are left out (Kaplan et al., arXiv 2001.08361;
-    PaLM, arXiv 2204.02311, B).
-
-    Args:
-        frozen: only the head is trained; the rest has no backward pass.
+    PaLM, arXiv 2204.02311, B). Of a frozen model, only the head has a backward pass.
     """
     D, N = config.width, config.patches
     kept = patches_kept(N, patch_dropout)
@@ -357,23 +333,26 @@ def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: boo
 # ---------------------------------------------------------------------------- starting a run
 
 
-def load_data(
-    config: TrainConfig,
-    preprocessing: Preprocessing,
-    options: RunOptions,
-    device: torch.device,
-    world: World,
-) -> Dataset:
+class Place(NamedTuple):
+    """Where a run is trained and kept."""
+
+    options: RunOptions
+    device: torch.device
+    world: World
+    folder: RunFolder
+
+
+def load_data(config: TrainConfig, preprocessing: Preprocessing, place: Place) -> Dataset:
     """The data set of a run. What needs deterministic kernels comes after it."""
-    if config.deterministic and device.type == "cuda":
+    if config.deterministic and place.device.type == "cuda":
         devices.use_deterministic_kernels()
     return datasets.load_dataset(
         config.dataset,
         preprocessing,
         validation_images=config.validation_images,
-        device=device,
-        data_dir=options.data_dir,
-        world=world,
+        device=place.device,
+        data_dir=place.options.data_dir,
+        world=place.world,
     )
 
 
@@ -386,17 +365,10 @@ def assemble(
     *,
     recipe: str = "",
     folder: RunFolder | None = None,
-    options: RunOptions = NO_OPTIONS,
+    options: RunOptions | None = None,
 ) -> tuple[Run, State]:
-    """A run and its first state.
-
-    Args:
-        model: on the CPU, as initialized.
-
-    Raises:
-        UserError: the options do not go together.
-    """
-    count = len(dataset.train)
+    """A run and its first state, of a model on the CPU as initialized."""
+    count, options = len(dataset.train), options or RunOptions()
     if config.compile == "graphs" and (device.type != "cuda" or world.size > 1):
         raise UserError("--compile graphs needs one CUDA device; use --compile on")
     if options.keep_best and not dataset.validation:
@@ -436,22 +408,15 @@ def new_run(
     recipe: str,
     model_config: ViTConfig,
     config: TrainConfig,
-    options: RunOptions,
-    device: torch.device,
-    world: World,
-    folder: RunFolder,
+    place: Place,
     chosen: tuple[str, ...] = (),
 ) -> tuple[Run, State]:
     """A fresh run; the model's channels and classes are those of the data set.
 
-    Args:
-        chosen: fields of the model's config that the user has set; starting weights must agree with
-            them, and set the others.
-
-    Raises:
-        UserError: the folder, the data set, the weights or the configs cannot be used; nothing was
-            changed.
+    Weights to start from must agree with the `chosen` fields of the model's config, and set the
+    others. Where anything cannot be used, nothing was changed.
     """
+    options, device, world, folder = place
     if world.leads:
         folder.refuse_existing(options.overwrite)  # before what may be a long download
     start = None
@@ -461,7 +426,7 @@ def new_run(
         model_config = start.adapted(model_config, chosen)
     expected = start.preprocessing if start else datasets.preprocessing_for(config.dataset)
     preprocessing = dataclasses.replace(expected, size=model_config.image_size)
-    dataset = load_data(config, preprocessing, options, device, world)
+    dataset = load_data(config, preprocessing, place)
     model_config = dataclasses.replace(
         model_config, channels=dataset.preprocessing.channels, classes=len(dataset.classes)
     )
@@ -469,15 +434,13 @@ def new_run(
     model, notes = ViT(model_config), [*dataset.notes]
     if start:
         notes.append(start.initialize(model, dataset.classes))
-    else:
-        if config.initialization == "mimetic":
-            mimetic(model)
-        if config.whiten_patches:
-            whiten_patches(model, dataset.train, preprocessing)
+    if config.initialization == "mimetic":
+        mimetic(model)
+    if config.whiten_patches:
+        whiten_patches(model, dataset.train, preprocessing)
     if config.freeze:
         standardize_features(model.to(device), dataset.train, preprocessing)
-    names = {"recipe": recipe, "folder": folder, "options": options}
-    run, state = assemble(model, config, dataset, device, world, **names)
+    run, state = assemble(model, config, dataset, recipe=recipe, **place._asdict())
     if world.leads:
         folder.make(options.overwrite)
     world.wait()
@@ -486,52 +449,37 @@ def new_run(
     return run, state
 
 
-def resumed_run(
-    path: Path,
-    changes: dict[str, Any],
-    options: RunOptions,
-    device: torch.device,
-    world: World,
-    folder: RunFolder,
-) -> tuple[Run, State]:
-    """The run of a last.pt, as that left it.
-
-    Args:
-        changes: of `epochs` and `accumulate`.
-
-    Raises:
-        UserError: the checkpoint or a change cannot be used.
-    """
+def resumed_run(path: Path, changes: dict[str, Any], place: Place) -> tuple[Run, State]:
+    """The run of a last.pt, as that left it, but for changes of `epochs` and `accumulate`."""
     if path.name != "last.pt":  # which the run would overwrite
         raise UserError(f"--resume takes a run's folder or its last.pt, not {path}")
-    if world.leads:
-        folder.take()
-    world.wait()
+    if place.world.leads:
+        place.folder.take()
+    place.world.wait()
     checkpoint = load_checkpoint(path)
-    before = checkpoint.training
-    config = dataclasses.replace(before, **changes)
-    dataset = load_data(config, checkpoint.preprocessing, options, device, world)
+    config = dataclasses.replace(checkpoint.training, **changes)
+    dataset = load_data(config, checkpoint.preprocessing, place)
     check_fit(checkpoint, dataset)
-    names = {"recipe": checkpoint.recipe, "folder": folder, "options": options}
-    run, state = assemble(ViT(checkpoint.model), config, dataset, device, world, **names)
+    model, where = ViT(checkpoint.model), place._asdict()
+    run, state = assemble(model, config, dataset, recipe=checkpoint.recipe, **where)
     try:
         if not checkpoint.optimizers:
             raise UserError("it holds a model without its optimizers, for sharing")
-        state.load(checkpoint, world)
+        state.load(checkpoint, place.world)
         if not 0 <= run.steps_done(state) <= run.steps_per_epoch:
             raise UserError(f"it is at step {run.steps_done(state)} of {run.steps_per_epoch}")
     except (UserError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be resumed: {one_line(error)}") from error
-    folder.saved_step = state.step
+    run.folder.saved_step = state.step
     if state.step > config.epochs * run.steps_per_epoch:
         raise UserError(
-            f"--epochs {config.epochs} is less than {folder.path} has done: epoch {state.epoch}"
+            f"--epochs {config.epochs} is less than {run.folder.path} has done: epoch {state.epoch}"
             f" and {run.steps_done(state)} steps"
         )
-    if config.epochs != before.epochs:
+    if config.epochs != (before := checkpoint.training.epochs):
         rate = config.learning_rate * run.rate_factor(state.step)
         run.say(
             f"the {config.schedule} schedule now reaches 0 at epoch {config.epochs} instead of "
-            f"{before.epochs}: the learning rate continues at {rate:.2g}"
+            f"{before}: the learning rate continues at {rate:.2g}"
         )
     return run, state

@@ -37,7 +37,7 @@ from distributed import World, joined_world, without_averaging
 from evaluation import evaluate, report
 from pretrained import export
 from recipes import Recipe, RunOptions
-from run import Run, Seen, State, new_run, resumed_run
+from run import Place, Run, Seen, State, new_run, resumed_run
 from utils import Stopped, first_line, is_out_of_memory, run_program
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # images and kept patches to logits
@@ -123,11 +123,10 @@ WORTH_COMPILING = {"cpu": 2e13, "cuda": 3e15}
 
 
 def compiled(run: Run, state: State) -> Forward:
-    """The model, compiled for the numbers of patches for which that pays.
+    """The model, compiled for the numbers of patches for which that pays, or else as it is.
 
     This does not depend on the progress, so that a resumed run computes exactly as before. A batch
-    that was not compiled for, such as a short last one, goes through the model as it is. If
-    compiling fails, say without a C++ compiler, it reports that and returns the model.
+    that was not compiled for, such as a short last one, goes through the model as it is.
     """
     epochs, rows = range(run.config.epochs), torch.arange(run.config.batch_size, device=run.device)
     chosen = [dropout for dropout in run.flops() if compile_pays(run, dropout)]
@@ -193,12 +192,8 @@ FOR_A_GPU = 5e15  # operations: a quarter of a day of a CPU that does 2e11 a sec
 def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | None:
     """Trains a run to its last epoch, tests it once, and writes its results.
 
-    Args:
-        command_line: what result.json states as its origin.
-
-    Returns:
-        The content of result.json; None on all ranks but the first, and where not all of it could
-        be written.
+    Returns the content of result.json; None on all ranks but the first, and where not all of it
+    could be written.
     """
     run.say(run.headline(state))
     if run.device.type == "cpu" and sum(run.flops().values()) > FOR_A_GPU:
@@ -236,7 +231,7 @@ def train_epochs(run: Run, state: State, model: Forward) -> None:
         validated = (is_last or state.epoch % run.config.validate_every == 0) and validate(
             run, state
         )
-        if any(run.world.any(is_last, run.save_is_due(state), run.folder.replaces)):
+        if any(run.world.any(is_last, run.save_is_due(state), bool(run.folder.replaces))):
             run.save(state)
         if validated and run.options.keep_best:
             run.save_best(state)
@@ -253,11 +248,7 @@ def train_epochs(run: Run, state: State, model: Forward) -> None:
 
 
 def validate(run: Run, state: State) -> bool:
-    """Adds the validation figures to the last record.
-
-    Returns:
-        Whether the record gained them.
-    """
+    """Adds the validation figures to the last record; returns whether it gained them."""
     record, split = state.history[-1], run.dataset.validation
     if not split or record.validation_loss is not None:
         return False
@@ -292,19 +283,19 @@ def hints(run: Run) -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
-        failed, saved = run.folder.save_failed, run.folder.saved_step
-        stop.__notes__ = ["the last steps could not be saved"] * failed
-        stop.add_note(
-            cli.resume_hint(run.folder.path, run.options) if saved else "nothing is saved"
-        )
+        if run.folder.save_failed:
+            stop.add_note("the last steps could not be saved")
+        hint = cli.resume_hint(run.folder.path, run.options)
+        stop.add_note(hint if run.folder.saved_step else "nothing is saved")
         raise
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             batch, parts = run.config.batch_size, run.config.accumulate
-            more = f"--accumulate {2 * parts} for the same batch in smaller parts, or "
-            tried = f"of --batch-size {batch} --accumulate {parts}, try "
-            hint = f"{tried}{more * (2 * parts <= batch)}a smaller --batch-size"
-            error.__notes__ = [hint, *run.folder.kept()]
+            hint = "a smaller --batch-size"
+            if 2 * parts <= batch:
+                hint = f"--accumulate {2 * parts} for the same batch in smaller parts, or {hint}"
+            tried = f"of --batch-size {batch} --accumulate {parts}, try {hint}"
+            error.__notes__ = [tried, *run.folder.kept()]
         raise
 
 
@@ -332,8 +323,8 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     with joined_world(options.device) as world:
         device = devices.choose_device(options.device, world)
         with RunFolder(options.output_dir / (options.name or name)) as folder:
-            where = options, device, world, folder
-            run, state = new_run(name, recipe.model, recipe.train, *where, chosen)
+            place = Place(options, device, world, folder)
+            run, state = new_run(name, recipe.model, recipe.train, place, chosen)
             state.started = started
             return train(run, state)
 
@@ -342,14 +333,13 @@ def begin_or_resume(
     command: cli.Command, device: torch.device, world: World, command_line: str
 ) -> int:
     """Trains a new or a resumed run; returns the exit status."""
-    options = command.options
     with RunFolder(command.folder) as folder:
-        where = options, device, world, folder
+        place = Place(command.options, device, world, folder)
         if command.task == "resume":
-            run, state = resumed_run(command.path, command.training_changes, *where)
+            run, state = resumed_run(command.path, command.training_changes, place)
         else:
             chosen = tuple(command.model_changes)
-            run, state = new_run(command.recipe, command.model, command.training, *where, chosen)
+            run, state = new_run(command.recipe, command.model, command.training, place, chosen)
             if command.note:
                 run.say(command.note)
         if run.is_finished(state):

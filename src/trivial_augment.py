@@ -159,8 +159,7 @@ MAGNITUDES = _wide_space().numpy()
 def trivial_augment(images: Tensor, host: np.random.Generator) -> Tensor:
     """One operation for each image, of any magnitude of the wide space.
 
-    Args:
-        host: draws, so that the host knows how many images have an operation.
+    The host draws, so that it knows how many images have an operation.
     """
     sign, op, bins = (host.integers(n, size=len(images)) for n in (2, len(OPS), BINS))
     return apply(images, op, MAGNITUDES[sign, op, bins])

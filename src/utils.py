@@ -89,10 +89,7 @@ def run_program(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def status_of(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """What `main` returns; for an error its exit status, after a line on standard error.
-
-    The line ends with the notes of the error (`add_note`): what to do about it.
-    """
+    """What `main` returns; for an error its status, after a line that ends with its notes."""
     try:
         return main(argv)
     except KeyboardInterrupt:
@@ -112,9 +109,8 @@ def status_of(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
 def complain(message: str) -> None:
     """One line on standard error, with the program and, of several, the rank of the process."""
-    rank = os.environ.get("RANK", "0")
-    program = Path(sys.argv[0]).name
-    print(f"rank {rank}: " * (rank != "0") + f"{program}: {message}", file=sys.stderr)
+    rank, line = os.environ.get("RANK", "0"), f"{Path(sys.argv[0]).name}: {message}"
+    print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------- files
@@ -140,12 +136,6 @@ def write_torch(path: Path, content: Any) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getbuffer())
-
-
-def existing_path(text: str) -> Path:
-    """A path as given, or, where there is nothing, the same inside the repository."""
-    path = Path(text).expanduser()
-    return path if path.exists() else ROOT / path
 
 
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:

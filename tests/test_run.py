@@ -14,7 +14,7 @@ from data import Preprocessing
 from distributed import ALONE
 from evaluation import Evaluation
 from recipes import RunOptions, TrainConfig
-from run import Run, State, assemble, new_run, training_flops
+from run import Place, Run, State, assemble, new_run, training_flops
 from small import SHAPES, rows_of
 from utils import UserError
 from ViT import ViT, ViTConfig
@@ -148,8 +148,8 @@ def test_the_model_has_the_channels_and_classes_of_the_data_set(tmp_path, monkey
     expected = Preprocessing(size=(32, 32), mean=(0.5,), std=(0.2,))
     gray = dataclasses.replace(SHAPES, classes=("a", "b"), preprocessing=expected)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: gray)
-    where = RunOptions(), torch.device("cpu"), ALONE, RunFolder(tmp_path / "a")
-    begun, state = new_run("demo", ViTConfig(), TrainConfig(), *where)
+    place = Place(RunOptions(), torch.device("cpu"), ALONE, RunFolder(tmp_path / "a"))
+    begun, state = new_run("demo", ViTConfig(), TrainConfig(), place)
     config = begun.model_config
     assert config is state.model.config
     assert (config.channels, config.classes, config.image_size) == (1, 2, (32, 32))

@@ -22,6 +22,12 @@ def program(monkeypatch):
     monkeypatch.setattr(sys, "argv", small.PROGRAM)
 
 
+@pytest.fixture(autouse=True)
+def no_process_left():
+    yield
+    small.kill_all()
+
+
 @pytest.fixture
 def train(monkeypatch, tmp_path):
     """train("--epochs 2 ...") runs a tiny demo recipe into tmp_path and returns its exit status."""

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,8 +32,7 @@ from checkpoint import load_checkpoint
 
 TINY = "--patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 40 --warmup-epochs 0.5".split()
 PROGRAM = ["src/trainer.py"]  # sys.argv, of which errors name the program
-PATIENCE = 120  # seconds until a process counts as hung
-
+PATIENCE = 90  # seconds until a process counts as hung: fewer than pytest gives a test
 
 ROOT = Path(__file__).parent.parent
 CIFAR10 = ROOT / "data"  # the real one, where it is there
@@ -169,9 +169,22 @@ def finished(process):
     """The exit status of a process that was started; a process that hangs is a failure."""
     process.join(PATIENCE)
     if process.exitcode is None:
-        process.kill()
+        kill_all()
         raise TimeoutError(f"still running after {PATIENCE} s")
     return process.exitcode
+
+
+def wait_for(condition, is_running):
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert is_running() and time.monotonic() < until
+        time.sleep(0.02)
+
+
+def kill_all():
+    """Kills what is still running, which Python would wait for as it exits, without limit."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def start_ranks(flags, folder, size, **options):

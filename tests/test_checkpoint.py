@@ -261,7 +261,8 @@ def test_the_commit_of_the_code_has_a_mark_where_files_have_changed(tmp_path, mo
 
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        subprocess.run(command, check=True, timeout=small.PATIENCE)
 
     (tmp_path / "src").mkdir()
     (tmp_path / "src/ViT.py").write_text("committed")

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, locked out, starved of disk or shared among processes."""
 
 import errno
+import itertools
 import math
 import os
 import random
@@ -22,7 +23,7 @@ import trainer
 from augment import Augmentation
 from checkpoint import load_checkpoint, load_model
 from run import Run
-from small import ROOT, differing, finished, result_of, rows_of, start, start_ranks
+from small import ROOT, differing, finished, result_of, rows_of, start, start_ranks, wait_for
 
 DROPOUT = "--dropout 0.2 --attention-dropout 0.1 --drop-path 0.2"
 
@@ -50,13 +51,25 @@ def signal_at(monkeypatch):
     return arrange
 
 
-def stop_and_resume(train, signal_at, tmp_path, flags, steps, accumulate=1):
-    """Runs to the end whole, and in parts that end with the given steps; returns the difference."""
+@pytest.mark.parametrize(
+    "flags",
+    [
+        f"{DROPOUT} --optimizer adamw --precision fp32",
+        f"{DROPOUT} --optimizer adamw --precision bf16",
+        f"{DROPOUT} --optimizer muon --precision fp32",
+        f"{DROPOUT} --optimizer muon --precision bf16",
+        f"{DROPOUT} --batch-size 45 --accumulate 2",  # with a short last batch
+        "--flip alternating --policy trivial --resized-crop 0.5 "
+        "--mixup 0.4 --cutmix 1 --mixing-off-epochs 1",
+    ],
+)
+def test_a_run_stopped_within_epochs_resumes_to_the_same_end(train, signal_at, tmp_path, flags):
     signal_at(signal.SIGTERM, -1)
-    assert train(f"--name whole {flags}") == 0
-    task = f"--name parts {flags}"
-    for begun, step in zip([0, *steps], steps, strict=False):
-        signal_at(signal.SIGTERM, accumulate * (step - begun))
+    assert train(f"--name whole --epochs 3 {flags}") == 0
+    task, calls = f"--name parts --epochs 3 {flags}", 2 if "--accumulate" in flags else 1
+    # In the middle of epochs of 5 steps, with an epoch's first step, and with its last.
+    for begun, step in itertools.pairwise([0, 3, 5, 6, 13, 15]):
+        signal_at(signal.SIGTERM, calls * (step - begun))
         assert train(task) == 143
         saved = load_checkpoint(tmp_path / "parts/last.pt")
         assert saved.step == step
@@ -64,28 +77,7 @@ def stop_and_resume(train, signal_at, tmp_path, flags, steps, accumulate=1):
     signal_at(signal.SIGTERM, -1)
     torch.manual_seed(12345)  # what the process drew before must not matter
     assert train(task) == 0
-    return differing(tmp_path / "whole", tmp_path / "parts")
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_stopped_within_epochs_resumes_to_the_same_end(
-    train, signal_at, tmp_path, optimizer, precision
-):
-    flags = f"--epochs 3 {DROPOUT} --optimizer {optimizer} --precision {precision}"
-    # In the middle of epochs, with an epoch's first step, and with its last.
-    assert stop_and_resume(train, signal_at, tmp_path, flags, [3, 5, 6, 13, 15]) == 0
-
-
-def test_every_augmentation_resumes_to_the_same_end(train, signal_at, tmp_path):
-    flags = "--epochs 3 --flip alternating --policy trivial --resized-crop 0.5"
-    flags += " --mixup 0.4 --cutmix 1 --mixing-off-epochs 1"
-    assert stop_and_resume(train, signal_at, tmp_path, flags, [3, 6, 13]) == 0
-
-
-def test_accumulation_and_a_short_last_batch_resume_to_the_same_end(train, signal_at, tmp_path):
-    flags = f"--epochs 2 {DROPOUT} --batch-size 45 --accumulate 2"
-    assert stop_and_resume(train, signal_at, tmp_path, flags, [4, 9], accumulate=2) == 0
+    assert differing(tmp_path / "whole", tmp_path / "parts") == 0
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -147,7 +139,8 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path):
     source += "with distributed.StopSignals():\n"
     source += "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", source], env=environment)
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, env=environment, timeout=small.PATIENCE)
     assert done.returncode == -signal.SIGTERM
 
 
@@ -190,17 +183,10 @@ def test_killed_around_the_renames_of_a_save_and_at_random_moments(tmp_path):
 # ---------------------------------------------------------------------------- one run, one folder
 
 
-def wait_for(condition, process):
-    until = time.monotonic() + small.PATIENCE
-    while not condition():
-        assert process.is_alive() and time.monotonic() < until
-        time.sleep(0.02)
-
-
 def test_a_second_run_is_refused_until_the_first_is_killed(train, tmp_path, capsys):
     folder = tmp_path / "a"
     first = start("--name a --epochs 5000 --save-minutes 0", tmp_path)
-    wait_for((folder / "last.pt").exists, first)
+    wait_for((folder / "last.pt").exists, first.is_alive)
     for flags in (f"--resume {folder} --epochs 1", "--name a --epochs 1 --overwrite"):
         assert train(flags) == 2
         assert capsys.readouterr().err == (
@@ -308,26 +294,6 @@ def test_a_stop_that_cannot_save_says_so(train, signal_at, failing_saves, capsys
     assert "the last steps could not be saved; resume with --resume" in error
 
 
-# ---------------------------------------------------------------------------- not finite
-
-
-def test_weights_that_are_no_numbers_are_never_saved(train, tmp_path, monkeypatch, capsys):
-    step = torch.optim.AdamW.step
-    calls = []
-
-    def breaking(optimizer, *arguments):
-        step(optimizer, *arguments)
-        calls.append(0)
-        if len(calls) == 10:  # the last of the second epoch: no loss has met these weights
-            optimizer.param_groups[0]["params"][0].data.flatten()[3] = math.nan
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
-    assert train("--name a --epochs 2 --validation-images 0") == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "weights are not finite by step 10 (epoch 2" in line and "holds step 5" in line
-    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
-
-
 # ---------------------------------------------------------------------------- memory
 
 
@@ -337,24 +303,20 @@ def test_weights_that_are_no_numbers_are_never_saved(train, tmp_path, monkeypatc
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("CUDA error: out of memory\nand a long story"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("can't allocate memory"),
+        None,
     ],
 )
 def test_out_of_memory_is_one_line_that_says_what_to_try(train, monkeypatch, capsys, error):
     def greedy(*_, **__):
-        raise error
+        if error:
+            raise error
+        torch.empty(2**55)  # the CPU's own
 
     monkeypatch.setattr(Augmentation, "__call__", greedy)
     assert train("--name a --epochs 1 --accumulate 2") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "out of memory; of --batch-size 40 --accumulate 2, try" in line
     assert "--accumulate 4" in line and "smaller --batch-size" in line and "holds" not in line
-
-
-def test_the_cpus_own_allocator_is_recognized(train, monkeypatch, capsys):
-    monkeypatch.setattr(Augmentation, "__call__", lambda *_: torch.empty(2**55))
-    assert train("--name a --epochs 1") == 1
-    assert "out of memory; of --batch-size 40" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- accumulation
@@ -420,7 +382,7 @@ def test_ranks_stop_together_and_the_run_resumes_with_another_number_of_them(tra
         assert train(f"--name one {flags}") == 0
     folder = tmp_path / "two"
     ranks = start_ranks(f"--name two {flags} --save-minutes 0", tmp_path, 2, double=True)
-    wait_for((folder / "last.pt").exists, ranks[0])
+    wait_for((folder / "last.pt").exists, ranks[0].is_alive)
     os.kill(ranks[1].pid, signal.SIGTERM)  # one is told, both stop
     assert [finished(rank) for rank in ranks] == [143, 143]
     with small.default_dtype(torch.float64):
@@ -433,7 +395,7 @@ def test_ranks_stop_together_and_the_run_resumes_with_another_number_of_them(tra
 def test_a_rank_that_dies_ends_the_job_and_leaves_a_checkpoint(train, tmp_path):
     folder = tmp_path / "a"
     ranks = start_ranks("--name a --epochs 5000 --save-minutes 0", tmp_path, 2)
-    wait_for((folder / "last.pt").exists, ranks[0])
+    wait_for((folder / "last.pt").exists, ranks[0].is_alive)
     ranks[1].kill()
     assert finished(ranks[0]) == 1
     assert "another process of this job has ended" in (tmp_path / "log0").read_text()
@@ -451,6 +413,7 @@ def test_bad_input_ends_every_rank_with_2_and_its_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_torchrun_trains_and_evaluates_with_2_processes_and_resumes_with_3(tmp_path):
     recipe = "--recipe demo --patch-size 8 --epochs 1 --compile on --accumulate 2".split()
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -459,7 +422,8 @@ def test_torchrun_trains_and_evaluates_with_2_processes_and_resumes_with_3(tmp_p
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         program = [f"--nproc-per-node={size}", str(ROOT / "src/trainer.py"), "--device", "cpu"]
         command = [*launcher, *program, *flags]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
+        pipes = {"capture_output": True, "text": True, "timeout": 300}
+        return subprocess.run(command, env=environment, **pipes)
 
     done = torchrun(2, *recipe, "--name", "a", "--output-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr

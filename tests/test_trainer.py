@@ -1,6 +1,7 @@
 """Training: what a run leaves, sees, repeats and compiles."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -244,37 +245,42 @@ def test_bf16_is_close_to_fp32(train, tmp_path):
     assert bf16["train_loss"] != fp32["train_loss"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
-    train, tmp_path, monkeypatch, capsys
+def broken_loss(loss, *_, **__):
+    return loss * math.nan
+
+
+def broken_validation(result, *_):
+    return result._replace(loss=math.nan)
+
+
+def broken_weights(_, optimizer):
+    optimizer.param_groups[0]["params"][0].data.flatten()[3] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "broken", "call", "images", "named"),
+    [
+        (F, "cross_entropy", broken_loss, 9, 0, "the loss is nan"),
+        (trainer, "evaluate", broken_validation, 2, 50, "the validation loss is nan"),
+        # The last step of the second epoch: no loss has met these weights.
+        (torch.optim.AdamW, "step", broken_weights, 10, 0, "the weights are not finite"),
+    ],
+)
+def test_what_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
+    train, tmp_path, monkeypatch, capsys, place, name, broken, call, images, named
 ):
-    cross_entropy = F.cross_entropy
-    calls = []
+    whole, calls = getattr(place, name), itertools.count(1)
 
-    def broken_in_the_second_epoch(logits, labels, *weights, **options):
-        calls.append(0)
-        loss = cross_entropy(logits, labels, *weights, **options)
-        return loss * math.nan if len(calls) == 9 else loss
+    def breaking(*arguments, **options):
+        result = whole(*arguments, **options)
+        return broken(result, *arguments) if next(calls) == call else result
 
-    monkeypatch.setattr(F, "cross_entropy", broken_in_the_second_epoch)
-    assert train("--name a --epochs 2 --validation-images 0") == 1
+    monkeypatch.setattr(place, name, breaking)
+    assert train(f"--name a --epochs 2 --validation-images {images}") == 1
     (line,) = capsys.readouterr().err.splitlines()
     # The loss is looked at where the epoch ends: a step before the linear decay of 10.
-    assert "loss is nan by step 10 (epoch 2, learning rate 0.00038)" in line
+    assert f"{named} by step 10 (epoch 2, learning rate 0.00038)" in line
     assert "--learning-rate" in line and "holds step 5" in line
-    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
-
-
-def test_a_validation_loss_that_is_no_number_stops_the_run(train, tmp_path, monkeypatch, capsys):
-    results = []
-
-    def broken_in_the_second_epoch(*arguments):
-        results.append(evaluation.evaluate(*arguments))
-        return results[0] if len(results) == 1 else results[1]._replace(loss=math.nan)
-
-    monkeypatch.setattr(trainer, "evaluate", broken_in_the_second_epoch)
-    assert train("--name a --epochs 3") == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "the validation loss is nan by step 10 (epoch 2" in line and "holds step 5" in line
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
 
 
@@ -342,7 +348,8 @@ def test_the_program_runs_from_any_folder(tmp_path):
     command = [sys.executable, str(ROOT / "src/trainer.py"), *flags.split(), "--name", "a"]
     command += ["--output-dir", "runs"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    pipes = {"capture_output": True, "text": True, "timeout": small.PATIENCE}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     assert json.loads((tmp_path / "runs/a/result.json").read_text())["epochs"] == 1

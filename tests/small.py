@@ -69,6 +69,30 @@ def arguments(flags, folder):
     return ["--recipe", "demo", *TINY, "--output-dir", str(folder), *flags.split()]
 
 
+def images_of(split):
+    return split.take(torch.arange(len(split))).images
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+DAMAGES = ("text", "empty", "cut off", "folder", "pipe", "gone")
+
+
+def damage(path, kind):
+    """Puts one of `DAMAGES` in place of a file."""
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind != "gone":
+        other = {"text": b"of another kind", "empty": b"", "cut off": content[: len(content) // 2]}
+        path.write_bytes(other[kind])
+
+
 # ---------------------------------------------------------------------------- the results of a run
 
 

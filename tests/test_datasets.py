@@ -12,6 +12,7 @@ from PIL import Image
 import datasets
 from data import Preprocessing, Split, StreamedSplit
 from datasets import class_folders, load_dataset, preprocessing_for
+from small import generator, images_of
 from utils import UserError
 
 SIZE = (16, 16)
@@ -22,10 +23,6 @@ def picture(seed, size=(20, 24), mode="RGB"):
     """A picture of random smooth colors."""
     noise = np.random.default_rng(seed).integers(256, size=(4, 4, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize(size[::-1], Image.Resampling.BICUBIC).convert(mode)
-
-
-def images_of(split):
-    return split.take(torch.arange(len(split))).images
 
 
 # ---------------------------------------------------------------------------- folders
@@ -71,7 +68,7 @@ def test_streamed_images_are_those_in_memory(folder, monkeypatch):
     streamed = load_dataset(f"folder:{folder}", WANTED, validation_images=6)
     assert isinstance(streamed.train, StreamedSplit) and type(held.train) is Split
     assert any("decoded again in every epoch" in note for note in streamed.notes)
-    rows = torch.randperm(len(held.train), generator=torch.Generator().manual_seed(0)).split(10)
+    rows = torch.randperm(len(held.train), generator=generator(0)).split(10)
     for one, other in zip(held.train.batches(rows), streamed.train.batches(rows), strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
     assert torch.equal(images_of(held.test), images_of(streamed.test))
@@ -104,21 +101,18 @@ def test_a_folder_with_its_own_splits_keeps_them(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("classes", "message"),
     [
-        (lambda folder: None, "cannot read the folder .*nowhere"),
-        (
-            lambda folder: (folder / "only").mkdir(),
-            "a folder for each of at least 2 classes, not 1",
-        ),
-        (lambda folder: [(folder / name).mkdir() for name in "ab"], "holds no image files"),
+        ("", "cannot read the folder .*pets"),
+        ("a", "a folder for each of at least 2 classes, not 1"),
+        ("ab", "holds no image files"),
     ],
 )
-def test_a_folder_of_another_layout_is_refused(tmp_path, change, message):
-    change(tmp_path)
-    name = "nowhere" if "nowhere" in message else "."
+def test_a_folder_of_another_layout_is_refused(tmp_path, classes, message):
+    for name in classes:
+        (tmp_path / "pets" / name).mkdir(parents=True)
     with pytest.raises(UserError, match=message):
-        load_dataset(f"folder:{tmp_path / name}", WANTED, validation_images=0.1)
+        load_dataset(f"folder:{tmp_path / 'pets'}", WANTED, validation_images=0.1)
 
 
 def test_a_class_whose_pictures_are_all_broken_is_refused(folder):
@@ -167,15 +161,6 @@ def test_cifar100_is_read_and_resized_where_asked(cifar100, tmp_path):
     larger = load_dataset("cifar100", WANTED, validation_images=0, data_dir=tmp_path)
     image = Image.fromarray(cifar100[5].transpose(1, 2, 0)).resize(SIZE, Image.Resampling.BICUBIC)
     assert np.array_equal(images_of(larger.train)[5].permute(1, 2, 0), np.asarray(image))
-
-
-def test_a_damaged_data_set_is_refused(cifar100, tmp_path, monkeypatch):
-    (tmp_path / "cifar-100-python/train").write_bytes(b"nonsense")
-    monkeypatch.setattr(tv.CIFAR100, "url", "http://127.0.0.1:9/nothing-listens-here")
-    with pytest.raises(
-        UserError, match=r"no CIFAR100 in .*download from http://127\.0\.0\.1:9.*failed"
-    ):
-        load_dataset("cifar100", validation_images=0, data_dir=tmp_path)
 
 
 def test_stl10_is_read(tmp_path, monkeypatch):

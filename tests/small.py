@@ -137,11 +137,9 @@ def tensors_of(checkpoint):
 
 # ---------------------------------------------------------------------------- processes
 
-PLACES = ("before", "after")
-
 
 def die_in_save(place, number):
-    """Makes this process kill itself before or after it renames a file; the first has number 1."""
+    """Makes this process kill itself "before" or "after" it renames a file, counted from 1."""
     replace, numbers = os.replace, itertools.count(1)
 
     def deadly(*paths):
@@ -218,15 +216,10 @@ def start_ranks(flags, folder, size, **options):
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared["GLOO_SOCKET_IFNAME"] = "lo"
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     return [
-        start(
-            flags,
-            folder,
-            log=f"log{rank}",
-            environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            **options,
-        )
-        for rank in range(size)
+        start(flags, folder, log=f"log{rank}", environment=environment, **options)
+        for rank, environment in enumerate(ranks)
     ]
 
 

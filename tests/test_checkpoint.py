@@ -106,7 +106,6 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(kind, che
 GONE = "a value that is taken away"
 INVALID = [
     ("format", 99, "format 99, this code reads 5 and 6"),
-    ("format", 4, "format 4"),
     ("format", True, "src/trainer.py did not write it"),
     ("format", GONE, "src/trainer.py did not write it"),
     ("weights", GONE, "'weights'"),

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,8 +32,7 @@ from checkpoint import load_checkpoint
 
 TINY = "--patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 40 --warmup-epochs 0.5".split()
 PROGRAM = ["src/trainer.py"]  # sys.argv, of which errors name the program
-PATIENCE = 120  # seconds until a process counts as hung
-
+PATIENCE = 90  # seconds until a process counts as hung: fewer than pytest gives a test
 
 ROOT = Path(__file__).parent.parent
 CIFAR10 = ROOT / "data"  # the real one, where it is there
@@ -67,6 +67,30 @@ def arguments(flags, folder):
     if any(task in flags for task in ("--resume", "--evaluate", "--export")):
         return flags.split()
     return ["--recipe", "demo", *TINY, "--output-dir", str(folder), *flags.split()]
+
+
+def images_of(split):
+    return split.take(torch.arange(len(split))).images
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+DAMAGES = ("text", "empty", "cut off", "folder", "pipe", "gone")
+
+
+def damage(path, kind):
+    """Puts one of `DAMAGES` in place of a file."""
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind != "gone":
+        other = {"text": b"of another kind", "empty": b"", "cut off": content[: len(content) // 2]}
+        path.write_bytes(other[kind])
 
 
 # ---------------------------------------------------------------------------- the results of a run
@@ -113,11 +137,9 @@ def tensors_of(checkpoint):
 
 # ---------------------------------------------------------------------------- processes
 
-PLACES = ("before", "after")
-
 
 def die_in_save(place, number):
-    """Makes this process kill itself before or after it renames a file; the first has number 1."""
+    """Makes this process kill itself "before" or "after" it renames a file, counted from 1."""
     replace, numbers = os.replace, itertools.count(1)
 
     def deadly(*paths):
@@ -169,9 +191,22 @@ def finished(process):
     """The exit status of a process that was started; a process that hangs is a failure."""
     process.join(PATIENCE)
     if process.exitcode is None:
-        process.kill()
+        kill_all()
         raise TimeoutError(f"still running after {PATIENCE} s")
     return process.exitcode
+
+
+def wait_for(condition, is_running):
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert is_running() and time.monotonic() < until
+        time.sleep(0.02)
+
+
+def kill_all():
+    """Kills what is still running, which Python would wait for as it exits, without limit."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def start_ranks(flags, folder, size, **options):
@@ -181,15 +216,10 @@ def start_ranks(flags, folder, size, **options):
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     shared["GLOO_SOCKET_IFNAME"] = "lo"
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     return [
-        start(
-            flags,
-            folder,
-            log=f"log{rank}",
-            environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            **options,
-        )
-        for rank in range(size)
+        start(flags, folder, log=f"log{rank}", environment=environment, **options)
+        for rank, environment in enumerate(ranks)
     ]
 
 

@@ -17,7 +17,11 @@ from augment import (
     resized_crop,
 )
 from recipes import TrainConfig
+from small import generator
 from ViT import ViTConfig
+
+# Image n of these has the value n.
+NUMBERED = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(64, 3, 8, 12)
 
 
 @pytest.fixture
@@ -28,10 +32,6 @@ def images():
 @pytest.fixture
 def targets():
     return F.one_hot(torch.arange(64) % 10, 10).double()
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 # ---------------------------------------------------------------------------- place
@@ -118,9 +118,8 @@ def test_mixup_is_torchvisions_with_a_share_for_each_image(images, targets):
 
 
 def test_cutmix_is_torchvisions_with_a_box_for_each_image():
-    images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(64, 3, 8, 12)
     shares = torch.linspace(0, 1, 64, dtype=torch.float64)
-    mixed, boxes = cutmix(images, shares, generator(2))
+    mixed, boxes = cutmix(NUMBERED, shares, generator(2))
     corners = set()
     for row in range(64):
         changed = mixed[row, 0] != row
@@ -157,51 +156,39 @@ NOTHING = {"flip": "off", "crop_padding": 0}
 ROWS = torch.arange(64)
 
 
-MODEL = ViTConfig(image_size=(8, 12), patch_size=2)
+def augmentation(**options):
+    model = ViTConfig(image_size=(8, 12), patch_size=2)
+    return Augmentation(TrainConfig(**NOTHING | options), model, 64, torch.device("cpu"))
 
 
-def augment(images, config, seed=1, epoch=0):
+def augment(images, options, seed=1, epoch=0):
     """The images and targets of a recipe, for labels 0 to 9 in turn."""
-    augmentation = Augmentation(config, MODEL, 64, torch.device("cpu"))
-    seen, targets, kept = augmentation(images, ROWS % 10, ROWS, epoch, seed)
+    seen, targets, kept = augmentation(**options)(images, ROWS % 10, ROWS, epoch, seed)
     assert kept is None
     return seen, targets
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"flip": "alternating"},
-        *({name: EVERYTHING[name]} for name in EVERYTHING),
-    ],
-    ids=str,
-)
-def test_each_option_of_a_recipe_changes_the_images(images, targets, options):
-    seen, labels = augment(images, TrainConfig(**NOTHING | options))
-    assert not torch.equal(seen, images) and seen.dtype == torch.uint8
+OPTIONS = [{name: EVERYTHING[name]} for name in EVERYTHING]
+
+
+@pytest.mark.parametrize("options", [{}, {"flip": "alternating"}, *OPTIONS], ids=str)
+def test_each_option_of_a_recipe_changes_the_images_and_nothing_else_does(images, targets, options):
+    seen, labels = augment(images, options)
+    assert torch.equal(seen, images) == (not options) and seen.dtype == torch.uint8
     assert torch.equal(labels, targets.float()) == (not {"mixup", "cutmix"} & options.keys())
     torch.testing.assert_close(labels.sum(dim=1), torch.ones(64))
 
 
-def test_without_any_option_nothing_changes(images, targets):
-    seen, labels = augment(images, TrainConfig(**NOTHING))
-    assert torch.equal(seen, images) and torch.equal(labels, targets.float())
-
-
 def test_the_same_seed_gives_the_same_images_and_another_seed_others(images):
-    config = TrainConfig(**EVERYTHING)
-    first, second, other = (augment(images, config, seed) for seed in (3, 3, 4))
+    first, second, other = (augment(images, EVERYTHING, seed) for seed in (3, 3, 4))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert not torch.equal(first[0], other[0]) and not torch.equal(first[1], other[1])
 
 
 def test_an_image_is_flipped_in_the_same_epochs_in_whichever_batch_it_comes(images):
-    augmentation = Augmentation(
-        TrainConfig(**NOTHING | {"flip": "alternating"}), MODEL, 64, torch.device("cpu")
-    )
-    whole = augmentation(images, ROWS % 10, ROWS, 3, 1).images
-    some = torch.tensor([50, 3, 21])
-    assert torch.equal(augmentation(images[some], some % 10, some, 3, 2).images, whole[some])
+    alternating, some = augmentation(flip="alternating"), torch.tensor([50, 3, 21])
+    whole = alternating(images, ROWS % 10, ROWS, 3, 1).images
+    assert torch.equal(alternating(images[some], some % 10, some, 3, 2).images, whole[some])
 
 
 @pytest.mark.parametrize(
@@ -209,16 +196,14 @@ def test_an_image_is_flipped_in_the_same_epochs_in_whichever_batch_it_comes(imag
     [{"cutmix": 1.0, "mixing_off_epochs": 2}, {"policy": "trivial", "policy_off_epochs": 2}],
 )
 def test_strong_augmentation_ends_so_many_epochs_before_the_end(images, options):
-    config = TrainConfig(**NOTHING, epochs=10, warmup_epochs=0, **options)
-    changed = [
-        not torch.equal(augment(images, config, epoch=epoch)[0], images) for epoch in range(10)
-    ]
+    options = options | {"epochs": 10, "warmup_epochs": 0}
+    seen = [augment(images, options, epoch=epoch)[0] for epoch in range(10)]
+    changed = [not torch.equal(each, images) for each in seen]
     assert changed == [True] * 8 + [False] * 2
 
 
 def test_with_both_kinds_of_mixing_each_image_has_one_of_them():
-    images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(64, 3, 8, 12) * 4
-    seen, _ = augment(images, TrainConfig(**NOTHING, mixup=1.0, cutmix=1.0))
+    seen, _ = augment(NUMBERED * 4, {"mixup": 1.0, "cutmix": 1.0})
     plain = (seen == seen[:, :1, :1, :1]).all(dim=(1, 2, 3))  # a blend of two plain images is plain
     assert 15 < plain.sum() < 55
 
@@ -228,10 +213,8 @@ def test_with_both_kinds_of_mixing_each_image_has_one_of_them():
 
 def seen_of(options, epoch=0):
     """What a model sees of 64 images, each of one value, in patches of 2 x 2."""
-    images = torch.arange(64, dtype=torch.uint8)[:, None, None, None].expand(64, 3, 8, 12) * 4
-    config = TrainConfig(**NOTHING, epochs=10, patch_dropout=0.75, whole_epochs=4, **options)
-    augmentation = Augmentation(config, MODEL, 64, torch.device("cpu"))
-    return augmentation(images, ROWS % 10, ROWS, epoch, seed=5)
+    more = {"epochs": 10, "patch_dropout": 0.75, "whole_epochs": 4} | options
+    return augmentation(**more)(NUMBERED * 4, ROWS % 10, ROWS, epoch, seed=5)
 
 
 def test_a_quarter_of_the_patches_is_drawn_for_each_image_until_the_whole_epochs():

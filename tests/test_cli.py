@@ -5,13 +5,10 @@ from pathlib import Path
 import pytest
 
 import cli
-import datasets
 import small
 from recipes import RECIPES, RunOptions
 from utils import UserError, status_of
 from ViT import MODELS
-
-LOAD_DATASET = datasets.load_dataset  # which the fixture `train` replaces
 
 # ---------------------------------------------------------------------------- bad input
 
@@ -36,7 +33,6 @@ LOAD_DATASET = datasets.load_dataset  # which the fixture `train` replaces
         ("--evaluate nowhere.pt", "nowhere.pt"),
         ("--evaluate nowhere.pt --width 8", "--width"),
         ("--export nowhere.pt --seed=8", "--seed"),
-        ("--resume nowhere --recipe cpu", "--recipe"),
         ("--resume nowhere --overwrite", "--overwrite cannot be used with --resume, which"),
         ("--evaluate nowhere --no-test", "--test cannot be used with --evaluate"),
         ("--export nowhere --data-dir x", "with --export, which takes --library, --overwrite"),
@@ -45,26 +41,17 @@ LOAD_DATASET = datasets.load_dataset  # which the fixture `train` replaces
         ("--seed 9223372036854775808", "2^63"),
         ("--compile graphs", "--compile graphs needs one CUDA device"),
         ("--compile graphs --accumulate 2", "accumulate 1"),
+        ("--dataset imagenet", "no data set 'imagenet'; choose from cifar10, cifar100, "),
     ],
 )
-def test_bad_input_is_one_line_and_exit_status_2(train, tmp_path, capsys, flags, named):
+def test_bad_input_is_one_line_and_exit_status_2(tmp_path, capsys, flags, named):
     try:
         task = any(name in flags for name in ("--resume", "--evaluate", "--export"))
-        status = train(flags if task else f"--name a --epochs 1 {flags}")
+        status = small.status_of(flags if task else f"--name a --epochs 1 {flags}", tmp_path)
     except SystemExit as stop:
         status = stop.code
     (line,) = capsys.readouterr().err.splitlines()
     assert status == 2 and line.startswith("trainer.py: ") and named in line
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_unknown_data_set_is_refused_before_anything_is_written(
-    train, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(datasets, "load_dataset", LOAD_DATASET)
-    assert train("--name a --epochs 1 --dataset imagenet") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "no data set 'imagenet'; choose from cifar10, cifar100, " in line
     assert not list(tmp_path.iterdir())
 
 
@@ -95,10 +82,17 @@ def test_every_recipe_parses_and_a_flag_overrides_it(name):
     assert (command.task, command.path, command.recipe, command.note) == ("train", None, name, "")
 
 
-def test_a_model_size_is_three_flags_and_a_flag_overrides_it():
-    model = cli.parse("--recipe demo --model tiny --depth 5 --no-qkv-bias".split(), "").model
-    assert (model.width, model.heads) == (MODELS["tiny"]["width"], MODELS["tiny"]["heads"])
-    assert model.depth == 5 and not model.qkv_bias and model.positions == "sincos"
+def test_flags_have_their_types_and_override_a_model_size():
+    flags = "--recipe demo --model tiny --depth 5 --no-qkv-bias --image-size 32x48 "
+    flags += "--name a --output-dir x --no-test --overwrite --save-minutes 2"
+    command = cli.parse(flags.split(), "")
+    model, tiny = command.model, MODELS["tiny"]
+    assert (model.width, model.heads, model.depth) == (tiny["width"], tiny["heads"], 5)
+    assert not model.qkv_bias and model.positions == "sincos" and model.image_size == (32, 48)
+    assert command.options == RunOptions(
+        name="a", output_dir=Path("x"), test=False, overwrite=True, save_minutes=2.0
+    )
+    assert cli.parse("--recipe demo --image-size 40".split(), "").model.image_size == (40, 40)
 
 
 @pytest.mark.parametrize(
@@ -118,20 +112,6 @@ def test_without_a_recipe_the_device_chooses_one_and_the_note_says_why(
     command = cli.parse(flags.split(), "")
     assert command.recipe == recipe and command.training == RECIPES[recipe].train
     assert f"recipe {recipe}, " in command.note and why in command.note
-
-
-@pytest.mark.parametrize(("text", "size"), [("32", (32, 32)), ("32x48", (32, 48))])
-def test_an_image_size_is_one_number_or_two(text, size):
-    flags = f"--recipe baseline --image-size {text}"
-    assert cli.parse(flags.split(), "").model.image_size == size
-
-
-def test_options_of_a_run_have_their_types():
-    flags = "--recipe demo --name a --output-dir x --no-test --overwrite --save-minutes 2"
-    expected = RunOptions(
-        name="a", output_dir=Path("x"), test=False, overwrite=True, save_minutes=2.0
-    )
-    assert cli.parse(flags.split(), "").options == expected
 
 
 def test_a_path_is_looked_for_here_and_then_in_the_repository(tmp_path, monkeypatch):

@@ -32,7 +32,6 @@ def numbered(labels):
 
 
 def test_evaluation_counts_each_image_once_and_each_class_apart():
-    """A model that answers from a table of logits; the figures are worked out by hand."""
     logits = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0], [5.0, 0.0, 1.0], [0.0, 0.0, 4.0]])
     labels = torch.tensor([0, 1, 1, 2])
     result = evaluate(Table(logits), numbered(labels), UNSCALED)

@@ -34,7 +34,8 @@ RUN = """removed => {
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as started:
-        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        flags = ["--no-sandbox", "--disable-dev-shm-usage"]  # as root, and with a small /dev/shm
+        yield started.chromium.launch(executable_path=CHROMIUM, args=flags)
 
 
 @pytest.fixture

@@ -8,14 +8,11 @@ import math
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,6 +30,7 @@ from evaluation import predict
 from recipes import RECIPES, Recipe
 from ViT import ViT
 
+pytestmark = pytest.mark.timeout(600)  # a GPU's kernels are compiled
 GPU = torch.device("cuda:0")
 OPTIONS = (
     "demo --policy trivial --accumulate 3",
@@ -262,21 +260,21 @@ def test_the_compiled_model_gives_the_same_logits(mode):
 
 
 @needs_gpu
-def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(tmp_path):
+def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(request, tmp_path):
     """In processes of their own, since cuBLAS reads its setting once, when it starts."""
     flags = "--recipe demo --epochs 2 --depth 2 --deterministic --no-test --policy trivial "
     flags += f"--patch-dropout 0.5 --dropout 0.1 --output-dir {tmp_path} --name "
 
     def start(flags):
         program = str(small.ROOT / "src/trainer.py")
-        return subprocess.Popen([sys.executable, program, "--device", "cuda", *flags.split()])
+        process = subprocess.Popen([sys.executable, program, "--device", "cuda", *flags.split()])
+        request.addfinalizer(process.kill)
+        return process
 
     for name in ("first", "again"):
         assert start(flags + name).wait(small.PATIENCE) == 0
     stopped = start(f"{flags}stopped --save-minutes 0")
-    while not (tmp_path / "stopped/last.pt").exists():
-        assert stopped.poll() is None
-        time.sleep(0.01)
+    small.wait_for((tmp_path / "stopped/last.pt").exists, lambda: stopped.poll() is None)
     stopped.send_signal(signal.SIGTERM)
     assert stopped.wait(small.PATIENCE) == 128 + signal.SIGTERM
     assert start(f"--no-test --resume {tmp_path}/stopped").wait(small.PATIENCE) == 0

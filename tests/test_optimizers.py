@@ -6,9 +6,19 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from optimizers import Muon, learning_rate_factor, make_optimizers, orthogonalize
 from recipes import TrainConfig
+from small import generator
 from ViT import MODELS, ViT, ViTConfig
 
 MICRO = ViTConfig(**MODELS["micro"])
+
+
+def settings(model, optimizers, name):
+    """A setting of the group of each weight that an optimizer has, by the weight's name."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    found = [(names[id(weight)], group[name]) for group in groups for weight in group["params"]]
+    assert len(dict(found)) == len(found)  # each weight is in one group
+    return dict(found)
 
 
 # ---------------------------------------------------------------------------- schedule
@@ -44,8 +54,8 @@ def test_the_schedule_has_the_stated_end_points():
 def test_muon_takes_the_steps_of_torchs_with_q_k_and_v_apart():
     """The steps are 0.02 times matrices with entries of about 1/4, in bfloat16."""
     shapes = [(48, 16), (16, 16), (64, 16), (16, 64)] * 2  # qkv, proj, fc1, fc2
-    generator = torch.Generator().manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    draws = generator(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=draws)) for shape in shapes]
     fused = [weight for weight in ours if weight.shape == (48, 16)]
     single = [weight for weight in ours if weight.shape != (48, 16)]
 
@@ -57,7 +67,7 @@ def test_muon_takes_the_steps_of_torchs_with_q_k_and_v_apart():
     reference = torch.optim.Muon(torchs, lr=0.02, weight_decay=0.1, momentum=0.95)
     for _ in range(3):
         for weight in ours:
-            weight.grad = torch.randn(weight.shape, generator=generator)
+            weight.grad = torch.randn(weight.shape, generator=draws)
         for part, grad in zip(torchs, (g for w in ours for g in apart(w.grad)), strict=True):
             part.grad = grad.clone()
         optimizer.step()
@@ -70,7 +80,7 @@ def test_muon_takes_the_steps_of_torchs_with_q_k_and_v_apart():
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_orthogonalizing_keeps_singular_vectors_and_brings_their_values_near_1(shape, dtype):
-    random = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0)).double()
+    random = torch.randn(5, *shape, generator=generator(0)).double()
     U, _, Vh = torch.linalg.svd(random, full_matrices=False)
     matrices = (U @ torch.diag(torch.linspace(0.1, 2, 16).double()) @ Vh).to(dtype)
     left = U.mT @ orthogonalize(matrices).double() @ Vh.mT  # diagonal: the new values
@@ -83,53 +93,36 @@ def test_orthogonalizing_keeps_singular_vectors_and_brings_their_values_near_1(s
 # ---------------------------------------------------------------------------- the model's
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-def test_every_parameter_is_in_exactly_one_group_with_the_decay_of_its_kind(optimizer):
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_muon_takes_all_matrices_but_the_heads_and_those_of_q_k_and_v_apart(precision):
     model = ViT(MICRO)
-    config = TrainConfig(optimizer=optimizer, weight_decay=0.3)
-    optimizers = make_optimizers(model, config, "bf16")
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    decay_of = {id(w): group["weight_decay"] for group in groups for w in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    for name, weight in model.named_parameters():
-        free = (
-            name.endswith("bias") or "norm" in name or name.startswith(("embed.cls", "embed.pos"))
-        )
-        assert decay_of[id(weight)] == (0 if free else 0.3), name
-
-
-def test_muon_takes_all_matrices_but_the_heads_and_those_of_q_k_and_v_apart():
-    model = ViT(MICRO)
-    _, muon = make_optimizers(model, TrainConfig(optimizer="muon"), "bf16")
-    parts = {id(w): group["parts"] for group in muon.param_groups for w in group["params"]}
-    taken = {name: parts[id(w)] for name, w in model.named_parameters() if id(w) in parts}
+    _, muon = make_optimizers(model, TrainConfig(optimizer="muon"), precision)
+    assert muon.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    taken = settings(model, [muon], "parts")
     kinds = {"attn.qkv": 3, "attn.proj": 1, "mlp.fc1": 1, "mlp.fc2": 1}
     blocks = {f"blocks.{i}.{kind}.weight": n for i in range(4) for kind, n in kinds.items()}
     assert taken == {"embed.proj.weight": 1} | blocks
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)]
-)
-def test_muon_computes_in_the_runs_precision(precision, dtype):
-    _, muon = make_optimizers(ViT(MICRO), TrainConfig(optimizer="muon"), precision)
-    assert muon.dtype == dtype
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
-def test_the_rate_of_a_layer_is_the_next_one_s_times_the_decay(optimizer):
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_a_weight_has_the_decay_of_its_kind_and_the_rate_of_its_layer(optimizer, layer_decay):
     """The head and the last norm have the full rate, the embedding that times decay^(L + 1)."""
     model = ViT(MICRO)  # L = 4
-    config = TrainConfig(optimizer=optimizer, learning_rate=1.0, layer_decay=0.5)
+    settled = {"learning_rate": 1.0, "layer_decay": layer_decay, "weight_decay": 0.3}
+    config = TrainConfig(optimizer=optimizer, **settled)
     optimizers = make_optimizers(model, config, "bf16")
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rate_of = {id(w): group["peak_lr"] for group in groups for w in group["params"]}
+    decays, rates = (settings(model, optimizers, key) for key in ("weight_decay", "peak_lr"))
     for name, weight in model.named_parameters():
+        free = (
+            name.endswith("bias") or "norm" in name or name.startswith(("embed.cls", "embed.pos"))
+        )
+        assert decays[name] == (0 if free else 0.3), name
         part, number = [*name.split("."), "0"][:2]
         exponent = {"embed": 5, "blocks": 4 - int(number) if number.isdigit() else 0}.get(part, 0)
         fast = optimizer == "muon" and part != "head" and weight.ndim == 2
         full = config.muon_learning_rate if fast else 1.0
-        assert rate_of[id(weight)] == pytest.approx(full * 0.5**exponent), name
+        assert rates[name] == pytest.approx(full * layer_decay**exponent), name
 
 
 def test_what_is_frozen_is_in_no_group():
@@ -138,7 +131,5 @@ def test_what_is_frozen_is_in_no_group():
         part.requires_grad_(False)
     optimizers = make_optimizers(model, TrainConfig(optimizer="muon"), "bf16")
     assert [type(optimizer).__name__ for optimizer in optimizers] == ["AdamW"]
-    (optimizer,) = optimizers
-    found = {id(w) for group in optimizer.param_groups for w in group["params"]}
-    names = {name for name, weight in model.named_parameters() if id(weight) in found}
+    names = settings(model, optimizers, "peak_lr")
     assert names and not any(name.startswith(("embed.", "blocks.")) for name in names)

@@ -151,6 +151,7 @@ def test_the_shipped_model_is_about_as_good_as_stated_on_some_test_images():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @needs_cifar10
 def test_evaluation_of_the_shipped_model_prints_what_its_card_states(capsys):
     assert trainer.main(["--evaluate", str(SHIPPED), "--device", "cpu"]) == 0

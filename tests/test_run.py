@@ -32,27 +32,6 @@ def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tm
     assert load_checkpoint(tmp_path / "a/last.pt").training.seed == 3
 
 
-def test_an_overwritten_run_is_whole_until_the_new_one_is_saved(
-    train, tmp_path, monkeypatch, capsys
-):
-    folder = tmp_path / "a"
-    assert train("--name a --epochs 2 --keep-best") == 0
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {"last.pt", "best.pt", "result.json", "curves.png"} <= before.keys()
-    monkeypatch.setattr("checkpoint.save_checkpoint", raising(OSError(28, "No space left")))
-    assert train("--name a --epochs 1 --seed 3 --overwrite --keep-best") == 1
-    assert "still has the earlier run" in capsys.readouterr().err
-    now = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert all(now[name] == before[name] for name in before.keys() - {"metrics.csv"})
-
-
-def raising(error):
-    def fail(*_, **__):
-        raise error
-
-    return fail
-
-
 def test_a_sum_that_a_begun_epochs_checkpoint_lacks_is_not_begun_within_it():
     """A metric of newer code, in an epoch that older code began."""
     state = State(None, [])
@@ -159,35 +138,24 @@ def test_the_model_has_the_channels_and_classes_of_the_data_set(tmp_path, monkey
 # ---------------------------------------------------------------------------- its operations
 
 
-def test_the_operations_of_a_frozen_model_are_those_that_torch_counts():
-    config = ViTConfig(patch_size=8, width=32, depth=3, heads=4)
-    model = ViT(config).requires_grad_(False)
-    model.head.requires_grad_(True)
-    with FlopCounterMode(display=False) as counter:
-        model(torch.randn(2, 3, 32, 32)).sum().backward()
-    # The features get no gradient, so the third product of the head is not made.
-    head = 2 * 32 * 10
-    assert counter.get_total_flops() == 2 * (training_flops(config, frozen=True) - head)
-
-
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
     ("pooling", "dropped", "kept"), [("class", 0.0, 16), ("mean", 0.0, 16), ("class", 0.7, 5)]
 )
-def test_the_operations_of_a_step_are_those_that_torch_counts(pooling, dropped, kept):
+def test_the_operations_of_a_step_are_those_that_torch_counts(pooling, dropped, kept, frozen):
     config = ViTConfig(patch_size=8, width=32, depth=3, heads=4, pooling=pooling, mlp_ratio=3)
     numbers = torch.arange(kept).expand(2, kept) if dropped else None
+    model = ViT(config).requires_grad_(not frozen)
+    model.head.requires_grad_(True)
     with FlopCounterMode(display=False) as counter:
-        ViT(config)(torch.randn(2, 3, 32, 32), numbers).sum().backward()
-    # Images get no gradient, so the third product of the patch embedding is not made.
-    patches = 2 * kept * 3 * 8**2 * 32
-    assert counter.get_total_flops() == 2 * (training_flops(config, dropped) - patches)
+        model(torch.randn(2, 3, 32, 32), numbers).sum().backward()
+    # What a trained layer sees first gets no gradient, so its third product is not made.
+    first = 2 * 32 * 10 if frozen else 2 * kept * 3 * 8**2 * 32
+    assert counter.get_total_flops() == 2 * (training_flops(config, dropped, frozen=frozen) - first)
 
 
 def test_the_operations_of_a_run_are_those_of_its_epochs():
     config = TrainConfig(epochs=10, patch_dropout=0.5, whole_epochs=2, batch_size=50)
     begun, _ = assemble(ViT(ViTConfig()), config, SHAPES, torch.device("cpu"))
-    expected = {
-        share: 200 * epochs * training_flops(ViTConfig(), share)
-        for share, epochs in ((0.5, 8), (0.0, 2))
-    }
-    assert begun.flops() == expected
+    half, whole = (training_flops(ViTConfig(), share) for share in (0.5, 0.0))
+    assert begun.flops() == {0.5: 8 * 200 * half, 0.0: 2 * 200 * whole}

@@ -1,14 +1,15 @@
 """Training: what a run leaves, sees, repeats and compiles."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ import datasets
 import evaluation
 import small
 import trainer
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint
 from initialization import mimetic, whiten_patches
 from recipes import Recipe, RunOptions, TrainConfig
-from run import Run, State, assemble
+from run import Run, assemble
 from small import ROOT, rows_of, same_weights, weights_of
 from utils import Diverged, UserError
 from ViT import EncoderBlock, ViT, ViTConfig
@@ -92,13 +93,6 @@ def test_the_loss_falls(train, tmp_path, optimizer):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert train(f"--name {name} --epochs 1 --seed {seed} --dropout 0.2 --drop-path 0.2") == 0
-    a, b, c = (weights_of(tmp_path / name / "last.pt") for name in "abc")
-    assert same_weights(a, b) and not same_weights(a, c)
-
-
 def test_compiling_pays_by_the_operations_and_the_kind_of_device():
     """A run of a device is asked, none is used."""
     config = TrainConfig(epochs=10, warmup_epochs=0, batch_size=50)
@@ -116,7 +110,10 @@ def test_compiling_pays_by_the_operations_and_the_kind_of_device():
     assert not pays("mps", 1)
 
 
-@pytest.mark.parametrize(("flags", "looks"), [("", [50, 50, 60]), ("--no-test", [50, 50])])
+@pytest.mark.parametrize(
+    ("flags", "looks"),
+    [("", [50, 50, 60]), ("--no-test", [50, 50]), ("--validation-images 0", [60])],
+)
 def test_the_test_images_are_looked_at_once_or_not_at_all(
     train, tmp_path, monkeypatch, flags, looks
 ):
@@ -131,7 +128,9 @@ def test_the_test_images_are_looked_at_once_or_not_at_all(
     assert train(f"--name a --epochs 2 {flags}") == 0
     assert looked_at == looks
     result = json.loads((tmp_path / "a/result.json").read_text())
-    assert (result["test_accuracy"] is None) == (flags == "--no-test")
+    assert (result["test_accuracy"] is None) == (60 not in looks)
+    assert (result["validation_accuracy"] is None) == (50 not in looks)
+    assert (rows_of(tmp_path / "a/metrics.csv")[0]["validation_loss"] == "") == (50 not in looks)
 
 
 def test_validation_may_skip_epochs_but_not_the_last(train, tmp_path):
@@ -180,46 +179,26 @@ def test_the_measured_seconds_hold_the_steps_the_validation_and_the_test(train, 
     assert seconds["first_step_to_end"] is None
 
 
-def test_training_on_all_images_leaves_validation_empty(train, tmp_path):
-    assert train("--name a --epochs 1 --validation-images 0") == 0
-    assert json.loads((tmp_path / "a/result.json").read_text())["validation_accuracy"] is None
-    assert rows_of(tmp_path / "a/metrics.csv")[0]["validation_loss"] == ""
+def no_compiler(*_, **__):
+    raise RuntimeError("no C++ compiler found\nand a long story")
 
 
-def test_without_a_compiler_the_run_says_so_and_is_the_same(train, tmp_path, monkeypatch, capsys):
-    def no_compiler(*_, **__):
-        raise RuntimeError("no C++ compiler found\nand a long story")
-
-    assert train("--name plain --epochs 1 --dropout 0.2") == 0
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
-    assert train("--name fallback --epochs 1 --dropout 0.2 --compile on") == 0
-    said = "torch.compile is not available (no C++ compiler found); training without it"
-    assert said in capsys.readouterr().out
-    plain, fallback = (weights_of(tmp_path / name / "last.pt") for name in ("plain", "fallback"))
-    assert same_weights(plain, fallback)
-
-
-def test_out_of_memory_while_compiling_is_not_a_missing_compiler(train, monkeypatch, capsys):
-    def full(*_, **__):
-        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
-
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: full)
-    assert train("--name a --epochs 1 --compile on") == 1
-    out, error = capsys.readouterr()
-    assert "out of memory; of --batch-size 40" in error and "not available" not in out
-
-
-@pytest.mark.parametrize(("batch_size", "compiled"), [(45, 1), (200, 1), (500, 0)])
-def test_a_compiled_run_is_the_same_also_with_short_batches(
-    train, tmp_path, monkeypatch, batch_size, compiled
+@pytest.mark.parametrize(
+    ("batch_size", "compiler", "compiled"),
+    [(45, None, 1), (200, None, 1), (500, None, 0), (40, no_compiler, 1)],
+)
+def test_a_compiled_run_is_the_same_also_with_short_batches_or_without_a_compiler(
+    train, tmp_path, monkeypatch, capsys, batch_size, compiler, compiled
 ):
     """torch.compile is given what it should compile; a batch above the images is all short."""
     calls = []
     flags = f"--epochs 1 --dropout 0.2 --batch-size {batch_size} --patch-dropout 0.5"
     assert train(f"--name plain {flags}") == 0
-    monkeypatch.setattr(torch, "compile", lambda model, **_: calls.append(0) or model)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: calls.append(0) or compiler or model)
     assert train(f"--name compiled {flags} --compile on") == 0
     assert len(calls) == compiled
+    said = "torch.compile is not available (no C++ compiler found); training without it"
+    assert (said in capsys.readouterr().out) == (compiler is no_compiler)
     plain, compiled = (weights_of(tmp_path / name / "last.pt") for name in ("plain", "compiled"))
     assert same_weights(plain, compiled)
 
@@ -244,37 +223,42 @@ def test_bf16_is_close_to_fp32(train, tmp_path):
     assert bf16["train_loss"] != fp32["train_loss"]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
-    train, tmp_path, monkeypatch, capsys
+def broken_loss(loss, *_, **__):
+    return loss * math.nan
+
+
+def broken_validation(result, *_):
+    return result._replace(loss=math.nan)
+
+
+def broken_weights(_, optimizer):
+    optimizer.param_groups[0]["params"][0].data.flatten()[3] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "broken", "call", "images", "named"),
+    [
+        (F, "cross_entropy", broken_loss, 9, 0, "the loss is nan"),
+        (trainer, "evaluate", broken_validation, 2, 50, "the validation loss is nan"),
+        # The last step of the second epoch: no loss has met these weights.
+        (torch.optim.AdamW, "step", broken_weights, 10, 0, "the weights are not finite"),
+    ],
+)
+def test_what_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
+    train, tmp_path, monkeypatch, capsys, place, name, broken, call, images, named
 ):
-    cross_entropy = F.cross_entropy
-    calls = []
+    whole, calls = getattr(place, name), itertools.count(1)
 
-    def broken_in_the_second_epoch(logits, labels, *weights, **options):
-        calls.append(0)
-        loss = cross_entropy(logits, labels, *weights, **options)
-        return loss * math.nan if len(calls) == 9 else loss
+    def breaking(*arguments, **options):
+        result = whole(*arguments, **options)
+        return broken(result, *arguments) if next(calls) == call else result
 
-    monkeypatch.setattr(F, "cross_entropy", broken_in_the_second_epoch)
-    assert train("--name a --epochs 2 --validation-images 0") == 1
+    monkeypatch.setattr(place, name, breaking)
+    assert train(f"--name a --epochs 2 --validation-images {images}") == 1
     (line,) = capsys.readouterr().err.splitlines()
     # The loss is looked at where the epoch ends: a step before the linear decay of 10.
-    assert "loss is nan by step 10 (epoch 2, learning rate 0.00038)" in line
+    assert f"{named} by step 10 (epoch 2, learning rate 0.00038)" in line
     assert "--learning-rate" in line and "holds step 5" in line
-    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
-
-
-def test_a_validation_loss_that_is_no_number_stops_the_run(train, tmp_path, monkeypatch, capsys):
-    results = []
-
-    def broken_in_the_second_epoch(*arguments):
-        results.append(evaluation.evaluate(*arguments))
-        return results[0] if len(results) == 1 else results[1]._replace(loss=math.nan)
-
-    monkeypatch.setattr(trainer, "evaluate", broken_in_the_second_epoch)
-    assert train("--name a --epochs 3") == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "the validation loss is nan by step 10 (epoch 2" in line and "holds step 5" in line
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
 
 
@@ -292,10 +276,6 @@ def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path):
     assert same_weights(saved.weights, weights_of(tmp_path / "mine/last.pt"))
     with pytest.raises(UserError, match="mine exists"):
         trainer.fit(recipe, RunOptions(output_dir=tmp_path), name="mine")
-    start = dataclasses.replace(saved.training, init_from=str(tmp_path / "a"))
-    with pytest.raises(UserError, match="--depth 3 is not that of"):
-        deeper = dataclasses.replace(saved.model, depth=3)
-        trainer.fit(Recipe("", deeper, start), RunOptions(output_dir=tmp_path), name="deeper")
     with pytest.raises(Diverged, match="the loss is"):
         broken = dataclasses.replace(saved.training, learning_rate=1e30)
         trainer.fit(Recipe("", saved.model, broken), RunOptions(output_dir=tmp_path, name="b"))
@@ -303,18 +283,12 @@ def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path):
 
 def test_runs_of_one_process_and_of_another_thread_have_times_of_their_own(train, tmp_path):
     assert train("--name a --epochs 1") == 0
-    saved, results = load_checkpoint(tmp_path / "a/last.pt"), []
+    saved = load_checkpoint(tmp_path / "a/last.pt")
     recipe = Recipe("", saved.model, saved.training)
-
-    def fit():
-        options = RunOptions(output_dir=tmp_path, device="cpu")
-        results.append(trainer.fit(recipe, options, name="threaded"))
-
+    options = RunOptions(output_dir=tmp_path, device="cpu", name="threaded")
     began = time.perf_counter()
-    thread = threading.Thread(target=fit)
-    thread.start()
-    thread.join(small.PATIENCE)
-    assert results[0]["seconds"]["total"] <= time.perf_counter() - began
+    result = ThreadPoolExecutor().submit(trainer.fit, recipe, options).result()
+    assert result["seconds"]["total"] <= time.perf_counter() - began
 
 
 def test_without_a_recipe_the_machine_chooses_one_and_says_so(tmp_path, monkeypatch, capsys):
@@ -325,24 +299,14 @@ def test_without_a_recipe_the_machine_chooses_one_and_says_so(tmp_path, monkeypa
     assert load_checkpoint(tmp_path / "cpu/last.pt").recipe == "cpu"
 
 
-def test_a_checkpoint_of_other_classes_is_not_evaluated(train, tmp_path, capsys):
-    assert train("--name a --epochs 1") == 0
-    path = tmp_path / "a/last.pt"
-    saved = load_checkpoint(path)
-    save_checkpoint(path, dataclasses.replace(saved, classes=[*saved.classes[:9], "cat"]))
-    capsys.readouterr()
-    assert train(f"--evaluate {path}") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "classes of shapes are not the model's: 'hourglass' instead of 'cat'" in line
-
-
 def test_the_program_runs_from_any_folder(tmp_path):
     """The real program, on the real Shapes, as small as its flags allow."""
     flags = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1"
     command = [sys.executable, str(ROOT / "src/trainer.py"), *flags.split(), "--name", "a"]
     command += ["--output-dir", "runs"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    pipes = {"capture_output": True, "text": True, "timeout": small.PATIENCE}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     assert json.loads((tmp_path / "runs/a/result.json").read_text())["epochs"] == 1
@@ -367,21 +331,21 @@ def test_balanced_classes_weigh_alike(train, monkeypatch):
 
 
 def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
-    tmp_path, monkeypatch, capsys
+    signal_at, tmp_path, monkeypatch, capsys
 ):
     for name in ("b10", "b2", "a"):
         (tmp_path / "pets" / name).mkdir(parents=True)
         for number in range({"a": 24, "b2": 18, "b10": 15}[name]):
-            noise = torch.randint(256, (9, 11, 3), generator=torch.Generator().manual_seed(number))
+            noise = torch.randint(256, (9, 11, 3), generator=small.generator(number))
             image = Image.fromarray(noise.to(torch.uint8).numpy())
             image.save(tmp_path / "pets" / name / f"{number}.png")
     monkeypatch.setattr(datasets, "LARGEST_IN_MEMORY", 1000)
     monkeypatch.setattr(Run, "save_is_due", small.after_each_epoch)
     flags = f"--recipe demo --dataset folder:{tmp_path}/pets --epochs 3 --name"
     assert small.status_of(f"{flags} whole", tmp_path) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(State, "end_epoch", stopping_after(2))
-        assert small.status_of(f"{flags} cut", tmp_path) == 128 + signal.SIGTERM
+    signal_at(signal.SIGTERM, 3)  # within the second of three epochs of two steps
+    assert small.status_of(f"{flags} cut", tmp_path) == 128 + signal.SIGTERM
+    signal_at(signal.SIGTERM, -1)
     assert small.status_of(f"--resume {tmp_path}/cut", tmp_path) == 0
     assert small.differing(tmp_path / "whole", tmp_path / "cut") == 0
     capsys.readouterr()
@@ -393,15 +357,3 @@ def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
     for task in ("--evaluate", "--resume"):
         assert small.status_of(f"{task} {tmp_path}/whole", tmp_path) == 2
         assert "58 images instead of 57" in capsys.readouterr().err
-
-
-def stopping_after(epochs):
-    """In place of `State.end_epoch`: a signal arrives after that many epochs."""
-    end_epoch = State.end_epoch
-
-    def end(state, record):
-        end_epoch(state, record)
-        if state.epoch == epochs:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return end

@@ -6,16 +6,13 @@ import torch
 import torchvision.transforms.v2 as v2
 
 import trivial_augment
+from small import generator
 from trivial_augment import BINS, OPS, apply
 
 TORCHVISIONS = v2.TrivialAugmentWide()
 SPACE = torch.from_numpy(trivial_augment.MAGNITUDES)  # (sign, operation, bin)
 DEGREES = (45.0, 135.0)  # the sources of the pixels on both diagonals lie between two pixels
 BLENDS = ("Brightness", "Color", "Contrast", "Sharpness")
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def pictures(channels, height, width):

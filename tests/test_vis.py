@@ -433,7 +433,8 @@ def test_it_runs_from_any_folder_without_a_display(draw, tmp_path):
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")}
     command = [sys.executable, str(ROOT / "visualization/vis.py"), "model", "--format", "svg"]
     command += ["--checkpoint", "run/last.pt", "--out", "here"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    pipes = {"capture_output": True, "text": True, "timeout": small.PATIENCE}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
     assert done.returncode == 0, done.stderr
     written = {path.name for path in (tmp_path / "here/model").iterdir()}
     assert written == {"filters.svg", "positions.svg"}

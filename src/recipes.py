@@ -219,7 +219,7 @@ RECIPES = {
         ),
     ),
     "baseline": Recipe(
-        about="The paper's choices, untested at CIFAR scale: ViT-Ti/4, AdamW, cosine, flip, crop.",
+        about="The paper's choices at CIFAR scale, untested: ViT-Ti/4, AdamW, cosine, flip, crop.",
         model=ViTConfig(**MODELS["tiny"], patch_size=4, dropout=0.1),
         train=TrainConfig(validate_every=5),
     ),

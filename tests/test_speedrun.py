@@ -23,6 +23,7 @@ def result_of(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.timeout(300)  # it trains in three processes, one after another
 def test_seeds_are_as_long_as_fits_by_the_times_of_the_curve(measure, tmp_path, capsys):
     assert measure("curve") == 0
     curve = result_of(tmp_path / "curve")

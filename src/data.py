@@ -9,7 +9,7 @@ when they are needed is its own business.
 import math
 import os
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -131,6 +131,12 @@ def _quiet_pillow() -> None:
 def raster_formats() -> tuple[str, ...]:
     """Pillow's formats but for those that another program draws, which runs what they hold."""
     Image.init()
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        pass  # .heic is then left out
     return tuple(sorted(Image.OPEN.keys() - {"EPS", "WMF"}))
 
 
@@ -152,18 +158,43 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray((values // 257).astype(np.uint8))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The files in a folder with an image's file name extension, at least one, sorted by name."""
-    try:
-        files = sorted(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
-    extensions = Image.registered_extensions().items()
-    readable = {extension for extension, name in extensions if name in raster_formats()}
-    found = [file for file in files if file.suffix.lower() in readable]
+def image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """The image files in a folder and its subfolders, at least one, and how many others of a kind.
+
+    Image files have the extension of a format; what is hidden is none.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    formats = raster_formats()
+    extensions = {e for e, name in Image.registered_extensions().items() if name in formats}
+    found, others, seen = [], Counter(), set()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [each for each in folders if each[0] != "."]
+        for file in (Path(place, name) for name in names):
+            if file.name[0] == ".":
+                others["hidden"] += 1
+            elif file.suffix.lower() in extensions:
+                found.append(file)
+            else:
+                others[file.suffix.lower() or "without an extension"] += 1
     if not found:
-        raise UserError(f"the folder {folder} holds no image files")
-    return found
+        holds = f", but {by_kind(others)}" if others else ""
+        raise UserError(f"the folder {folder} holds no image files{holds}")
+    return sorted(found), others
+
+
+def by_kind(others: Counter[str]) -> str:
+    """What is left out of a folder, in a line."""
+    hints = dict.fromkeys((".heic", ".heif"), " (pip install pillow-heif)")
+    return ", ".join(
+        f"{count:,} {kind}{hints.get(kind, '')}" for kind, count in sorted(others.items())
+    )
 
 
 # ---------------------------------------------------------------------------- splits

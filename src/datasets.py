@@ -4,13 +4,14 @@ A data set is a row of `DATASETS`: a function that loads it at the size and colo
 `Preprocessing`. `load_dataset` calls it, holds out validation images, and keeps everything in the
 memory of the device where that is small enough.
 
-    folder:PATH     PATH/train/CLASS/*, with PATH/val and PATH/test where they exist; or
-                    PATH/CLASS/*, of which a tenth becomes the test set
+    folder:PATH     PATH/train/CLASS/**, with PATH/val (or valid, validation, dev) and PATH/test
+                    where they exist; or PATH/CLASS/**, of which a tenth becomes the test set
 """
 
 import http.client
 import re
 import socket
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,7 @@ from data import (
     Preprocessing,
     Split,
     StreamedSplit,
+    by_kind,
     image_files,
     stratified_split,
 )
@@ -98,31 +100,71 @@ def _fitted(wanted: Preprocessing, item: Tensor | tuple[Image.Image, int]) -> Te
 # ---------------------------------------------------------------------------- a folder
 
 
+PARTS = {  # what the folders of the parts are called, in any case
+    "train": "train",
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    "test": "test",
+}
+
+
 def _folder(name: str, path: Path, wanted: Preprocessing) -> Dataset:
     """Pictures of your own, in a folder for each class."""
-    train = path / "train" if (path / "train").is_dir() else path
+    folders = part_folders(path)
+    train, others = folders.get("train", path), Counter()
     classes = tuple(class_folders(train))
 
-    def split(folder: Path) -> Split | None:
-        if not folder.is_dir():
-            return None
+    def split(folder: Path) -> Split:
         if unknown := set(class_folders(folder)) - set(classes):
             raise UserError(f"{folder} has a class {min(unknown)!r}, which {train} has not")
+        if loose := sum(each.is_file() for each in folder.iterdir()):
+            others["beside the class folders"] += loose
         files, labels = [], []
         for label, each in enumerate(classes):
             if (folder / each).is_dir():
-                found = image_files(folder / each)
+                found, left_out = image_files(folder / each)
                 files, labels = files + found, labels + [label] * len(found)
+                others.update(left_out)
         return StreamedSplit(files, wanted.read, torch.tensor(labels))
 
-    if train != path:
-        splits = (split(folder) for folder in (train, path / "val", path / "test"))
-        return Dataset(name, classes, wanted, *splits)
-    whole = split(path)
-    kept, out = stratified_split(whole.labels, round(TEST_SHARE * len(whole)))
-    note = f"{path} has no folder train: {len(out)} of its pictures are the test set"
-    parts = whole.subset(kept), None, whole.subset(out)
-    return Dataset(name, classes, wanted, *parts, (note,), drawn_from=len(whole))
+    parts = {"validation": None, "test": None}
+    parts |= {part: split(folder) for part, folder in folders.items()}
+    notes, count = [], 0
+    if not folders:
+        whole = split(path)
+        count = len(whole)
+        kept, out = stratified_split(whole.labels, round(TEST_SHARE * count))
+        parts |= {"train": whole.subset(kept), "test": whole.subset(out)}
+        notes.append(f"{path} has no folder train: {len(out)} of its pictures are the test set")
+    if others:
+        notes.append(f"left out of {path}: {by_kind(others)}")
+    return Dataset(name, classes, wanted, **parts, notes=tuple(notes), drawn_from=count)
+
+
+def part_folders(path: Path) -> dict[str, Path]:
+    """Folders of training, validation and test pictures; none where `path` holds the classes."""
+    names = _folders_in(path)
+    if "train" not in map(str.lower, names):
+        if names and all(name.lower() in PARTS for name in names):
+            raise UserError(f"{path} has {', '.join(sorted(names))}, but no folder train")
+        return {}
+    found: dict[str, Path] = {}
+    for name in sorted(names):
+        if (part := PARTS.get(name.lower())) is None:
+            raise UserError(
+                f"{path / name} lies beside a folder train and is none of {', '.join(PARTS)}; "
+                "rename it, or move it away"
+            )
+        if part in found:
+            raise UserError(f"{found[part]} and {path / name} are both {part}; move one away")
+        found[part] = path / name
+    return found
+
+
+def _folders_in(path: Path) -> list[str]:
+    try:
+        return [each.name for each in path.iterdir() if each.is_dir() and each.name[0] != "."]
+    except OSError as error:
+        raise UserError(f"cannot read the folder {path}: {error.strerror}") from error
 
 
 def class_folders(path: Path) -> list[str]:
@@ -131,10 +173,7 @@ def class_folders(path: Path) -> list[str]:
     def natural(name: str) -> list[str | int]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
-    try:
-        found = [each.name for each in path.iterdir() if each.is_dir() and each.name[0] != "."]
-    except OSError as error:
-        raise UserError(f"cannot read the folder {path}: {error.strerror}") from error
+    found = _folders_in(path)
     if len(found) < 2:
         raise UserError(
             f"{path} must hold a folder for each of at least 2 classes, not {len(found)}"

@@ -99,6 +99,8 @@ def report(path: Path, options: RunOptions, device: torch.device, world: World =
         raise UserError(f"{dataset.name} has no test set")
     result = evaluate(model, dataset.test, checkpoint.preprocessing, world)
     if world.leads:
+        for note in dataset.notes:
+            print(note)
         print(f"{path}: {len(dataset.test):,} test images of {dataset.name}")
         print("\n".join(table(result, dataset.classes)))
 

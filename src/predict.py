@@ -5,8 +5,8 @@
     python src/predict.py a.jpg b.jpg --json        [{"file": ..., "predictions": [...]}, ...]
 
 A file is read as the checkpoint's preprocessing says: resized, cropped and normalized as in
-training. Of a folder, every image file in it is classified. A file that cannot be read gets a line
-on standard error and, in the end, exit status 2.
+training. Of a folder, every image file in it and in its subfolders is classified. A file that
+cannot be read gets a line on standard error and, in the end, exit status 2.
 """
 
 import utils  # isort: skip  # before torch, for its threads
@@ -19,7 +19,7 @@ from tqdm import tqdm
 import device as devices
 from checkpoint import find_checkpoint, load_model
 from config import Parser
-from data import image_files
+from data import by_kind, image_files
 from evaluation import batch_size_for
 from utils import UserError, complain, run_program
 
@@ -65,8 +65,12 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     if arguments.top < 1:
         raise UserError(f"--top must be at least 1, not {arguments.top}")
-    given = (image_files(path) if path.is_dir() else [path] for path in arguments.files)
-    files = [file for each in given for file in each]
+    files = []
+    for path in arguments.files:
+        found, others = image_files(path) if path.is_dir() else ([path], None)
+        files += found
+        if others:
+            complain(f"left out of {path}: {by_kind(others)}")
     device = devices.choose_device(arguments.device)
     found, errors = predictions(files, arguments.checkpoint, device, arguments.top)
     if arguments.json:

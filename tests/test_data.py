@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 import datasets
-from data import Preprocessing, Split, image_files, shuffled_batches, stratified_split
+from data import Preprocessing, Split, by_kind, image_files, shuffled_batches, stratified_split
 from datasets import load_dataset
 from small import CIFAR10, DAMAGES, damage, default_dtype, generator, images_of, needs_cifar10
 from utils import UserError
@@ -335,6 +335,7 @@ def test_each_orientation_is_undone_as_pillow_does(orientation, suffix, tmp_path
     assert np.array_equal(expecting((16, 16)).read(path).permute(1, 2, 0), np.asarray(expected))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_costs_no_pixels(tmp_path):
     path = tmp_path / "image.jpg"
     two_halves().save(path, quality=100, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
@@ -397,7 +398,16 @@ def test_a_model_of_other_channels_takes_no_image_files(tmp_path):
         expecting((16, 16), channels=5).read(tmp_path / "image.png")
 
 
-def test_the_image_files_of_a_folder_are_those_named_so(tmp_path):
-    for name in ("b.JPG", "a.png", "notes.txt", "c.webp", "d.pdf"):
+def test_the_image_files_of_a_folder_and_its_subfolders_are_found_and_all_others_counted(tmp_path):
+    (tmp_path / "2021/may").mkdir(parents=True)
+    (tmp_path / ".cache").mkdir()
+    files = "b.JPG a.png notes.txt 2021/c.webp d.heic 2021/may/e.heic noname .DS_Store .cache/f.png"
+    for name in files.split():
         (tmp_path / name).touch()
-    assert [file.name for file in image_files(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
+    (tmp_path / "2021/loop").symlink_to(tmp_path)
+    found, others = image_files(tmp_path)
+    names = [str(file.relative_to(tmp_path)) for file in found]
+    assert names == ["2021/c.webp", "a.png", "b.JPG"]
+    assert others == {".heic": 2, ".txt": 1, "without an extension": 1, "hidden": 1}
+    line = "2 .heic (pip install pillow-heif), 1 .txt, 1 hidden, 1 without an extension"
+    assert by_kind(others) == line

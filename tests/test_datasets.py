@@ -51,7 +51,7 @@ def test_a_folder_of_class_folders_is_split_by_class_and_its_broken_file_left_ou
     assert dataset.drawn_from == 67
     assert sum(part.labels.bincount(minlength=3) for part in parts).tolist() == [34, 20, 12]
     assert all(part.labels.unique().tolist() == [0, 1, 2] for part in parts)
-    (left_out,) = (note for note in dataset.notes if "left out" in note)
+    (left_out,) = (note for note in dataset.notes if "images left out" in note)
     assert "1 of 67 images left out: cannot read" in left_out and "broken.jpg" in left_out
     again = load_dataset(f"folder:{folder}", WANTED, validation_images=0.1)
     assert torch.equal(images_of(again.validation), images_of(dataset.validation))
@@ -80,19 +80,54 @@ def test_a_file_that_breaks_after_loading_is_an_error_of_one_line(folder, monkey
             list(dataset.train.batches(rows))
 
 
-def test_a_folder_with_its_own_splits_keeps_them(tmp_path):
-    root = tmp_path / "split"
-    for part, count in (("train", 4), ("val", 2), ("test", 3)):
-        for name in ("a", "b"):
-            (root / part / name).mkdir(parents=True)
-            for number in range(count):
-                picture(number).save(root / part / name / f"{part}{number}.png")
+@pytest.fixture
+def with_parts(tmp_path):
+    """with_parts("train", "valid", "test") makes a folder with 8, 4 and 6 pictures in these."""
+
+    def make(*parts):
+        for part, count in zip(parts, (4, 2, 3), strict=False):
+            for name in ("a/2021", "b"):  # one class has its pictures in a subfolder
+                (tmp_path / "split" / part / name).mkdir(parents=True)
+                for number in range(count):
+                    file = tmp_path / "split" / part / name / f"{part}{number}.png"
+                    picture(number).save(file)
+        return tmp_path / "split"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [("train", name, "test") for name in ("val", "valid", "validation", "dev")]
+    + [("Train", "Val", "TEST")],
+    ids=str,
+)
+def test_a_folder_with_its_own_splits_keeps_them_by_any_usual_name(with_parts, parts):
+    root = with_parts(*parts)
+    (root / parts[0] / "a/notes.txt").touch()
+    (root / parts[2] / "lies beside.png").touch()
     dataset = load_dataset(f"folder:{root}", WANTED, validation_images=0.5)
     assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [8, 4, 6]
-    assert dataset.drawn_from == 0
-    (root / "test/c").mkdir()
-    with pytest.raises(UserError, match=r"class 'c', which .*train has not"):
+    assert dataset.drawn_from == 0 and dataset.classes == ("a", "b")
+    (note,) = dataset.notes
+    assert note == f"left out of {root}: 1 .txt, 1 beside the class folders"
+    (root / parts[2] / "c").mkdir()
+    with pytest.raises(UserError, match=r"class 'c', which .*rain has not"):
         load_dataset(f"folder:{root}", WANTED, validation_images=0.5)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (("train", "extra"), "extra lies beside a folder train and is none of train, val, valid"),
+        (("train", "val", "Valid"), "Valid and .*val are both validation"),
+        (("valid", "test"), "split has test, valid, but no folder train"),
+    ],
+    ids=str,
+)
+def test_folders_of_parts_that_would_not_be_used_are_refused(with_parts, parts, message):
+    with pytest.raises(UserError, match=message):
+        load_dataset(f"folder:{with_parts(*parts)}", WANTED, validation_images=0.5)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import explain
 import utils
 from checkpoint import RUN_FILES, check_fit, load_model
 from config import Config
-from data import Batch, Dataset, Split, image_files
+from data import Batch, Dataset, Split, by_kind, image_files
 from datasets import load_dataset
 from evaluation import predict
 from explain import Record
@@ -149,7 +149,9 @@ class Model:
         """
         options = self.options
         if options.image or options.dir:
-            files = options.image or image_files(options.dir)
+            files, others = (options.image, None) if options.image else image_files(options.dir)
+            if others:
+                print(f"left out of {options.dir}: {by_kind(others)}")
             size = by(*self.config.image_size)
             read = self.checkpoint.preprocessing.read
             return [

@@ -79,6 +79,11 @@ def one_line(error: Exception) -> str:
 
 def run_program(main: Callable[[list[str]], int]) -> NoReturn:
     """Ends the process with the status of `main` for its command line."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # closed by whoever started the program
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # of names that it cannot encode
     try:
         status = status_of(main, sys.argv[1:])
         sys.stdout.flush()

@@ -56,3 +56,27 @@ def test_idle_threads_sleep_unless_the_user_has_set_how_they_wait(program):
             command, env=plain | setting, capture_output=True, text=True, timeout=PATIENCE
         )
         assert done.stderr.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "printed"),
+    [
+        (b"\xe2\x98\x83.txt", "cp1252", b"\\u2603.txt"),  # a snowman
+        (b"\xff.txt", "utf-8", b"\\udcff.txt"),  # not UTF-8
+    ],
+)
+def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, name, encoding, printed):
+    file = os.fsencode(tmp_path) + b"/" + name
+    with open(file, "w"):
+        pass
+    command = [sys.executable, str(ROOT / "src/predict.py"), file]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=PATIENCE)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and printed in done.stderr
+
+
+def test_output_that_is_closed_is_no_traceback(tmp_path):
+    command = f"{sys.executable} {ROOT}/src/predict.py {ROOT}/docs/deer.png"
+    for closed, status in ((">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)):
+        done = subprocess.run(["bash", "-c", f"{command} {closed}"], timeout=PATIENCE)
+        assert done.returncode == status

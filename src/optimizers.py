@@ -15,7 +15,7 @@ from utils import UserError
 from ViT import ViT
 
 
-def learning_rate_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
+def learning_rate_factor(step: float, steps: float, warmup: float, schedule: str) -> float:
     """The learning rate of a step as a share of the peak: linear warm-up, then decay to 0.
 
     The last step of the warm-up is the first at the full rate; the factor would be 0 at `steps`,

@@ -48,6 +48,10 @@ class TrainConfig(Config):
     weight_decay: Annotated[float, "of the matrices; decoupled except for SGD", "[0, inf)"] = 0.05
     warmup_epochs: Annotated[float, "epochs of linear warm-up", "[0, inf)"] = 5.0
     schedule: Annotated[Literal["cosine", "linear"], "decay to 0 after the warm-up"] = "cosine"
+    schedule_over: Annotated[
+        Literal["steps", "operations"],
+        "what the decay is linear or a cosine in; operations: a step on more patches counts more",
+    ] = "steps"
     gradient_clip: Annotated[float, "maximum gradient norm; 0: no clipping", "[0, inf)"] = 1.0
     label_smoothing: Annotated[float, "label smoothing", "[0, 1)"] = 0.1
     balance: Annotated[bool, "weight the loss so that all classes count alike"] = False

@@ -139,11 +139,20 @@ class Run:
 
     def rate_factor(self, step: int) -> float:
         """`learning_rate_factor` at a step of the run, 0 for its first."""
+        config, an_epoch, cost = self.config, self.steps_per_epoch, 1.0
+        first_whole = max(0, config.epochs - config.whole_epochs) * an_epoch
+        if config.schedule_over == "operations":  # of a step on whole images, in others
+            fewer = training_flops(self.model_config, config.patch_dropout)
+            cost = training_flops(self.model_config) / fewer
+
+        def clock(step: int) -> float:
+            return min(step, first_whole) + cost * max(0, step - first_whole)
+
         return learning_rate_factor(
-            step,
-            steps=self.config.epochs * self.steps_per_epoch,
-            warmup=round(self.config.warmup_epochs * self.steps_per_epoch),
-            schedule=self.config.schedule,
+            clock(step),
+            steps=clock(config.epochs * an_epoch),
+            warmup=clock(round(config.warmup_epochs * an_epoch)),
+            schedule=config.schedule,
         )
 
     def flops(self) -> dict[float, float]:

@@ -159,3 +159,19 @@ def test_the_operations_of_a_run_are_those_of_its_epochs():
     begun, _ = assemble(ViT(ViTConfig()), config, SHAPES, torch.device("cpu"))
     half, whole = (training_flops(ViTConfig(), share) for share in (0.5, 0.0))
     assert begun.flops() == {0.5: 8 * 200 * half, 0.0: 2 * 200 * whole}
+
+
+def test_over_operations_a_step_on_whole_images_counts_for_what_it_costs():
+    flags = {"epochs": 4, "patch_dropout": 0.75, "whole_epochs": 2, "batch_size": 50}
+    config = TrainConfig(**flags, warmup_epochs=0.5, schedule="linear")
+    over_steps, _ = assemble(ViT(ViTConfig()), config, SHAPES, torch.device("cpu"))
+    config = dataclasses.replace(config, schedule_over="operations")
+    over_operations, _ = assemble(ViT(ViTConfig()), config, SHAPES, torch.device("cpu"))
+    # 16 steps: 2 of warm-up, 6 more on a quarter of the patches, then 8 on whole images.
+    expected = [0.5, 1.0] + [1 - step / 14 for step in range(15)]
+    assert [over_steps.rate_factor(step) for step in range(17)] == pytest.approx(expected)
+    cost = training_flops(ViTConfig()) / training_flops(ViTConfig(), 0.75)
+    done = [0, 1, 2, 3, 4, 5, 6, *(6 + cost * step for step in range(1, 9))]
+    expected = [0.5, 1.0] + [1 - each / (6 + 8 * cost) for each in done]
+    assert [over_operations.rate_factor(step) for step in range(17)] == pytest.approx(expected)
+    assert cost > 3 and over_operations.rate_factor(8) > 1.3 * over_steps.rate_factor(8)

@@ -129,8 +129,8 @@ class MultiHeadSelfAttention(nn.Module):
         rate = self.attention_dropout if self.training else 0.0
         # The softmax and the product with v are the only place where tokens exchange information.
         if self.is_plain(z):
-            # With independent entries of variance 1, the product of q and k has variance D_h. Its
-            # division by sqrt(D_h) makes that 1; otherwise the softmax would saturate.
+            # With independent entries of variance 1, the product of q and k has variance D_h.
+            # Dividing by sqrt(D_h) brings that back to 1; otherwise the softmax would saturate.
             A = self.softmax(q @ k.mT * q.shape[-1] ** -0.5)  # (B, h, T, T)  Eq. 6
             heads = F.dropout(A, rate) @ v  # (B, h, T, D_h)  Eq. 7
         else:  # the same in one kernel, which never holds all of A in memory
@@ -214,7 +214,7 @@ class ViT(nn.Module):
     def pool(self, z: Tensor) -> Tensor:  # (B, T, D)
         """The class token, z_L^0 in Eq. 4; in a model without one, the mean of the patches.
 
-        With the mean, every patch has a gradient of its own from the head; small models here train
+        With the mean, the head's gradient reaches every patch directly; small models here train
         better with it. The reference code takes it after the LayerNorm; here, as in MAE, before.
         """
         return z[:, 0] if self.config.pooling == "class" else z.mean(dim=1)  # (B, D)

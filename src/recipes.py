@@ -50,7 +50,7 @@ class TrainConfig(Config):
     schedule: Annotated[Literal["cosine", "linear"], "decay to 0 after the warm-up"] = "cosine"
     schedule_over: Annotated[
         Literal["steps", "operations"],
-        "what the decay is linear or a cosine in; operations: a step on more patches counts more",
+        "what the decay advances by; operations: a step on whole images counts for more",
     ] = "steps"
     gradient_clip: Annotated[float, "maximum gradient norm; 0: no clipping", "[0, inf)"] = 1.0
     label_smoothing: Annotated[float, "label smoothing", "[0, 1)"] = 0.1

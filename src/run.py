@@ -139,9 +139,10 @@ class Run:
 
     def rate_factor(self, step: int) -> float:
         """`learning_rate_factor` at a step of the run, 0 for its first."""
-        config, an_epoch, cost = self.config, self.steps_per_epoch, 1.0
+        config, an_epoch = self.config, self.steps_per_epoch
         first_whole = max(0, config.epochs - config.whole_epochs) * an_epoch
-        if config.schedule_over == "operations":  # of a step on whole images, in others
+        cost = 1.0  # of a step on whole images; 1 for the steps before them
+        if config.schedule_over == "operations":
             fewer = training_flops(self.model_config, config.patch_dropout)
             cost = training_flops(self.model_config) / fewer
 

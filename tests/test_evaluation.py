@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import evaluation
-from data import Preprocessing, Split
+from data import Preprocessing, Split, StreamedSplit
+from distributed import World
 from evaluation import batch_size_for, evaluate, predict
 from ViT import MODELS, ViT, ViTConfig
 
@@ -42,6 +43,15 @@ def test_evaluation_counts_each_image_once_and_each_class_apart():
     assert result.loss == pytest.approx(sum(losses) / 4, abs=1e-6)
     assert result.top1 == 0.75 and result.top5 == 1.0
     assert result.of_class == [1.0, 0.5, 1.0]
+
+
+def test_ranks_without_a_share_of_a_small_split_add_nothing(monkeypatch):
+    """Of three ranks, the last has none of two images."""
+    read, summed = lambda n: torch.full((3, 2, 2), n, dtype=torch.uint8), []
+    split = StreamedSplit(range(2), read, torch.tensor([0, 1]))
+    monkeypatch.setattr(World, "sum", lambda world, value: summed.append(value) or value)
+    evaluate(Table(torch.eye(3)), split, UNSCALED, World(rank=2, size=3))
+    assert summed and all((value == 0).all() for value in summed)
 
 
 def test_top5_is_of_the_first_five_answers_and_a_class_without_images_has_no_accuracy():

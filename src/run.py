@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import datasets
 import device as devices
 from augment import Augmentation, Seen
+from base import DropPath
 from checkpoint import Checkpoint, EpochRecord, RunFolder, check_fit, load_checkpoint, versions
 from data import Dataset, Preprocessing, shuffled_batches
 from distributed import ALONE, StopSignals, World, without_averaging
@@ -194,6 +195,14 @@ class Run:
             with without_averaging(self.parallel):
                 yield batch.part(rows)
         yield batch.part(last)
+
+    def ready(self, model: ViT, epoch: int) -> None:
+        """Puts a model in training mode; where whole epochs follow, drop path waits for them."""
+        model.train()
+        waits = self.config.whole_epochs and self.config.patch_dropout_in(epoch)
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.train(not waits)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) as the model takes them."""

@@ -59,7 +59,7 @@ def train_epoch(run: Run, state: State, model: Forward) -> None:
     world, train = run.world, run.dataset.train
     order = run.batches_left(state)  # rows of the training images, for each step
     started = time.perf_counter() - state.epoch_seconds
-    state.model.train()
+    run.ready(state.model, state.epoch)
     with progress_bar(run, state) as bar:
         for rows, (images, labels) in zip(order, train.batches(order), strict=True):
             seed = run.seed_draws(state)
@@ -141,9 +141,10 @@ def compiled(run: Run, state: State) -> Forward:
         for dropout in chosen:
             epoch = next(n for n in epochs if run.config.patch_dropout_in(n) == dropout)
             batch = run.augment(*run.dataset.train.take(rows), rows, epoch, 0)
+            run.ready(state.model, epoch)
             for part in run.parts(batch):
                 if (sizes := sizes_of(part.images, part.kept)) not in ready:
-                    warm_up(run, state, fast, part)
+                    warm_up(run, fast, part)
                     ready.add(sizes)
     except Exception as error:  # whatever a compiler can raise, training can do without it
         if is_out_of_memory(error):
@@ -175,9 +176,8 @@ def compile_pays(run: Run, patch_dropout: float) -> bool:
     return run.flops()[patch_dropout] > WORTH_COMPILING.get(run.device.type, math.inf)
 
 
-def warm_up(run: Run, state: State, model: Forward, part: Seen) -> None:
+def warm_up(run: Run, model: Forward, part: Seen) -> None:
     """A step without an update."""
-    state.model.train()
     with without_averaging(run.parallel):
         with autocast(run.precision, run.device):
             logits = model(run.normalize(part.images), part.kept)

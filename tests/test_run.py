@@ -43,6 +43,20 @@ def test_a_sum_that_a_begun_epochs_checkpoint_lacks_is_not_begun_within_it():
     assert {name: float(value) for name, value in state.sums.items()} == {"loss": 1.5}
 
 
+@pytest.mark.parametrize("whole_epochs, drops", [(0, [True] * 3), (1, [False, False, True])])
+def test_drop_path_waits_for_the_whole_images(train, monkeypatch, whole_epochs, drops):
+    seen, ready = [], Run.ready
+
+    def spy(run, model, epoch):
+        ready(run, model, epoch)
+        seen.append(model.blocks[0].drop_path.training)
+
+    monkeypatch.setattr(Run, "ready", spy)
+    flags = "--epochs 3 --patch-dropout 0.5 --drop-path 0.5 --compile off --whole-epochs"
+    assert train(f"{flags} {whole_epochs}") == 0
+    assert seen == drops
+
+
 def test_a_folder_that_cannot_be_made_is_refused_before_training(train, tmp_path, capsys):
     (tmp_path / "a").write_text("a file is in the way")
     assert train("--name a --epochs 1") == 2

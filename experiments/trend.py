@@ -1,19 +1,19 @@
-"""Draws results/trend/trend.png: what more operations gain on CIFAR-10.
+"""Draws results/trend/trend.png: accuracy on CIFAR-10 against the operations of the training.
 
     python experiments/trend.py
 
-The validation error of every recorded run, on CPU cores, against the floating-point operations of
-its training, and a power law through the best of each study.
+The test accuracy of the runs recorded here, beside what other plain ViTs state that saw no other
+data. Operations are floating-point operations of the training: 6 x multiply-adds of a forward pass
+x images seen. Sources and what their accuracies are: docs/related.md.
 """
 
 import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,59 +21,67 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from config import Parser
 from curves import write_figure
-from study import STUDIES, results_of
 from utils import run_program
 
-# The best run of each study, all older than `shipped`. The last is the best of 22 runs of one seed,
-# so that the law promises too much (docs/recipe.md).
-FITTED = {"size": "width-48", "shape": "width-64", "trend": "combined-muon-low"}
-RUNS = ("cpu/earlier", "shipped/before", "cpu/seed0", "shipped/width-160", "shipped/epochs-110")
-RUNS += ("shipped/epochs-130", "shipped")
-STYLE = {"font.size": 8, "legend.fontsize": 7, "legend.frameon": False}
+
+class Point(NamedTuple):
+    """An accuracy in percent, and where its name stands: points to the right, and up."""
+
+    operations: float
+    accuracy: float
+    name: str
+    dx: float = 5
+    dy: float = -2
+
+
+PUBLISHED = (
+    Point(3.5e15, 86.09, "s-chh, fixed sines"),
+    Point(3.5e15, 88.49, "s-chh, rotary"),
+    Point(3.5e15, 90.57, "s-chh, Shaw"),
+    Point(1.2e16, 92.58, "CVT-6/4", -36, 2),
+    Point(1.4e16, 92.43, "CVT-7/4"),
+    Point(1.4e16, 91.38, "ViT-Lite-7/4"),
+    Point(1.7e16, 93.58, "SPT_LSA's ViT", -62, 2),
+    Point(2.3e16, 94.01, "CVT-7/4, paper"),
+    Point(2.6e16, 90.92, "ViT-CIFAR", 5, -6),
+    Point(1e17, 95.66, "vitookit, ViT-Ti/2", -78, 2),
+)
+# Folders of results/, with the seeds that are averaged.
+OURS = {
+    "cpu": ("cpu/seed0", "cpu/seed1", "cpu/seed2"),
+    "width 160": ("shipped/width-160",),
+    "110 epochs": ("shipped/epochs-110",),
+    "shipped": ("shipped",),
+}
+STYLE = {"font.size": 8, "legend.fontsize": 8, "legend.frameon": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
-def point_of(results: list[dict[str, Any]]) -> tuple[float, float]:
-    """Operations of a run, and percent of the validation images it misses, mean over its seeds."""
-    errors = [100 * (1 - result["validation_accuracy"]) for result in results]
-    return results[0]["training_flops"], statistics.mean(errors)
-
-
-def points_of(study: str) -> dict[str, tuple[float, float]]:
-    """The changes of a study that were run."""
-    found = {change: results_of(STUDIES[study], change) for change in STUDIES[study].changes}
-    return {change: point_of(results) for change, results in found.items() if results}
-
-
-def power_law(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """c and b of error = c flops^-b, by least squares of the logarithms."""
-    slope, intercept = np.polyfit(*np.log(points).T, 1)
-    return float(np.exp(intercept)), float(-slope)
+def point_of(name: str, folders: tuple[str, ...]) -> Point:
+    """Operations of a run, and the mean over its seeds of its test accuracy."""
+    files = [ROOT / "results" / folder / "result.json" for folder in folders]
+    results = [json.loads(file.read_text()) for file in files]
+    accuracy = statistics.mean(100 * result["test_accuracy"] for result in results)
+    return Point(results[0]["training_flops"], accuracy, name, -5, 5)
 
 
 def draw() -> Figure:
-    """The figure; prints the law and what it forecasts."""
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained", dpi=220)
-    axes, studies = figure.subplots(), {name: points_of(name) for name in FITTED}
-    for (name, points), color in zip(studies.items(), ("0.7", "0.5", "tab:blue"), strict=True):
-        axes.plot(
-            *zip(*points.values(), strict=True), "o", ms=3, color=color, label=f"study {name}"
-        )
-    for name, marker in zip(RUNS, "sDv^X*P", strict=True):
-        result = json.loads((ROOT / "results" / name / "result.json").read_text())
-        axes.plot(*point_of([result]), marker, ms=5, color="tab:orange", label=name)
-    c, b = power_law([studies[study][change] for study, change in FITTED.items()])
-    flops = np.geomspace(1e13, 2e16, 50)
-    law = f"best of each study: error $\\propto$ operations$^{{-{b:.2f}}}$"
-    axes.plot(flops, c * flops**-b, "--", color="0.3", linewidth=1, label=law)
-    print(f"error = {c:.3g} x operations^-{b:.4f}")
-    for budget in (1e15, 1e16):
-        print(f"{budget:.0e} operations: {100 - c * budget**-b:.1f}% validation accuracy")
-    axes.set(xlabel="operations of the training (FLOP)", ylabel="validation error (%)")
-    axes.set(xscale="log", yscale="log", ylim=(3.5, None))  # with room for the legend
-    axes.set_yticks([5, 7, 10, 15, 20, 30], [5, 7, 10, 15, 20, 30])
-    axes.minorticks_off()
-    axes.legend(loc="lower left")
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained", dpi=200)
+    axes, ours = figure.subplots(), [point_of(*run) for run in OURS.items()]
+    for points, style in ((ours, "o-"), (PUBLISHED, "x")):
+        color, label = ("tab:blue", "this repository") if points is ours else ("0.35", "published")
+        x, y = zip(*((point.operations, point.accuracy) for point in points), strict=True)
+        axes.plot(x, y, style, markersize=5, color=color, label=label)
+        for point in points:
+            side = "right" if points is ours else "left"
+            axes.annotate(
+                point.name, point[:2], (point.dx, point.dy), textcoords="offset points",
+                fontsize=7, color=color, horizontalalignment=side,
+            )  # fmt: skip
+    axes.set(xscale="log", xlabel="floating-point operations of the training", xlim=(5e13, 3e17))
+    axes.set(ylabel="CIFAR-10 test accuracy (%)", ylim=(84, 97))
+    axes.grid(axis="y", color="0.92")
+    axes.legend(loc="upper left")
     return figure
 
 

@@ -1,28 +1,24 @@
-"""The figure of accuracy against operations: its law, and that it is drawn of the recorded runs."""
+"""The figure of accuracy against operations."""
+
+import re
 
 import pytest
 
 import trend
+from small import ROOT
 
 
-def test_the_law_goes_through_points_that_follow_it():
-    points = [(flops, 300 * flops**-0.25) for flops in (1e8, 1e12, 1e16)]
-    assert trend.power_law(points) == pytest.approx((300, 0.25))
+def test_a_point_is_the_mean_test_accuracy_of_its_seeds():
+    point = trend.point_of("cpu", ("cpu/seed0", "cpu/seed1", "cpu/seed2"))
+    assert point.accuracy == pytest.approx((85.12 + 84.99 + 84.79) / 3)
+    assert point.operations == pytest.approx(8.33e13, rel=1e-3)
 
 
-def test_a_point_is_the_mean_over_the_seeds():
-    results = [{"validation_accuracy": x, "training_flops": 1e13} for x in (0.8, 0.82, 0.87)]
-    assert trend.point_of(results) == pytest.approx((1e13, 17))
-
-
-def test_the_law_is_fitted_to_the_best_run_of_each_study():
-    for study, change in trend.FITTED.items():
-        points = trend.points_of(study)
-        assert min(points, key=lambda name: points[name][1]) == change
-
-
-def test_it_shows_every_run_and_prints_the_forecast(capsys):
+def test_the_figure_shows_every_published_accuracy_that_the_page_lists():
+    page = (ROOT / "docs/related.md").read_text()
+    for point in trend.PUBLISHED:
+        assert re.search(rf"\b{point.accuracy}\b", page), point.name
     (axes,) = trend.draw().axes
-    shown = sum(len(line.get_xdata()) for line in axes.lines if line.get_linestyle() == "None")
-    assert shown == sum(len(trend.points_of(study)) for study in trend.FITTED) + len(trend.RUNS)
-    assert "1e+15 operations: 90.7%" in capsys.readouterr().out  # as docs/recipe.md states
+    assert sum(len(line.get_xdata()) for line in axes.lines) == len(trend.PUBLISHED) + len(
+        trend.OURS
+    )

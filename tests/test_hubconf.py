@@ -29,7 +29,5 @@ def test_torch_hub_gives_the_model_beside_modules_of_the_same_names(monkeypatch)
     assert torch.equal(again(model.preprocessing.normalize(image)), logits)
     assert type(torch.hub.load(str(ROOT), "vit_cifar10", source="local")) is type(model)
 
-
-def test_it_is_all_that_torch_hub_lists():
     names = [name for name, each in runpy.run_path(ROOT / "hubconf.py").items() if callable(each)]
     assert [name for name in names if not name.startswith("_")] == ["vit_cifar10"]

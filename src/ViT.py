@@ -64,7 +64,7 @@ class PatchEmbedding(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width))
         else:
             positions = sincos_positions(config.grid, config.width)  # (N, D)
-            # A class token comes first, and its position is 0.
+            # The class token comes first; it belongs nowhere, so its position is a row of zeros.
             positions = F.pad(positions, (0, 0, config.tokens - len(positions), 0))  # (T, D)
             self.register_buffer("pos_embed", positions[None], persistent=False)  # (1, T, D)
         self.dropout = nn.Dropout(config.dropout)
@@ -74,7 +74,7 @@ class PatchEmbedding(nn.Module):
             raise ValueError(f"images are {tuple(images.shape[1:])}, not {self.image_shape}")
         x = patchify(images, self.patch_size)  # (B, N, C P P)
         positions = self.pos_embed  # (1, T, D)
-        if kept is not None:
+        if kept is not None:  # patch dropout: see ViT
             x, positions = self.only(kept, x)  # N is the number kept from here, and T follows
         z = self.proj(x)  # (B, N, D)
         if self.cls_token is not None:
@@ -82,7 +82,7 @@ class PatchEmbedding(nn.Module):
         return self.dropout(z + positions)  # (B, T, D)  Eq. 1
 
     def only(self, kept: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The patches with the numbers `kept` (B, n), and the positions of their tokens."""
+        """The patches numbered in `kept` (B, n), and the positions of the tokens that remain."""
         x = x.take_along_dim(kept[:, :, None], dim=1)  # (B, n, C P P)
         first = 0 if self.cls_token is None else 1  # the class token stays
         rows = F.pad(kept + first, (first, 0))  # (B, first + n)
@@ -187,15 +187,15 @@ class EncoderBlock(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer: normalized images (B, C, H, W) of the config's size to logits (B, K).
 
-    It sees all patches, or those of each image that `kept` (B, n) numbers: leaving some out makes a
-    training step cheaper, and augments (PatchDropout, Liu et al., arXiv 2208.07220).
+    Where `kept` (B, n) is given, it sees only the n patches of each image that are numbered there.
+    A training step then costs less, and augments (PatchDropout, Liu et al., arXiv 2208.07220).
     """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
         self.embed = PatchEmbedding(config)
-        step = config.drop_path / max(config.depth - 1, 1)
+        step = config.drop_path / max(config.depth - 1, 1)  # from 0 in the first block, linearly
         self.blocks = nn.ModuleList(EncoderBlock(config, i * step) for i in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
         self.head = nn.Linear(config.width, config.classes)
@@ -204,7 +204,7 @@ class ViT(nn.Module):
     def forward(self, images: Tensor, kept: Tensor | None = None) -> Tensor:  # (B, C, H, W)
         z = self.embed(images, kept)  # (B, T, D)
         for block in self.blocks:
-            if self.config.checkpoint_activations and self.training:  # the same, in less memory
+            if self.config.checkpoint_activations and self.training:  # same numbers, less memory
                 z = checkpoint(block, z, use_reentrant=False)  # (B, T, D)
             else:
                 z = block(z)  # (B, T, D)

@@ -7,14 +7,14 @@
     python src/trainer.py --recipe finetune --init-from WEIGHTS --dataset NAME|folder:PATH
     python src/trainer.py --evaluate FILE              test accuracy of a checkpoint
     python src/trainer.py --export checkpoints/NAME    model.pt: weights only, in half precision
-    torchrun --nproc-per-node=K src/trainer.py ...     the same, on K devices
+    torchrun --standalone --nproc-per-node=K src/trainer.py ...    the same, on K devices
 
 A run writes to checkpoints/<name>/: last.pt and metrics.csv (a row per epoch) every --save-minutes
 and at its end, then curves.png and result.json. The test set is evaluated once, at the end of a
 run. Ctrl-C and SIGTERM save first and say how to resume.
 """
 
-import utils  # noqa: F401  # isort: skip  # before torch, for its threads
+import utils  # noqa: F401  # isort: skip  # before torch: sets how its idle threads wait
 import math
 import shlex
 import signal
@@ -41,7 +41,7 @@ from run import Place, Run, Seen, State, new_run, resumed_run
 from utils import Stopped, first_line, is_out_of_memory, run_program
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # images and kept patches to logits
-LOOK_EVERY = 20  # steps until the loss is looked at, for which the host waits
+LOOK_EVERY = 20  # steps between looks at the loss, since each waits for the device
 
 
 # ---------------------------------------------------------------------------- a step
@@ -59,10 +59,10 @@ def train_epoch(run: Run, state: State, model: Forward) -> None:
     world, train = run.world, run.dataset.train
     order = run.batches_left(state)  # rows of the training images, for each step
     started = time.perf_counter() - state.epoch_seconds
-    run.ready(state.model, state.epoch)
+    run.ready(state.model, state.epoch)  # in training mode
     with progress_bar(run, state) as bar:
         for rows, (images, labels) in zip(order, train.batches(order), strict=True):
-            seed = run.seed_draws(state)
+            seed = run.seed_draws(state)  # of (seed, epoch, step), so a resumed run draws the same
             batch = run.augment(images, labels, rows, state.epoch, seed)
             for part in run.parts(batch):  # this rank's share, in --accumulate parts
                 with autocast(run.precision, run.device):
@@ -123,7 +123,7 @@ WORTH_COMPILING = {"cpu": 2e13, "cuda": 3e15}
 
 
 def compiled(run: Run, state: State) -> Forward:
-    """The model, compiled for the numbers of patches for which that pays, or else as it is.
+    """The model, compiled for each number of patches for which that pays, else as it is.
 
     This does not depend on the progress, so that a resumed run computes exactly as before. A batch
     that was not compiled for, such as a short last one, goes through the model as it is.
@@ -241,7 +241,7 @@ def train_epochs(run: Run, state: State, model: Forward) -> None:
             line += f"   validation loss {record.validation_loss:.4f}"
             line += f"   accuracy {record.validation_accuracy:.2%}"
         run.say(f"{line}   {record.seconds:.1f} s")
-    if validate(run, state):  # a resumed run whose --epochs now ends at an epoch without
+    if validate(run, state):  # resumed with --epochs that end at an epoch not validated
         run.save(state)
     if any(run.world.any(bool(run.stop.received))):  # all ranks, also where one has the signal
         raise Stopped(run.stop.received or signal.SIGTERM)
@@ -306,8 +306,8 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     """Trains a recipe in this process, from Python: `fit(RECIPES["demo"], RunOptions())`.
 
     Args:
-        recipe: where it starts from weights, they must agree with the fields of its model that
-            differ from `ViTConfig()`, and they set the others.
+        recipe: with `init_from`, the weights set the sizes of the model; a size that differs from
+            `ViTConfig()` must agree with them.
         name: what checkpoints state as the recipe, and the folder where the options name none.
 
     Returns:

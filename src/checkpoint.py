@@ -346,10 +346,14 @@ class RunFolder:
             complain(f"{self.path} still has the earlier run: this one could not be saved")
             return False
         try:
-            draw(self.path / "curves.png")
             write_json(self.path / "result.json", result)
         except OSError as error:
             complain(f"cannot write the result to {self.path}: {error.strerror or error}")
+            return False
+        try:
+            draw(self.path / "curves.png")
+        except Exception as error:  # the result counts, whatever ails a picture of it
+            complain(f"cannot draw {self.path / 'curves.png'}: {one_line(error)}")
             return False
         if self.save_failed:
             complain(f"the last checkpoint could not be written to {self.path}")

@@ -1,10 +1,12 @@
 """curves.png: loss, accuracy and learning rate of a run; imported only when a run ends."""
 
 import io
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
 from checkpoint import EpochRecord
@@ -14,9 +16,24 @@ from utils import write_whole
 
 def write_curves(path: Path, history: list[EpochRecord], training: TrainConfig, title: str) -> None:
     figure = Figure(figsize=(10, 3.4), layout="constrained", dpi=150)
-    figure.suptitle(title)
+    figure.suptitle(shown(title, 110), parse_math=False)
     draw_curves(figure, history, training)
     write_figure(path, figure)
+
+
+def shown(name: str, most: int = 28) -> str:
+    """A class or file name as text of at most so many characters, its middle left out.
+
+    What the font cannot draw, and what is no character of its own, is escaped.
+    """
+    has = get_font(findfont(FontProperties())).get_char_index
+
+    def drawable(c: str) -> bool:
+        return c == " " or bool(unicodedata.category(c)[0] not in "CZ" and has(ord(c)))
+
+    parts = (c if drawable(c) else c.encode("unicode_escape").decode() for c in name)
+    text, half = "".join(parts), (most - 1) // 2
+    return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"
 
 
 def write_figure(path: Path, figure: Figure, **options: Any) -> None:

@@ -71,8 +71,10 @@ class Preprocessing(Config):
         scale = _pixel_scale(self.std, images.device, torch.get_default_dtype())
         return (images.to(scale.dtype) - shift) / scale
 
-    def read(self, path: str | Path) -> Tensor:
+    def read(self, path: str | Path, use: Callable[[Image.Image], Any] | None = None) -> Any:
         """An image file as the model sees it: uint8 (C, H, W); of an animation the first frame.
+
+        Or what `use` makes of the open file.
 
         Raises:
             UserError: the file cannot be read as an image, or the model takes no image files.
@@ -84,7 +86,7 @@ class Preprocessing(Config):
             if Path(path).exists() and not Path(path).is_file():
                 raise OSError("it is not a regular file")
             with Image.open(path, formats=raster_formats()) as file:
-                return self.fit(file)
+                return (use or self.fit)(file)
         except Exception as error:  # a damaged file can fail in any way inside a decoder
             reason = getattr(error, "strerror", None) or one_line(error)
             if isinstance(error, UnidentifiedImageError):
@@ -101,13 +103,24 @@ class Preprocessing(Config):
         """
         (H, W), method = self.size, Image.Resampling[self.interpolation.upper()]
         enough = math.ceil(2 * max(H, W) / self.crop)
-        image.draft(None, (enough, enough))  # a JPEG is decoded at the scale that is needed
+        flat = self.flat(image, enough)
+        return pil_to_tensor(ImageOps.fit(flat, (W, H), method, bleed=(1 - self.crop) / 2))
+
+    def flat(self, image: Image.Image, enough: int) -> Image.Image:
+        """An image upright, on white, in RGB or gray; a JPEG of about `enough` pixels each way."""
+        image.draft(None, (enough, enough))
         flat = _upright(_eight_bit(image))
         if flat.has_transparency_data:
             flat = flat.convert("RGBA")
             flat = Image.alpha_composite(Image.new("RGBA", flat.size, "white"), flat)
-        flat = flat.convert("RGB" if self.channels == 3 else "L")
-        return pil_to_tensor(ImageOps.fit(flat, (W, H), method, bleed=(1 - self.crop) / 2))
+        return flat.convert("RGB" if self.channels == 3 else "L")
+
+    def kept_of(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """x and y of the corners of what `fit` keeps of an image of that size."""
+        H, W = self.size
+        scale = self.crop * min(width / W, height / H)
+        x, y = (width - scale * W) / 2, (height - scale * H) / 2
+        return x, y, x + scale * W, y + scale * H
 
     def keeps(self, shape: Sequence[int]) -> bool:
         """Whether `fit` changes nothing of RGB images (C, H, W)."""

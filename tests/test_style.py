@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
 import style
+from curves import shown, write_curves
+from recipes import TrainConfig
 
 DRAW = np.random.default_rng(0)
 
@@ -62,4 +65,48 @@ def test_tiles_stand_with_rows_down_and_columns_across_on_one_scale():
     (lit,) = [image for image in images if image.get_array().max() == 2]
     x0, _, _, y0 = lit.get_extent()
     assert y0 == 0 and x0 == pytest.approx(2 * (1 + style.GAP))
-    assert {image.norm.vmax for image in images} == {10}
+    assert {(image.norm.vmin, image.norm.vmax) for image in images} == {(1 / 8, 8)}
+
+
+def test_an_overlay_gives_a_lone_peak_the_color_of_a_block_and_leaves_uniform_as_it_is(tmp_path):
+    """Smoothing must pass through the data: matplotlib's "bicubic" dims a lone peak to 44%."""
+
+    def pixels(values):  # 20 a patch
+        figure = Figure(figsize=(1, 1))
+        axes = figure.add_axes((0, 0, 1, 1))
+        style.show_picture(axes, np.full((100, 100), 120, np.uint8))
+        style.overlay(axes, values, (0, 0, 100, 100))
+        style.save(figure, tmp_path / "a.png", 100)
+        return np.asarray(Image.open(tmp_path / "a.png").convert("RGB"), int)
+
+    lone, block = np.ones((5, 5)), np.full((5, 5), 7.0)
+    lone[1, 3] = 7
+    peak, expected = pixels(lone)[28:32, 68:72], pixels(block)[28:32, 68:72]
+    assert abs(peak - expected).max() < 10 < abs(peak - 120).max()
+    assert abs(pixels(lone)[60:, :40] - 120).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deer", "deer"),
+        ("$\\frac$ of a $^", "$\\frac$ of a $^"),
+        ("a\nb\x1b[0m", "a\\nb\\x1b[0m"),
+        ("\u732b", "\\u732b"),
+        ("\udcff", "\\udcff"),
+        ("n" * 300 + ".jpg", "n" * 14 + "…" + "n" * 9 + ".jpg"),
+    ],
+)
+def test_a_name_is_drawn_as_it_is_but_for_what_the_font_lacks(name, text, tmp_path, recwarn):
+    assert shown(name) == text
+
+    @style.styled
+    def drawn():
+        figure = style.new_figure(3, 2, shown(name, 80))
+        figure.subplots().plot([0, 1], label=shown(name))
+        figure.axes[0].legend()
+        return figure
+
+    style.save(drawn(), tmp_path / "a.png", 50)
+    write_curves(tmp_path / "b.png", [], TrainConfig(), name)
+    assert not recwarn.list

@@ -385,6 +385,9 @@ def test_a_scene_points_at_the_chosen_patch(tmp_path):
         ("image --target sta", "--target 'sta' is not a class; did you mean 'star'?"),
         ("image --target zebra", "--target 'zebra' is not a class; choose from disc, ring,"),
         ("image --image x.png --target label", "--target label needs images of a data set"),
+        ("image --start-layer 3", "--start-layer 3 is out of range 1 to 2"),
+        ("image --start-layer 2 --layer 1", "--layer 1 comes before --start-layer 2"),
+        ("image --weights x.pth", "--weights and --checkpoint each name a model"),
         ("image --image nowhere.png", "cannot read nowhere.png as an image: No such file"),
         ("image --dir nowhere", "cannot read the folder nowhere: No such file or directory"),
         ("image --index 0 --dir nowhere", "not allowed with"),
@@ -425,7 +428,7 @@ def test_the_newest_checkpoint_is_the_default(monkeypatch, tmp_path, capsys):
 
 
 def test_names_that_repeat_are_numbered():
-    assert list(unique(["a", "b", "a", "a"])) == ["a", "b", "a-2", "a-3"]
+    assert list(unique(["a", "b", "a", "a-2", "a"])) == ["a", "b", "a-2", "a-2-2", "a-3"]
 
 
 def test_it_runs_from_any_folder_without_a_display(draw, tmp_path):

@@ -75,16 +75,13 @@ def curves_of(model: Model, batch: Batch, generator: torch.Generator) -> dict[st
     images = model.normalize(batch.images)
     with torch.no_grad():
         targets = model.vit(images).argmax(dim=1)
-    maps = explain.explanations(model.vit, images, targets)
+    maps = explain.explanations(model.vit, images, targets, model.options.start_layer - 1)
     maps = {name: values.flatten(1) for name, values in maps.items()}
     maps["gradient x input"] = explain.gradient_times_input(model.vit, images, targets)
     orders = {name: [values.argsort(dim=1, descending=True)] for name, values in maps.items()}
     draws = torch.rand(RANDOM_ORDERS, *maps["attention"].shape, generator=generator)
     orders[RANDOM] = list(draws.argsort(dim=2).to(model.device))
-    black = model.normalize(torch.zeros_like(batch.images[:1]))
-    mean = torch.zeros_like(black)  # once normalized
-    fill = {"drop": None, "mean": mean, "black": black}[model.options.removal]
-    curves = {}
+    fill, curves = fill_of(model), {}
     for name, several in orders.items():
         found = []
         for order in several:
@@ -96,6 +93,13 @@ def curves_of(model: Model, batch: Batch, generator: torch.Generator) -> dict[st
             found.append(torch.stack([x.float() for a, b in pairs for x in (a.flip(1), b)]))
         curves[name] = torch.stack(found).mean(dim=0)  # over the random orders
     return curves
+
+
+def fill_of(model: Model) -> Tensor | None:
+    """What --removal puts in place of a patch: a normalized pixel (C, 1, 1); None drops it."""
+    black = model.normalize(torch.zeros(1, model.config.channels, 1, 1, dtype=torch.uint8))[0]
+    mean = torch.zeros_like(black)  # once normalized
+    return {"drop": None, "mean": mean, "black": black}[model.options.removal]
 
 
 def areas_of(curves: Tensor) -> dict[str, Any]:

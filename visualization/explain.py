@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ViT import ViT, patchify
+from ViT import ViT, ViTConfig, patchify
 
 # ---------------------------------------------------------------------------- a recorded model
 
@@ -35,13 +35,18 @@ class Record(NamedTuple):
     tokens: list[Tensor]  # L + 1 of (B, T, D): z_0, z_1, ..., z_L
 
 
-def record(model: ViT, images: Tensor) -> Record:
-    """Runs a model on normalized images (B, C, H, W); hooks note what its parts compute."""
+def record(model: ViT, images: Tensor, start: int = 0) -> Record:
+    """Runs a model on normalized images (B, C, H, W); hooks note what its parts compute.
+
+    Args:
+        start: the block, counted from 0, from which on attention is noted.
+    """
     attention, tokens = [], []
     with ExitStack() as hooks:
         for part in (model.embed, *model.blocks):
             hooks.enter_context(part.register_forward_hook(adds_to(tokens)))
-        for attn in (block.attn for block in model.blocks):
+        for attn in (block.attn for block in model.blocks[start:]):
+            hooks.enter_context(attn.softmax.register_forward_hook(begins_graph))
             hooks.enter_context(attn.softmax.register_forward_hook(adds_to(attention)))
             hooks.callback(setattr, attn, "implementation", attn.implementation)
             attn.implementation = "plain"  # the fused kernel never holds all of A
@@ -53,7 +58,28 @@ def adds_to(outputs: list[Tensor]) -> Callable:
     return lambda module, inputs, output: outputs.append(output)
 
 
+def begins_graph(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    """Where weights are frozen, gradients reach no further back than the first attention."""
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
+
+
 # --------------------------------------------------------------------------- from tokens to patches
+
+
+def over_heads(M: Tensor, head: int | str) -> Tensor:
+    """One head, counted from 1, or the mean, maximum or minimum over the heads; "all" is the mean.
+
+    Args:
+        M: (..., h, T, T).
+
+    Returns:
+        (..., T, T)
+    """
+    if isinstance(head, int):
+        return M[..., head - 1, :, :]
+    reduce = {"all": torch.mean, "mean": torch.mean, "max": torch.amax, "min": torch.amin}[head]
+    return reduce(M, dim=-3)
 
 
 def classifier_row(M: Tensor, pooling: str) -> Tensor:
@@ -131,18 +157,19 @@ def walk(model: ViT, image: Tensor, block: int) -> Walk:
 
 
 def attention_gradients(
-    model: ViT, images: Tensor, targets: Tensor
+    model: ViT, images: Tensor, targets: Tensor, start: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Attention of images, and the gradient of a class's logit with respect to it.
 
     Args:
         images: (B, C, H, W), normalized.
         targets: (B,), the class of each.
+        start: the first block, counted from 0.
 
     Returns:
-        Two lists of L tensors (B, h, T, T): A, and dy_c/dA through all later blocks.
+        Two lists of L - start tensors (B, h, T, T): A, and dy_c/dA through all later blocks.
     """
-    logits, attention, _ = record(model, images)
+    logits, attention, _ = record(model, images, start)
     gradients = torch.autograd.grad(score(logits, targets), attention)
     return [A.detach() for A in attention], list(gradients)
 
@@ -150,6 +177,17 @@ def attention_gradients(
 def score(logits: Tensor, targets: Tensor) -> Tensor:
     """The sum of the targets' logits; each image's gradient is that of its own logit."""
     return logits.gather(1, targets[:, None]).sum()
+
+
+def bytes_needed(config: ViTConfig, start: int) -> int:
+    """About what `explanations` of one image takes in float32, without the weights.
+
+    Of each block from `start` on, counted from 0, the attention, its gradient and the activations
+    that the gradient needs; of one block, three matrices more.
+    """
+    T, squares = config.tokens, config.heads * config.tokens**2
+    of_a_block = 2 * squares + T * (8 * config.width + config.hidden)
+    return 4 * ((config.depth - start) * of_a_block + 3 * squares)
 
 
 def rollout(attention: list[Tensor]) -> Tensor:
@@ -208,7 +246,7 @@ def relevance(attention: list[Tensor], gradients: list[Tensor]) -> Tensor:
     return R
 
 
-def legrad(model: ViT, images: Tensor, targets: Tensor) -> Tensor:
+def legrad(model: ViT, images: Tensor, targets: Tensor, start: int = 0) -> Tensor:
     """LeGrad (Bousselham et al., arXiv 2404.03214), without its scaling to the range 0 to 1.
 
     For each block, the gradient of the class score of that block's own pooled token with respect to
@@ -217,13 +255,14 @@ def legrad(model: ViT, images: Tensor, targets: Tensor) -> Tensor:
     Args:
         images: (B, C, H, W), normalized.
         targets: (B,)
+        start: the first block, counted from 0.
 
     Returns:
         (B, N)
     """
-    _, attention, tokens = record(model, images)
+    _, attention, tokens = record(model, images, start)
     total = images.new_zeros(len(images), model.config.patches)
-    for A, z in zip(attention, tokens[1:], strict=True):
+    for A, z in zip(attention, tokens[1 + start :], strict=True):
         of_block = score(model.head(model.norm(model.pool(z))), targets)
         (gradient,) = torch.autograd.grad(of_block, A, retain_graph=True)
         total += gradient.clamp(min=0).mean(dim=(1, 2))[:, -model.config.patches :]
@@ -255,29 +294,38 @@ def _identity_like(M: Tensor) -> Tensor:
     return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)
 
 
-def explanations(model: ViT, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+def explanations(
+    model: ViT,
+    images: Tensor,
+    targets: Tensor,
+    start: int = 0,
+    layer: int | str = "all",
+    head: int | str = "mean",
+) -> dict[str, Tensor]:
     """Five maps over the patches of images, each for a class, all relative to uniform.
 
     Args:
         images: (B, C, H, W), normalized.
         targets: (B,)
+        start: the first block, counted from 0, that those of several blocks combine.
+        layer: counted from 1, whose attention is the first map; "all" is the last one.
+        head: of that map, as in `over_heads`.
 
     Returns:
-        For each method (B, g_h, g_w), scaled to a mean of 1, so that 1 is uniform. "attention" is
-        the last block's, mean over heads.
+        For each method (B, g_h, g_w), scaled to a mean of 1, so that 1 is uniform.
     """
     pooling = model.config.pooling
-    A, gradients = attention_gradients(model, images, targets)
+    A, gradients = attention_gradients(model, images, targets, start)
     R = relevance(A, gradients)
     matrices = {
-        "attention": A[-1].mean(dim=-3),
+        "attention": over_heads(A[-1 if layer == "all" else layer - 1 - start], head),
         "rollout": rollout(A),
         "gradient rollout": gradient_rollout(A, gradients),
         # R starts as the identity, which is no evidence; a class token's row does not contain it.
         "relevance": R - _identity_like(R),
     }
     rows = {name: classifier_row(M, pooling) for name, M in matrices.items()}
-    rows["LeGrad"] = legrad(model, images, targets)
+    rows["LeGrad"] = legrad(model, images, targets, start)
     return {
         name: relative_to_uniform(row).unflatten(-1, model.config.grid)
         for name, row in rows.items()

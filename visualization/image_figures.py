@@ -2,29 +2,35 @@
 
 import numpy as np
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.patches import Rectangle
+from matplotlib.axes import Axes
 from torch import Tensor
 
 import explain
+from curves import shown
+from evidence import SHARES, fill_of
 from model import Model, Subject
 from style import (
     ATTENTION,
     QUERY_OF_CLASSIFIER,
     RELATIVE,
     SMALLEST,
+    WIDEST,
+    NotApplicable,
     Picture,
     attention_bar,
     by,
     corner,
+    in_color,
     new_figure,
     outline,
+    overlay,
     show_picture,
     tiles,
     to_picture,
 )
 from ViT import patchify
+
+RANDOM_ORDERS = 3  # with which the deletion of a map is compared
 
 
 def patches(model: Model, subject: Subject) -> Picture:
@@ -33,37 +39,44 @@ def patches(model: Model, subject: Subject) -> Picture:
     class_token = model.config.pooling == "class"
     pixels = patchify(subject.pixels[None], P)[0].unflatten(-1, (-1, P, P))  # (N, C, P, P)
     across = g_w if g_w >= 8 else max(8, round((2.5 * N) ** 0.5))
-    down = -(-(N + class_token) // across)
+    down = -(-N // across)
+    left_width, cell = 2.2, min(0.55, (WIDEST - 2.7) / across)  # inches
+    numbered = cell >= 0.28  # else there is room for the number of the first in a row
+    x_step = P + max(1, round(0.12 * P))  # pixels of the sheet
+    y_step = x_step + round(0.15 / cell * x_step) * numbered
     caption = (
         f"{by(g_h, g_w)} patches of {by(P, P)} pixels, row by row; each is flattened and mapped to "
-        "one token. The numbers are token positions"
-        + ("; cls is the learned class token, which shows no pixels." * class_token or ".")
+        f"one token. The numbers are token positions{'.' if numbered else ', one for each row.'}"
+        + " cls is the learned class token, which shows no pixels."
+        * class_token
     )
-    cell, left_width = max(0.36, 4 / across), 2.2  # inches
-    width = left_width + 0.3 + cell * across
-    height = max(left_width, 1.5 / 1.15 * cell * down) + 0.4
-    figure = new_figure(width, height, model.describe(subject), caption)
+    height = max(left_width * g_h / g_w, cell / x_step * y_step * (down + class_token)) + 0.4
+    size = left_width + 0.5 + cell * across, height
+    figure = new_figure(*size, model.describe(subject), caption)
     left, right = figure.subplots(1, 2, width_ratios=(left_width, cell * across))
     show_picture(left, to_picture(subject.pixels))
+    line = {"color": "white", "linewidth": min(0.6, 8 / max(g_h, g_w))}
     for row in range(1, g_h):
-        left.axhline(row * P - 0.5, color="white", linewidth=0.6)
+        left.axhline(row * P - 0.5, **line)
     for column in range(1, g_w):
-        left.axvline(column * P - 0.5, color="white", linewidth=0.6)
+        left.axvline(column * P - 0.5, **line)
 
-    for token in range(N + class_token):
-        row, column = divmod(token, across)
-        x, y = 1.15 * column, 1.5 * row
-        if class_token and token == 0:
-            box = Rectangle((x, y), 1, 1, facecolor="0.92", edgecolor="0.5", linewidth=0.6)
-            right.add_patch(box)
-            right.text(x + 0.5, y + 0.5, "cls", ha="center", va="center", fontsize=SMALLEST)
-        else:
-            patch = to_picture(pixels[token - class_token])
-            right.imshow(patch, extent=(x, x + 1, y + 1, y), cmap="gray", vmin=0, vmax=255)
-        number = token if class_token else token + 1
-        right.text(x + 0.5, y + 1.05, number, ha="center", va="top", fontsize=SMALLEST)
-    right.set(xlim=(-0.1, 1.15 * across), ylim=(1.5 * down, -0.1), aspect="equal")
-    right.set_axis_off()
+    sheet = np.full((down * y_step, across * x_step, 3), 255, np.uint8)
+    for number, patch in enumerate(pixels):
+        y, x = (n * step for n, step in zip(divmod(number, across), (y_step, x_step), strict=True))
+        sheet[y : y + P, x : x + P] = in_color(to_picture(patch))
+        if numbered:
+            right.text(x + P / 2, y + 1.05 * P, number + 1, ha="center", va="top", size=SMALLEST)
+    top = -y_step if class_token else 0
+    right.imshow(sheet, extent=(0, across * x_step, down * y_step, 0))
+    right.set(xlim=(0, across * x_step), ylim=(down * y_step, top), xticks=[])
+    rows = [] if numbered else range(0, down, -(-down // 24))
+    right.set_yticks([row * y_step + P / 2 for row in rows], [row * across + 1 for row in rows])
+    right.tick_params(length=0)
+    right.spines[:].set_visible(False)
+    if class_token:
+        box = {"boxstyle": "square", "facecolor": "0.92", "edgecolor": "0.5", "linewidth": 0.6}
+        right.text(0, top / 2, "cls", va="center", size=SMALLEST, bbox=box)
     return Picture(figure, {"patches": pixels.cpu().numpy()})
 
 
@@ -104,13 +117,11 @@ def _attention(
     layers = [f"layer {number + 1}" for number in range(len(rows))]
     if layer != "all":
         rows, layers = rows[layer - 1 : layer], layers[layer - 1 : layer]
-    if isinstance(head, int):
-        rows, heads = rows[:, head - 1 : head], [str(head)]
-    elif head == "all":
+    heads = [str(head)]
+    if head == "all":
         heads = [str(number + 1) for number in range(rows.shape[1])]
     else:
-        reduce = {"mean": torch.mean, "max": torch.amax, "min": torch.amin}[head]
-        rows, heads = reduce(rows, dim=1, keepdim=True), [head]
+        rows = explain.over_heads(rows[..., None, :], head)
     maps = rows.unflatten(-1, model.config.grid).cpu().numpy()  # (layers, heads, g_h, g_w)
 
     caption = (
@@ -119,18 +130,19 @@ def _attention(
         "not what they contribute to the decision, and does not depend on a class."
     )
     g_h, g_w = model.config.grid
-    cell = float(np.clip(7 / len(heads), 0.45, 1.1))
-    width = 2.6 + cell * len(heads) * g_w / max(g_h, g_w)
+    cell = min(1.1, 5 / len(heads), 9 / len(layers))
+    width = 2.4 + cell * len(heads) * g_w / max(g_h, g_w)
     height = max(2.4, 0.4 + cell * len(layers) * g_h / max(g_h, g_w))
     figure = new_figure(width, height + 0.3, model.describe(subject), caption)
-    left, right = figure.subplots(1, 2, width_ratios=(1.3, width - 2.3))
-    show_picture(left, to_picture(subject.pixels))
+    left, right = figure.subplots(1, 2, width_ratios=(1.3, width - 2.1))
+    show_subject(left, subject)
     tiles(right, model.config.tokens * maps, layers, heads, cmap=ATTENTION, norm=RELATIVE)
     right.set(xlabel="head")
     attention_bar(figure, right, shrink=min(1.0, 2.2 / height), pad=0.02)
     if outlined:
-        P = model.config.patch_size
-        outline(left, outlined[0] * P - 0.5, outlined[1] * P - 0.5, P, P)
+        x0, y0, x1, y1 = subject.seen
+        size = (y1 - y0) / g_h, (x1 - x0) / g_w
+        outline(left, y0 + outlined[0] * size[0] - 0.5, x0 + outlined[1] * size[1] - 0.5, *size)
         for r, c in np.ndindex(maps.shape[:2]):
             y, x = corner(maps, r, c)
             outline(right, y + outlined[0], x + outlined[1])
@@ -138,54 +150,81 @@ def _attention(
 
 
 def explanations(model: Model, subject: Subject) -> Picture:
-    """Maps of several methods (columns) for two classes (rows) over the grayed image.
-
-    Each method has its own scale, from uniform, where it is transparent, to its maximum.
-    """
+    """Maps of several methods (columns) for two classes (rows) over the grayed image."""
+    if not model.vit.head.weight.any():
+        raise NotApplicable("the model's head is all zero: nothing speaks for any class")
     probabilities = model.probabilities_of(subject)
     targets = target_classes(model, subject, probabilities)
-    images = model.normalize(subject.pixels.expand(len(targets), *subject.pixels.shape))
-    maps = explain.explanations(model.vit, images, torch.tensor(targets, device=model.device))
-    maps = {method: values.cpu().numpy() for method, values in maps.items()}
+    found = [model.explain(subject, k) for k in targets]  # one by one, which takes less memory
+    maps = {name: torch.cat([each[name] for each in found]).cpu().numpy() for name in found[0]}
+    pairs = zip(targets, found, strict=True)
+    deletion = [deletion_of(model, subject, k, each) for k, each in pairs]
 
+    start = model.options.start_layer
     caption = (
-        f"Attention: last layer, mean over heads, {QUERY_OF_CLASSIFIER[model.config.pooling]}. "
-        "Rollout combines all layers. Neither depends on the class, so their rows are equal. "
-        "Gradient rollout and relevance weight attention by the gradient of the class logit, "
-        "LeGrad is that gradient alone: evidence for the class, not against it. Each map is "
-        "smoothed, has a scale of its own and is transparent where it is at or below uniform. None "
-        "of the five proves a cause; vis.py faithfulness tests them."
+        f"Attention: {model.chosen_attention}, {QUERY_OF_CLASSIFIER[model.config.pooling]}. "
+        f"Rollout combines all layers{f' from {start} on' if start > 1 else ''}. Neither depends "
+        "on the class, so their rows are equal. Gradient rollout and relevance weight attention "
+        "by the gradient of the class logit, LeGrad is that gradient alone: evidence for the "
+        "class, not against it. Each map is divided by its own mean, so that 1 is uniform and two "
+        "classes compare in shape, not in strength; it is smoothed between patches, and "
+        "transparent at and below 1. Deletion: the "
+        "mean probability of the row's class while patches are removed in the map's order, lower "
+        "is better. None of the five proves a cause."
     )
-    picture = to_picture(subject.pixels)
-    gray = picture if picture.ndim == 2 else picture @ np.array([0.299, 0.587, 0.114])  # its luma
-    H, W = gray.shape
-    size = 1.32 * (len(maps) + 1) + 0.9, 1.32 * len(targets) * H / W + 0.8
-    figure = new_figure(*size, model.describe(subject), caption)
+    H, W = subject.picture.shape[:2]
+    height = len(targets) * (1.15 * min(H / W, 2.5) + 0.45) + 0.75
+    figure = new_figure(WIDEST, height, model.describe(subject), caption)
     grid = figure.subplots(len(targets), len(maps) + 1, squeeze=False)
-    for row, k in enumerate(targets):
+    gray = in_color(subject.picture) @ np.array([0.299, 0.587, 0.114])  # its luma
+    for row, (k, areas) in enumerate(zip(targets, deletion, strict=True)):
         first = grid[row, 0]
-        show_picture(first, picture)
-        style = {"rotation": 90, "ha": "right", "va": "center", "transform": first.transAxes}
-        first.text(-0.08, 0.5, f"{model.classes[k]} {probabilities[k]:.1%}", **style)
+        show_subject(first, subject)
+        name, random = shown(model.classes[k], 18), areas.pop("random order")
+        first.set_title(f"{name}\n{probabilities[k]:.1%}\nrandom deletion {random:.2f}")
         for axes, (method, values) in zip(grid[row, 1:], maps.items(), strict=True):
-            highest = max(float(values.max()), 1 + 1e-6)  # of all classes
-            head = f"{method}\nup to {highest:.1f}"
-            show_picture(axes, gray, head if row == 0 else "")
-            share = ((values[row] - 1) / (highest - 1)).clip(0, 1)  # 0 at uniform and below
-            axes.imshow(
-                share,
-                cmap=ATTENTION,
-                vmin=0,
-                vmax=1,
-                alpha=0.9 * share**0.5,
-                interpolation="bicubic",
-                extent=(-0.5, W - 0.5, H - 0.5, -0.5),
-            )
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), ATTENTION), ax=grid, pad=0.02)
-    bar.set_ticks([0, 1], labels=["1", "max"])
-    bar.set_label("weight relative to uniform")
+            text = f"up to {values[row].max():.1f}\ndeletion {areas[method]:.2f}"
+            if not values[row].any():
+                text = "no positive\nevidence"
+            show_subject(axes, subject, gray)
+            axes.set_title(f"{method}\n{text}" if row == 0 else text)
+            overlay(axes, values[row], subject.seen)
+        for axes in grid[row]:
+            axes.title.set_fontsize(SMALLEST)
+    attention_bar(figure, grid, orientation="horizontal", pad=0.02, shrink=0.5, aspect=40)
     arrays = {method.replace(" ", "_"): values for method, values in maps.items()}
-    return Picture(figure, arrays, {"targets": [model.classes[k] for k in targets]})
+    numbers = {"targets": [model.classes[k] for k in targets], "deletion": deletion}
+    return Picture(figure, arrays, numbers)
+
+
+def show_subject(axes: Axes, subject: Subject, picture: np.ndarray | None = None) -> None:
+    """An image or, of a photo, all, with what the model sees outlined; in gray where given so."""
+    show_picture(axes, subject.picture if picture is None else picture)
+    if subject.crop:
+        x0, y0, x1, y1 = subject.crop
+        outline(axes, y0 - 0.5, x0 - 0.5, y1 - y0, x1 - x0)
+
+
+def deletion_of(
+    model: Model, subject: Subject, target: int, maps: dict[str, Tensor]
+) -> dict[str, float]:
+    """The deletion area of each map (1, g_h, g_w) of an image, and of random orders."""
+    orders = [values.flatten(1).argsort(dim=1, descending=True) for values in maps.values()]
+    generator = torch.Generator().manual_seed(model.options.seed)
+    draws = torch.rand(RANDOM_ORDERS, model.config.patches, generator=generator)
+    order = torch.cat([*orders, draws.argsort(dim=1).to(model.device)]).flip(1)
+    images = model.normalize(subject.pixels[None])
+    kept, _ = explain.kept_probabilities(
+        model.vit,
+        images.expand(len(order), -1, -1, -1),
+        torch.full((len(order),), target, device=model.device),
+        order,
+        SHARES,
+        fill_of(model),
+    )
+    areas = explain.area(kept).tolist()
+    random = sum(areas[-RANDOM_ORDERS:]) / RANDOM_ORDERS
+    return dict(zip(maps, areas, strict=False)) | {"random order": random}
 
 
 def target_classes(model: Model, subject: Subject, probabilities: Tensor) -> list[int]:

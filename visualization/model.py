@@ -4,27 +4,37 @@ What several figures need is computed once, on first use.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.models import ViT_B_16_Weights
 
 import explain
 import utils
-from checkpoint import RUN_FILES, check_fit, load_model
+from checkpoint import RUN_FILES, Checkpoint, check_fit, load_model
 from config import Config
+from curves import shown
 from data import Batch, Dataset, Split, by_kind, image_files
 from datasets import load_dataset
 from evaluation import predict
 from explain import Record
-from style import by
+from pretrained import load_pretrained
+from recipes import TrainConfig
+from style import by, to_picture
 from utils import UserError
+from ViT import ViT
 
 PROBE_IMAGES = 128  # of the figures of many images
 PROBE_BATCH = 32
+IMAGENET = tuple(ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"])
+PHOTO = 1600  # pixels of a photo that is drawn, at most, each way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +50,27 @@ class Options(Config):
     dir: Path | None = None  # all image files in a folder
     layer: int | str = "all"
     head: int | str = "all"  # or "mean", "max" or "min" over the heads
+    start_layer: Annotated[
+        int, "first layer that rollout, relevance and LeGrad combine", "[1, inf)"
+    ] = 1
     query: str | tuple[int, int] | None = None  # "cls" for the classifier, or a patch
     checkpoint: Annotated[Path | None, "a file, or a run's folder (the newest in checkpoints/)"] = (
         None
     )
+    weights: Annotated[
+        str | None, "instead: timm:NAME, torchvision:NAME or a file of either's weights"
+    ] = None
+    heads: Annotated[int | None, "of such a file, which does not tell (width / 64)"] = None
+    image_size: Annotated[
+        int | tuple[int, int] | None, "of weights: show pictures at another size"
+    ] = None
     target: Annotated[str, "class to explain: pred, label (the true one) or a name"] = "pred"
     split: Annotated[
         Literal["validation", "test"], "images to show; test, if none were held out for validation"
     ] = "validation"
     images: Annotated[int, "of faithfulness: how many images", "[2, inf)"] = 100
     removal: Annotated[
-        Literal["drop", "mean", "black"], "of faithfulness: drop a patch's token, or paint it"
+        Literal["drop", "mean", "black"], "of a patch: drop its token, or paint it"
     ] = "drop"
     seed: Annotated[int, "of the random choice of images", "[0, 1e15]"] = 0
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
@@ -69,6 +89,52 @@ class Subject:
     title: str
     pixels: Tensor  # (C, H, W) uint8
     label: int | None  # the true class, where it is known
+    photo: np.ndarray | None = None  # all of an image file, (H, W, 3) or (H, W) uint8
+    crop: tuple[float, ...] | None = None  # x and y of the corners of the pixels in it
+
+    @property
+    def picture(self) -> np.ndarray:
+        """The photo, or the pixels where there is none."""
+        return to_picture(self.pixels) if self.photo is None else self.photo
+
+    @property
+    def seen(self) -> tuple[float, ...]:
+        """x and y of the corners of the pixels in the picture."""
+        return self.crop or (0, 0, self.pixels.shape[2], self.pixels.shape[1])
+
+
+def load_weights(options: Options, device: torch.device) -> tuple[ViT, Checkpoint]:
+    """As `load_model`, of --weights; says what is taken for granted.
+
+    Raises:
+        UserError: they cannot be had, or are not of a model of this kind.
+    """
+    found = load_pretrained(options.weights, options.heads)
+    config, expected, names = found.config, found.preprocessing, found.classes
+    if options.image_size:
+        config = replace(config, image_size=options.image_size)
+        expected = replace(expected, size=config.image_size)
+    if names is None and config.classes == len(IMAGENET):
+        print(f"{config.classes:,} classes: taken to be those of ImageNet, in their usual order")
+        names = IMAGENET
+    names = tuple(names or (f"class {number}" for number in range(config.classes)))
+    model = ViT(config)
+    print(replace(found, classes=names).initialize(model, names))
+    print(
+        f"{config.heads} heads; pictures of {by(*expected.size)} pixels, crop {expected.crop:.3g}, "
+        f"{expected.interpolation}, mean {expected.mean}, std {expected.std}"
+    )
+    checkpoint = Checkpoint(
+        recipe="",
+        model=config,
+        training=TrainConfig(),
+        preprocessing=expected,
+        classes=list(names),
+        versions={},
+        weights=dict(model.state_dict()),
+        history=[],
+    )
+    return model.to(device).eval(), checkpoint
 
 
 class Probe(NamedTuple):
@@ -85,19 +151,26 @@ class Probe(NamedTuple):
 
 
 class Model:
-    """A checkpoint, and what the figures need of it."""
+    """A checkpoint, or weights of others, and what the figures need of them."""
 
     def __init__(self, path: Path, device: torch.device, options: Options):
         self.path, self.device, self.options = path, device, options
-        self.vit, self.checkpoint = load_model(path, device)
+        if options.weights:
+            self.vit, self.checkpoint = load_weights(options, device)
+            self.run = path.stem if path.is_file() else path.name.rpartition(":")[2]
+        else:
+            self.vit, self.checkpoint = load_model(path, device)
+            self.run = path.resolve().parent.name if path.name in RUN_FILES else path.stem
+        self.vit.requires_grad_(False)  # gradients are those of attention and of pixels
         self.config, self.classes = self.checkpoint.model, self.checkpoint.classes
-        self.run = path.resolve().parent.name if path.name in RUN_FILES else path.stem
 
     # ------------------------------------------------------------------------ its data set
 
     @cached_property
     def dataset(self) -> Dataset:
         """Raises UserError where it is not available, or does not fit the model."""
+        if self.options.weights:
+            raise UserError(f"{self.path} have no data set here; --image names pictures")
         training = self.checkpoint.training
         dataset = load_dataset(
             training.dataset,
@@ -120,6 +193,14 @@ class Model:
     @property
     def split(self) -> Split:
         return getattr(self.dataset, self.split_name)
+
+    @property
+    def chosen_attention(self) -> str:
+        """Which attention the explanations show, for a caption."""
+        layer, head = self.options.layer, self.options.head
+        over = f"head {head}" if isinstance(head, int) else f"{head} over heads"
+        over = over.replace("all over", "mean over")
+        return f"{'last layer' if layer == 'all' else f'layer {layer}'}, {over}"
 
     @property
     def of_split(self) -> str:
@@ -152,18 +233,21 @@ class Model:
             files, others = (options.image, None) if options.image else image_files(options.dir)
             if others:
                 print(f"left out of {options.dir}: {by_kind(others)}")
-            size = by(*self.config.image_size)
-            read = self.checkpoint.preprocessing.read
-            return [
-                Subject(name, f"{file.name} at {size}", read(file), None)
-                for name, file in zip(unique([f.name for f in files]), files, strict=True)
-            ]
-        count = len(self.split)
-        chosen = options.index or [index for index in by_default if index < count]
+            subjects = []
+            for name, file in zip(unique([f.name for f in files]), files, strict=True):
+                try:
+                    subjects.append(self.subject_of(file, name))
+                except UserError as error:  # of a folder, the others are drawn
+                    if options.image or (file is files[-1] and not subjects):
+                        raise
+                    print(f"left out of {options.dir}: {error}")
+            return subjects
+        held = len(self.split)
+        chosen = options.index or [index for index in by_default if index < held]
         for index in chosen:
-            if not 0 <= index < count:
+            if not 0 <= index < held:
                 raise UserError(
-                    f"--index {index} is out of range 0 to {count - 1} of the {self.of_split}"
+                    f"--index {index} is out of range 0 to {held - 1} of the {self.of_split}"
                 )
         indices, name = list(dict.fromkeys(chosen)), self.split_name
         images, labels = self.split.take(torch.tensor(indices, device=self.device))
@@ -171,6 +255,20 @@ class Model:
             Subject(f"{name}-{index}", f"{name} image {index}", image, int(label))
             for index, image, label in zip(indices, images, labels, strict=True)
         ]
+
+    def subject_of(self, file: Path, name: str) -> Subject:
+        """An image file, in what the model sees of it and as a photo of at most `PHOTO` pixels."""
+        preprocessing = self.checkpoint.preprocessing
+
+        def photo_of(image: Image.Image) -> np.ndarray:
+            flat = preprocessing.flat(image, PHOTO)
+            flat.thumbnail((PHOTO, PHOTO))
+            return np.asarray(flat)
+
+        pixels, photo = preprocessing.read(file), preprocessing.read(file, photo_of)
+        title = f"{shown(file.name, 40)} at {by(*self.config.image_size)}"
+        crop = preprocessing.kept_of(photo.shape[1], photo.shape[0])
+        return Subject(name, title, pixels, None, photo, crop)
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) as the model takes them, on its device."""
@@ -189,11 +287,18 @@ class Model:
         """The title of an image's figures: the image, its predicted class and its true class."""
         probabilities = self.probabilities_of(subject)
         predicted = int(probabilities.argmax())
-        prediction = f"{self.classes[predicted]} ({probabilities[predicted]:.1%})"
-        text = f"{subject.title}: predicted {prediction}"
-        return (
-            text if subject.label is None else f"{text}, true class {self.classes[subject.label]}"
-        )
+        name = shown(self.classes[predicted])
+        text = f"{subject.title}: predicted {name} ({probabilities[predicted]:.1%})"
+        if subject.label is None:
+            return text
+        return f"{text}, true class {shown(self.classes[subject.label])}"
+
+    def explain(self, subject: Subject, target: int) -> dict[str, Tensor]:
+        """`explain.explanations` of an image for a class, each (1, g_h, g_w)."""
+        images, options = self.normalize(subject.pixels[None]), self.options
+        targets = torch.tensor([target], device=self.device)
+        chosen = options.start_layer - 1, options.layer, options.head
+        return explain.explanations(self.vit, images, targets, *chosen)
 
     # ------------------------------------------------------------------------ many images
 
@@ -230,7 +335,8 @@ class Model:
 
 def unique(names: list[str]) -> Iterator[str]:
     """The names, with a number appended to repeated ones: a.png, b.png, a.png-2."""
-    seen: dict[str, int] = {}
+    taken: set[str] = set()
     for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        yield name if seen[name] == 1 else f"{name}-{seen[name]}"
+        numbered = (f"{name}-{number}" for number in count(2))
+        taken.add(free := next(each for each in chain([name], numbered) if each not in taken))
+        yield free

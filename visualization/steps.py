@@ -16,6 +16,7 @@ from torch import Tensor
 
 import explain
 from base import GELU
+from curves import shown
 from explain import Walk
 from model import Model, Subject
 from style import (
@@ -152,14 +153,16 @@ def _row(title: str, ratios: list[float], height: float, caption: str) -> tuple[
 def _sign(axes: Axes, text: str, size: float = 11) -> None:
     """Text in place of axes: an arrow, a sign or words."""
     axes.set_axis_off()
-    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, fontsize=size)
+    style = {"ha": "center", "va": "center", "fontsize": size, "parse_math": True}
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, **style)
 
 
 def _matrix(axes: Axes, values: np.ndarray, title: str, x: str, y: str = "") -> None:
     """Values (rows, columns) of both signs, white at 0."""
     most = float(np.quantile(np.abs(values), 0.98)) or 1.0
     axes.imshow(values, aspect="auto", interpolation_stage="data", **signed(most))
-    axes.set(xlabel=x, ylabel=y, title=title, xticks=[], yticks=[])
+    axes.set(xlabel=x, ylabel=y, xticks=[], yticks=[])
+    axes.set_title(title, parse_math=True)
 
 
 def _mark_row(axes: Axes, row: int) -> None:
@@ -181,14 +184,15 @@ def _mark_in_map(axes: Axes, scene: Scene) -> None:
 
 def _map(axes: Axes, values: np.ndarray, title: str, **style) -> None:
     """Values (g_h, g_w), one per patch."""
-    axes.imshow(values, **({"cmap": ATTENTION} | style))
-    axes.set(title=title, xticks=[], yticks=[])
+    axes.imshow(values, **style)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, parse_math=True)
     axes.spines[:].set_visible(False)
 
 
 def _weights(axes: Axes, scene: Scene, values: np.ndarray, title: str) -> None:
     """Attention weights (g_h, g_w), one per patch, on the scale of all figures."""
-    _map(axes, values * scene.config.tokens, title, norm=RELATIVE)
+    _map(axes, values * scene.config.tokens, title, cmap=ATTENTION, norm=RELATIVE)
 
 
 def _exploded(axes: Axes, scene: Scene) -> None:
@@ -205,7 +209,7 @@ def _bars(axes: Axes, scene: Scene, title: str) -> None:
     probabilities = scene.walk.lens[-1].numpy()
     order = np.argsort(-probabilities, kind="stable")[:10]
     axes.barh(range(len(order)), 100 * probabilities[order], color="tab:blue")
-    axes.set_yticks(range(len(order)), [scene.classes[k] for k in order])
+    axes.set_yticks(range(len(order)), [shown(scene.classes[k]) for k in order])
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="probability (%)", title=title)
 
@@ -228,7 +232,7 @@ class Canvas:
         return self.figure.add_axes((x / W, y / H, width / W, height / H))
 
     def text(self, x: float, y: float, text: str, size: float = 8, **options: Any) -> None:
-        style = {"ha": "center", "va": "center", "fontsize": size} | options
+        style = {"ha": "center", "va": "center", "fontsize": size, "parse_math": True} | options
         self.whole.text(x, y, text, **style)
 
     def arrow(self, *points: tuple[float, float]) -> None:
@@ -315,7 +319,7 @@ def _draw_output(canvas: Canvas, scene: Scene) -> None:
     axes = canvas.axes(7.8, 2.6, 1.1, 1.1)
     axes.barh(range(len(best)), probabilities[best], 0.3, color="tab:blue")
     for place, k in enumerate(best):
-        name = scene.classes[k][:17]  # which is all there is room for
+        name = shown(scene.classes[k], 17)  # which is all there is room for
         axes.text(0, place - 0.38, f"{name} {probabilities[k]:.1%}", fontsize=SMALLEST)
     axes.set(xlim=(0, 1), ylim=(2.5, -0.7))
     axes.set_axis_off()
@@ -609,7 +613,7 @@ def classifier(scene: Scene) -> Figure:
     layers, best = range(len(lens)), np.argsort(-lens[-1], kind="stable")[:3]
     axes[1].plot(layers, 100 * lens, color="0.8", linewidth=0.8)  # all classes
     for k in best:
-        axes[1].plot(layers, 100 * lens[:, k], marker=".", label=scene.classes[k])
+        axes[1].plot(layers, 100 * lens[:, k], marker=".", label=shown(scene.classes[k]))
     axes[1].set(xlabel="layer", ylabel="probability (%)", ylim=(0, 102), xticks=range(len(lens)))
     axes[1].legend(loc="upper left")
     _bars(axes[2], scene, "prediction")

@@ -2,7 +2,7 @@
 
 Maps over patches are (g_h, g_w) arrays, pictures uint8 (H, W, 3) or (H, W), both numpy. Patch maps
 and small pictures are drawn with nearest-neighbor interpolation; only overlays are smoothed, and
-their captions say so.
+their captions say so. Text is drawn as it is, a "$" too, unless it is told to be math.
 """
 
 import textwrap
@@ -15,18 +15,22 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from curves import write_figure
 
-ATTENTION = "inferno"  # color map of weights, which start at 0
-# Of attention weights times T, so that 1 is uniform attention: one scale for all figures of them.
-RELATIVE = PowerNorm(0.5, 0, 10, clip=True)
-MARK = "#00c2ff"  # the chosen patch: visible on dark, on light and on inferno
+# Of attention weights times T, so that 1 is uniform attention: one scale for all figures of them,
+# from an eighth to eight times, which is white in the middle.
+COLORS = "#1b0c42", "#5b3fa0", "#b9aee0", "#f7f7f7", "#ffc04d", "#f26a1b", "#a01414"
+ATTENTION = LinearSegmentedColormap.from_list("attention", COLORS)
+RELATIVE = LogNorm(1 / 8, 8, clip=True)
+TICKS = {1 / 8: "1/8", 1 / 4: "1/4", 1 / 2: "1/2", 1: "1", 2: "2", 4: "4", 8: "8"}
+MARK = "#00c2ff"  # the chosen patch: visible on dark, on light and on each color of attention
 SMALLEST = 7  # points
+WIDEST = 7.4  # inches, of a figure: text of 7 points is then readable in a page of 830 pixels
 
 STYLE = {
     "font.size": 8,
@@ -40,6 +44,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "image.interpolation": "nearest",
+    "text.parse_math": False,  # in a class or file name, "$" is a letter
     "pdf.fonttype": 42,  # text stays text in PDF and SVG
     "svg.fonttype": "none",
     "svg.hashsalt": "vit",  # the same figure gives the same file
@@ -125,9 +130,28 @@ def signed(most: float) -> dict[str, Any]:
 
 def attention_bar(figure: Figure, axes: Any, **options: Any) -> None:
     """The color bar of `RELATIVE`."""
-    bar = figure.colorbar(ScalarMappable(RELATIVE, ATTENTION), ax=axes, extend="max", **options)
-    bar.set_ticks([0, 1, 3, 10])
+    bar = figure.colorbar(ScalarMappable(RELATIVE, ATTENTION), ax=axes, extend="both", **options)
+    bar.set_ticks(list(TICKS), labels=list(TICKS.values()))
+    bar.minorticks_off()
     bar.set_label("weight relative to uniform")
+
+
+def overlay(axes: Axes, values: np.ndarray, box: tuple[float, float, float, float]) -> None:
+    """A map of weights relative to uniform over a picture, in the colors of `RELATIVE`.
+
+    Smooth between the patches' centers, where it has their values, and transparent at and below
+    uniform.
+
+    Args:
+        box: x and y of the upper left and of the lower right corner, in the picture's pixels.
+    """
+    share = (2 * np.asarray(RELATIVE(values)) - 1).clip(0, 1)  # 0 at uniform, 1 at eight times
+    x0, y0, x1, y1 = np.subtract(box, 0.5)  # imshow has the center of the first pixel at 0
+    style = {"cmap": ATTENTION, "norm": RELATIVE, "alpha": 0.9 * share**0.4}
+    # A "bicubic" of matplotlib is a B-spline, which dims a lone peak to 44%.
+    style |= {"interpolation": "hermite", "interpolation_stage": "data"}
+    axes.autoscale(False)  # the picture may be larger
+    axes.imshow(values, extent=(x0, x1, y1, y0), **style)
 
 
 def outline(axes: Axes, y: float, x: float, height: float = 1, width: float = 1) -> None:

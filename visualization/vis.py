@@ -3,6 +3,7 @@
     python visualization/vis.py                        every figure, of the newest checkpoint
     python visualization/vis.py image --index 0,7      attention and relevance in images of its data
     python visualization/vis.py image --image cat.jpg  the same for an image file
+    python visualization/vis.py image --weights timm:vit_base_patch16_224 --image cat.jpg
     python visualization/vis.py steps --index 7        from the image to its class in ten steps
     python visualization/vis.py explorer               the model itself, running in an HTML page
     python visualization/vis.py model --checkpoint F   the weights; needs no images
@@ -18,6 +19,7 @@ import argparse
 import difflib
 import hashlib
 import io
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -35,6 +37,7 @@ sys.path.insert(0, str(ROOT / "src"))  # the model's modules, from whatever fold
 
 import utils  # isort: skip  # before torch, for its threads
 import evidence
+import explain
 import image_figures
 import model_figures
 import run_figures
@@ -100,6 +103,12 @@ OF_IMAGES = (*OF_AN_IMAGE, "explorer")
 GROUPS = (*OF_IMAGES, *OF_THE_MODEL)
 SLOW = ("faithfulness",)  # which `all` leaves out
 WITHOUT_DATA = ("model/", "run/curves")  # names of figures that need no images
+HEEDED = {  # flags, and how the names of the figures begin that heed them
+    "layer": r"image/.*/(attention|explanations)|steps/|data/token-pca",
+    "head": r"image/.*/(attention|explanations)|steps/",
+    "start_layer": r"image/.*/explanations|faithfulness/maps",
+}
+MOST_BYTES = 16e9
 DEFAULT_IMAGES, EXPLORED_IMAGES = (0, 7), (7, *range(7))
 Drawing = Callable[[], Picture | Page]
 
@@ -172,22 +181,44 @@ def newest_checkpoint() -> Path:
 
 
 def check_options(model: Model) -> None:
-    """Raises UserError for a layer, head, query or target that this model does not have."""
-    options, (g_h, g_w) = model.options, model.config.grid
-    for flag, most in (("layer", model.config.depth), ("head", model.config.heads)):
-        value = getattr(options, flag)
+    """Raises UserError for what this model does not have, or the memory does not hold."""
+    options, config, (g_h, g_w) = model.options, model.config, model.config.grid
+    ranges = {"layer": config.depth, "head": config.heads, "start_layer": config.depth}
+    for name, most in ranges.items():
+        value = getattr(options, name)
         if isinstance(value, int) and not 1 <= value <= most:
-            raise UserError(f"--{flag} {value} is out of range 1 to {most}")
+            raise UserError(f"--{name.replace('_', '-')} {value} is out of range 1 to {most}")
+    if isinstance(options.layer, int) and options.layer < options.start_layer:
+        raise UserError(f"--layer {options.layer} comes before --start-layer {options.start_layer}")
+    check_memory(model)
     if isinstance(options.query, tuple):
         row, column = options.query
         if not (1 <= row <= g_h and 1 <= column <= g_w):
             raise UserError(f"--query {row},{column} is out of range 1,1 to {g_h},{g_w}")
     if options.target not in ("pred", "label", *model.classes):
         near = difflib.get_close_matches(options.target, model.classes, 1)
+        near += [name for name in model.classes if options.target in name]
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(model.classes)}"
+        hint = hint if len(hint) < 300 else f"there are {len(model.classes):,}, {hint[:200]} ..."
         raise UserError(f"--target {options.target!r} is not a class; {hint}")
     if options.target == "label" and (options.image or options.dir):
         raise UserError("--target label needs images of a data set: a file has no true class")
+
+
+def check_memory(model: Model) -> None:
+    """Raises UserError where the maps of an image would take more than `MOST_BYTES`."""
+    options, config = model.options, model.config
+    needed = explain.bytes_needed(config, options.start_layer - 1)
+    if needed <= MOST_BYTES or options.what not in ("all", *OF_AN_IMAGE):
+        return
+    starts = range(options.start_layer + 1, config.depth + 1)
+    fits = [s for s in starts if explain.bytes_needed(config, s - 1) <= MOST_BYTES]
+    instead = [f"--start-layer {fits[0]}"] * bool(fits) + ["--image-size with fewer pixels"]
+    instead = instead if options.weights else instead[:1] or ["a model of fewer patches"]
+    raise UserError(
+        f"the maps of {config.tokens:,} tokens need about {needed / 1e9:.0f} GB; pass "
+        f"{' or '.join(instead)}"
+    )
 
 
 # ---------------------------------------------------------------------------- what to draw
@@ -257,6 +288,12 @@ def draw_all(model: Model, command: str) -> None:
     for reason in dict.fromkeys(missing.values()):
         names = ", ".join(name for name, why in missing.items() if why == reason)
         print(f"not applicable: {names}: {reason}")
+    for flag in HEEDED.keys() & set(model.options.changed()):
+        ignored = [name for name in drawn if not re.match(HEEDED[flag], name)]
+        if flag != "start_layer":
+            ignored += [f"the other maps of {n}" for n in drawn if n.endswith("/explanations")]
+        if ignored:
+            print(f"--{flag.replace('_', '-')} does not apply to {', '.join(ignored)}")
     print(f"{model.path}: {len(drawn)} figures in {out}")
 
 
@@ -282,8 +319,10 @@ def manifest(
     model: Model, command: str, drawn: dict[str, dict], missing: dict[str, str]
 ) -> dict[str, Any]:
     """The content of manifest.json: the figures, and what made them."""
-    with open(model.path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = None  # of weights that have no file here
+    if model.path.is_file():
+        with open(model.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     options = {name: portable(value) for name, value in asdict(model.options).items()}
     return {
         "command": command,
@@ -306,7 +345,11 @@ def portable(value: Any) -> Any:
 
 def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
-    path = find_checkpoint(str(options.checkpoint or newest_checkpoint()))
+    if options.weights and options.checkpoint:
+        raise UserError("--weights and --checkpoint each name a model; pass one of them")
+    path = find_checkpoint(options.weights or str(options.checkpoint or newest_checkpoint()))
+    if options.weights and not path.is_file():
+        path = Path(options.weights)
     model = Model(path, choose_device(options.device), options)
     check_options(model)
     draw_all(model, shlex.join(["python", "visualization/vis.py", *argv]))

@@ -296,20 +296,20 @@ def test_a_head_without_projection_is_worth_nothing_and_one_that_decides_is():
         model.blocks[1].attn.proj.weight[:, 8:] = 0  # the second of two heads
         labels = model(images).argmax(dim=1)
 
-        def accuracy_and_loss():
+        def hits_and_loss():
             logits = model(images)
-            return (logits.argmax(dim=1) == labels).double().mean().item(), logits.std().item()
+            return logits.argmax(dim=1) == labels, logits.std().item()
 
-        worth = explain.head_worth(model, accuracy_and_loss)
-        assert worth.accuracy == worth.pruned[0] == 1 and worth.without[1, 1] == 1
-        assert worth.without.shape == (3, 2) and worth.pruned.shape == (7,)
-        assert worth.without.min() < 1
+        worth = explain.head_worth(model, hits_and_loss)
+        assert worth.pruned[0].all() and not worth.lost[1, 1].any()
+        assert worth.lost.shape == (3, 2, 40) and worth.pruned.shape == (7, 40)
+        assert worth.lost.max() == 1
         without_attention = copy.deepcopy(model)
         for block in without_attention.blocks:
             block.attn.proj.weight.zero_()
-        expected = (without_attention(images).argmax(dim=1) == labels).double().mean()
-        assert worth.pruned[-1] == pytest.approx(expected.item())
-        assert accuracy_and_loss()[0] == 1  # the model is as before
+        expected = without_attention(images).argmax(dim=1) == labels
+        assert torch.equal(worth.pruned[-1], expected)
+        assert hits_and_loss()[0].all()  # the model is as before
 
 
 def test_areas_and_intervals():

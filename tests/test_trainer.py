@@ -50,6 +50,18 @@ def test_a_run_leaves_its_files_and_the_figures_agree(train, tmp_path, capsys):
     assert float(rows[1]["validation_accuracy"]) == pytest.approx(result["validation_accuracy"])
 
 
+def test_a_result_is_written_even_if_its_picture_cannot_be_drawn(
+    train, tmp_path, monkeypatch, capsys
+):
+    def fail(*_, **__):
+        raise ValueError("a label\nthat no one can draw")
+
+    monkeypatch.setattr("curves.draw_curves", fail)
+    assert train("--name a --epochs 1") == 1
+    assert "a/curves.png: a label that no one can draw\n" in capsys.readouterr().err
+    assert json.loads((tmp_path / "a/result.json").read_text())["epochs"] == 1
+
+
 def watch_tokens(monkeypatch):
     """A list that gets the number of tokens in each call of a block."""
     tokens, forward = [], EncoderBlock.forward

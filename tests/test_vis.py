@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import augment
@@ -23,7 +24,7 @@ import vis
 from checkpoint import Checkpoint, load_model, save_checkpoint, versions
 from model import Model, Options, Subject, unique
 from recipes import TrainConfig
-from small import ROOT, SHAPES
+from small import ROOT, SHAPES, images_of
 from test_style import assert_readable
 from utils import UserError, status_of
 from ViT import ViT, ViTConfig
@@ -328,6 +329,82 @@ def test_a_single_patch_and_a_single_channel_can_be_drawn(draw, readable, monkey
     assert set(manifest(tmp_path)["not_applicable"]) == {"data/attention-distance", "run/curves"}
 
 
+@pytest.fixture
+def of_torchvision(tmp_path):
+    """A small ViT of torchvision for 7 classes, whose state dict is tmp/vit.pth."""
+    torch.manual_seed(0)
+    size = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16}
+    model = torchvision.models.VisionTransformer(**size, mlp_dim=64, num_classes=7).eval()
+    torch.nn.init.normal_(model.heads.head.weight)
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    return model
+
+
+def test_weights_of_torchvision_are_explained_on_the_photo(
+    draw, readable, of_torchvision, tmp_path
+):
+    """A photo of 120 x 60 pixels, of which the model sees the square in the middle, and a note."""
+    x, y = np.meshgrid(np.arange(120), np.arange(60))
+    photo = np.stack([2 * x, 4 * y, 0 * x], axis=-1).astype(np.uint8)
+    name = "\u732b $x^$" + "long" * 50 + ".png"
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(photo).save(tmp_path / "photos" / name)
+    (tmp_path / "photos/broken.jpg").write_text("no photo")
+    flags = f"image --weights {tmp_path}/vit.pth --heads 2 --dir {tmp_path}/photos --save-data"
+    flags += f" --out {tmp_path}/out --dpi 40"
+    assert status_of(vis.main, [*flags.split(), "--target", "class 3"]) == 0
+    options = Options(weights=str(tmp_path / "vit.pth"), heads=2, dir=tmp_path / "photos")
+    model = Model(tmp_path / "vit.pth", torch.device("cpu"), options)
+    (subject,) = model.subjects([])
+    assert np.array_equal(subject.photo, photo)
+    # What it sees, pixel by pixel, is where the outline is.
+    x0, y0, x1, y1 = subject.crop
+    centers = x0 + (np.arange(32) + 0.5) / 32 * (x1 - x0) - 0.5
+    assert abs(subject.pixels[0, 16].numpy() - 2 * centers).max() < 2
+    centers = y0 + (np.arange(32) + 0.5) / 32 * (y1 - y0) - 0.5
+    assert abs(subject.pixels[1, :, 16].numpy() - 4 * centers).max() < 3
+    with torch.no_grad():
+        logits = of_torchvision(model.normalize(subject.pixels[None]))[0]
+    torch.testing.assert_close(model.probabilities_of(subject), logits.softmax(0))
+    best = next(k for k in logits.argsort(descending=True).tolist() if k != 3)
+    entry = manifest(tmp_path)["figures"][f"image/{name}/explanations"]
+    assert entry["targets"] == ["class 3", f"class {best}"]
+
+
+def test_a_start_layer_leaves_out_the_layers_before_it(of_torchvision, tmp_path):
+    options = {"weights": str(tmp_path / "vit.pth"), "heads": 2}
+    subject = Subject("", "", images_of(SHAPES.test)[0], None)
+    model = Model(tmp_path / "vit.pth", torch.device("cpu"), Options(**options, start_layer=2))
+    A, gradients = explain.attention_gradients(
+        model.vit, model.normalize(subject.pixels[None]), torch.tensor([3])
+    )
+    found = model.explain(subject, 3)
+    for name, M in (
+        ("rollout", explain.rollout(A[1:])),
+        ("relevance", explain.relevance(A[1:], gradients[1:])),
+    ):
+        expected = explain.relative_to_uniform(M[:, 0, 1:])
+        torch.testing.assert_close(found[name].flatten(1), expected)
+
+
+def test_what_needs_too_much_memory_is_refused_before_it_is_computed(monkeypatch, tmp_path):
+    """The estimate is of the right size for what torch keeps for the backward pass."""
+    write_checkpoint(tmp_path / "run/last.pt", SHAPES, depth=4)
+    model = model_of(tmp_path, what="image")
+    kept = []
+    images = torch.zeros(1, 3, 32, 32)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        explain.record(model.vit, images)
+    once = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    weights = {p.untyped_storage().data_ptr() for p in model.vit.parameters()}
+    measured = sum(size for place, size in once.items() if place not in weights)
+    squares = 4 * (4 + 3) * 2 * 17**2  # the gradients, and three matrices
+    assert explain.bytes_needed(model.config, 0) == pytest.approx(measured + squares, rel=0.3)
+    monkeypatch.setattr(vis, "MOST_BYTES", explain.bytes_needed(model.config, 2))
+    with pytest.raises(UserError, match="17 tokens need about 0 GB; pass --start-layer 3"):
+        vis.check_options(model)
+
+
 # ---------------------------------------------------------------------------- the ten steps
 
 
@@ -406,6 +483,14 @@ def test_what_cannot_be_drawn_is_an_error_of_one_line(draw, tmp_path, capsys, fl
     assert status == 2 and message in error, error
     assert error.startswith("vis.py: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_others_given_as_a_checkpoint_are_told_their_flag(
+    of_torchvision, tmp_path, capsys
+):
+    path = tmp_path / "vit.pth"
+    assert status_of(vis.main, ["image", "--checkpoint", str(path)]) == 2
+    assert f"weights of others are named by --weights {path}\n" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(draw, tmp_path, capsys):

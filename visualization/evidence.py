@@ -6,17 +6,18 @@ import numpy as np
 import torch
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import explain
 from data import Batch, Split
-from evaluation import evaluate
+from evaluation import predict
 from model import PROBE_BATCH, Model
+from run_figures import wilson_interval
 from style import SMALLEST, NotApplicable, Picture, new_figure, signed
 
 SHARES = 8  # of the patches, at which a curve is measured
 RANDOM_ORDERS = 10
-HEAD_IMAGES = 500
 RANDOM = "random order"
 CURVES = ("deletion", "insertion", "deletion accuracy", "insertion accuracy")
 
@@ -47,14 +48,16 @@ def maps(model: Model) -> Picture:
     title = f"Which patches matter: {len(rows)} {model.of_split}"
     figure = new_figure(7.4, 3.2, title, caption)
     left, right = figure.subplots(1, 2, sharey=True)
+    markers = list("os^vDPX")
     for name in sorted(areas, key=lambda name: sum(areas[name]["deletion_interval"])):
         deletion, insertion = measured[name][:2].mean(dim=1).numpy()  # (SHARES,)
         low, high = areas[name]["deletion_interval"]
-        style = {"color": "0.6", "linestyle": "--"} if name == RANDOM else {}
+        style = {"marker": markers.pop()}
+        style |= {"color": "0.6", "linestyle": "--"} if name == RANDOM else {}
         label = f"{name}: {low:.2f} to {high:.2f}"
         shares = np.arange(SHARES)
-        left.plot(shares / SHARES, deletion, marker=".", label=label, **style)
-        right.plot((shares + 1) / SHARES, insertion, marker=".", **style)
+        left.plot(shares / SHARES, deletion, ms=4, label=label, **style)
+        right.plot((shares + 1) / SHARES, insertion, ms=4, **style)
     left.set(xlabel="patches removed, most important first", ylabel="probability of the class")
     right.set(xlabel="patches present, most important first", ylim=(0, 1))
     for axes in (left, right):
@@ -124,28 +127,35 @@ def table(areas: dict[str, dict[str, Any]]) -> list[str]:
 
 def heads(model: Model) -> Picture:
     """The accuracy that is lost without each head, and without more and more of them."""
-    rows = model.sample(model.split, HEAD_IMAGES)
+    rows = model.sample(model.split, model.options.images)
     sampled = Split(*model.split.take(rows))
 
-    def accuracy_and_loss() -> tuple[float, float]:
-        result = evaluate(model.vit, sampled, model.checkpoint.preprocessing)
-        return result.top1, result.loss
+    def hits_and_loss() -> tuple[Tensor, float]:
+        logits = predict(model.vit, sampled, model.checkpoint.preprocessing)
+        loss = cross_entropy(logits, sampled.labels).item()
+        return (logits.argmax(dim=1) == sampled.labels).cpu(), loss
 
-    worth = explain.head_worth(model.vit, accuracy_and_loss)
-    lost = (100 * (worth.accuracy - worth.without)).numpy()  # (L, h) points
-    pruned = worth.pruned.numpy()  # (L h + 1,)
+    worth = explain.head_worth(model.vit, hits_and_loss)
+    lost = 100 * worth.lost.double().mean(dim=2).numpy()  # (L, h) points
+    intervals = [explain.bootstrap_interval(each) for each in worth.lost.flatten(0, 1)]
+    intervals = 100 * np.reshape(intervals, (*lost.shape, 2))
+    sure = (intervals[..., 0] > 0) | (intervals[..., 1] < 0)
+    pruned = worth.pruned.double().mean(dim=1).numpy()  # (L h + 1,)
+    low, high = (100 * end for end in wilson_interval(pruned, np.full(len(pruned), len(rows))))
     caption = (
         "Left: accuracy lost without one head, whose output is set to zero, from "
-        f"{worth.accuracy:.1%}. Right: without more and more heads, the least "
-        "useful first; of heads that can replace each other, each alone looks useless."
+        f"{pruned[0]:.1%}; gray where the 95% bootstrap interval of the loss holds 0. The darkest "
+        "color is the largest end of an interval. Right: without more and more heads, the least "
+        "useful first, ranked on the same images, which flatters them; band: 95% Wilson "
+        "intervals. Of heads that can replace each other, each alone looks useless."
     )
     title = f"What a head is worth: {len(rows)} {model.of_split}"
     figure = new_figure(7.4, 2.8, title, caption)
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
-    most = max(float(np.abs(lost).max()), 1e-3)
+    most = max(float(np.abs(intervals).max()), 1e-3)
     image = left.imshow(lost, aspect="auto", **signed(most))
     for (row, column), value in np.ndenumerate(lost):
-        color = "white" if abs(value) > 0.6 * most else "black"
+        color = "0.55" if not sure[row, column] else "white" if abs(value) > 0.6 * most else "black"
         style = {"ha": "center", "va": "center", "color": color, "fontsize": SMALLEST}
         left.text(column, row, f"{value:.1f}", **style)
     L, h = lost.shape
@@ -154,7 +164,9 @@ def heads(model: Model) -> Picture:
     left.set(xlabel="head", ylabel="layer")
     figure.colorbar(image, ax=left, label="accuracy lost (points)")
     right.plot(range(len(pruned)), 100 * pruned, marker=".")
+    right.fill_between(range(len(pruned)), low, high, alpha=0.2, linewidth=0)
     right.set(xlabel="heads removed, least useful first", ylabel="accuracy (%)")
     right.set_ylim(bottom=0)
-    arrays = {"lost": lost, "pruned": pruned}
-    return Picture(figure, arrays, {"accuracy": worth.accuracy, "most": float(lost.max())})
+    arrays = {"lost": lost, "intervals": intervals, "pruned": pruned}
+    numbers = {"images": len(rows), "accuracy": float(pruned[0]), "most": float(lost.max())}
+    return Picture(figure, arrays, numbers)

@@ -420,29 +420,29 @@ def without_heads(model: ViT, heads: Iterable[Head]) -> Iterator[None]:
 class HeadWorth(NamedTuple):
     """What the accuracy on some images owes to the attention heads."""
 
-    accuracy: float  # with all heads
-    without: Tensor  # (L, h): without one of them
-    pruned: Tensor  # (L h + 1,): without the 0, 1, 2, ... least useful
+    lost: Tensor  # (L, h, n): 1 where an image is right only with a head, -1 only without
+    pruned: Tensor  # (L h + 1, n): whether it is right without the 0, 1, 2, ... least useful
 
 
-def head_worth(model: ViT, accuracy_and_loss: Callable[[], tuple[float, float]]) -> HeadWorth:
-    """Accuracy without each head, and without more and more heads, the least useful first.
+def head_worth(model: ViT, hits_and_loss: Callable[[], tuple[Tensor, float]]) -> HeadWorth:
+    """What images lose without each head, and without more and more, the least useful first.
 
     Args:
-        accuracy_and_loss: of the model as it is now; the loss orders heads of equal accuracy.
+        hits_and_loss: of the model as it is now: whether each of n images is right, and the mean
+            loss, which orders heads of equal accuracy.
     """
     L, h = model.config.depth, model.config.heads
     found = {}
     for head in ((layer, head) for layer in range(L) for head in range(h)):
         with without_heads(model, [head]):
-            found[head] = accuracy_and_loss()
-    order = sorted(found, key=lambda head: (-found[head][0], found[head][1]))
-    pruned = [accuracy_and_loss()[0]]
+            found[head] = hits_and_loss()
+    order = sorted(found, key=lambda head: (-found[head][0].sum(), found[head][1]))
+    pruned = [hits_and_loss()[0]]
     for count in range(1, L * h + 1):
         with without_heads(model, order[:count]):
-            pruned.append(accuracy_and_loss()[0])
-    without = torch.tensor([accuracy for accuracy, _ in found.values()]).reshape(L, h)
-    return HeadWorth(pruned[0], without, torch.tensor(pruned))
+            pruned.append(hits_and_loss()[0])
+    without = torch.stack([hits for hits, _ in found.values()]).unflatten(0, (L, h))
+    return HeadWorth(pruned[0].int() - without.int(), torch.stack(pruned))
 
 
 def area(curves: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def explorer(model: Model, subjects: list[Subject]) -> Page:
         raise NotApplicable(f"a page shows images of 1 or 3 channels, not {config.channels}")
     weights = model.vit.state_dict() | {"embed.pos_embed": model.vit.embed.pos_embed}
     halves = [weight.detach().cpu().half().numpy().astype("<f2") for weight in weights.values()]
-    colors = matplotlib.colormaps[ATTENTION](np.linspace(0, 1, 256))
+    colors = matplotlib.colormaps.get_cmap(ATTENTION)(np.linspace(0, 1, 256))
     content = {
         "about": f"{model.run}: {config.depth} layers, {config.heads} heads, {count:,} weights. "
         "This page computes the model for each picture, in your browser.",

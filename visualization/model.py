@@ -159,7 +159,12 @@ class Model:
             self.vit, self.checkpoint = load_weights(options, device)
             self.run = path.stem if path.is_file() else path.name.rpartition(":")[2]
         else:
-            self.vit, self.checkpoint = load_model(path, device)
+            try:
+                self.vit, self.checkpoint = load_model(path, device)
+            except UserError as error:
+                if path.suffix == ".safetensors" or "did not write it" in str(error):
+                    error.add_note(f"weights of others are named by --weights {path}")
+                raise
             self.run = path.resolve().parent.name if path.name in RUN_FILES else path.stem
         self.vit.requires_grad_(False)  # gradients are those of attention and of pixels
         self.config, self.classes = self.checkpoint.model, self.checkpoint.classes
@@ -204,7 +209,7 @@ class Model:
 
     @property
     def of_split(self) -> str:
-        return f"{self.split_name} images of {self.dataset.name}"
+        return f"{self.split_name} images of {shown(self.dataset.name, 60)}"
 
     @cached_property
     def why_no_data(self) -> str | None:

@@ -9,18 +9,21 @@ from matplotlib.figure import Figure
 
 import explain
 from augment import OPERATIONS, Augmentation
+from curves import shown
 from model import Model
 from style import (
     ATTENTION,
     MARK,
     QUERY_OF_CLASSIFIER,
     RELATIVE,
+    SIMILARITY,
+    SMALLEST,
+    WIDEST,
     NotApplicable,
     Picture,
     attention_bar,
     in_color,
     new_figure,
-    signed,
     tiles,
     to_picture,
 )
@@ -40,11 +43,12 @@ def filters(model: Model) -> Picture:
     k, columns = len(components), 7
     rows = -(-k // columns)
     caption = (
-        f"The first {k} principal components of the patch embedding's filters: the pixel patterns "
-        "that tokens distinguish. Gray is 0; each has a scale of its own. Signs are "
-        f"arbitrary. Together they explain {share[:k].sum():.1%} of the variance."
+        f"The first {k} principal components of the rows of E: the pixel patterns that it "
+        f"amplifies most. They hold {share[:k].sum():.1%} of the variance of its filters, not of that of "
+        "pixels: an embedding that evens out its inputs amplifies what is rare in images. Gray is "
+        "0; each has a scale of its own. Signs are arbitrary."
     )
-    figure = new_figure(7.2, 0.6 * rows + 1.0, "Patch embedding filters", caption)
+    figure = new_figure(7.2, 0.6 * rows + 1.0, "What the patch embedding amplifies", caption)
     left, right = figure.subplots(1, 2, width_ratios=(4.2, 2.4))
     if components.shape[1] == 3:
         colored = np.moveaxis(components, 1, -1)  # (k, P, P, 3)
@@ -56,7 +60,7 @@ def filters(model: Model) -> Picture:
     right.plot(range(1, len(share) + 1), 100 * share.cumsum(), color="0.2")
     right.axvline(k, color=MARK, linewidth=1, label="shown on the left")
     right.legend(loc="lower right")
-    right.set(xlabel="component", ylabel="cumulative variance (%)", ylim=(0, 102))
+    right.set(xlabel="component", ylabel="cumulative variance of filters (%)", ylim=(0, 102))
     return Picture(figure, {"components": components, "singular_values": singular_values})
 
 
@@ -73,10 +77,8 @@ def positions(model: Model) -> Picture:
     size = 5.4 * min(1, g_w / g_h) + 0.9, 5.2 * min(1, g_h / g_w) + 0.7
     figure = new_figure(*size, "Similarity of position embeddings", caption)
     axes = figure.subplots()
-    positive = similarity.min() >= 0
-    scale = {"cmap": "viridis", "vmin": 0, "vmax": 1} if positive else signed(1)
     rows, columns = ([str(number + 1) for number in range(count)] for count in (g_h, g_w))
-    image = tiles(axes, similarity, rows, columns, **scale)
+    image = tiles(axes, similarity, rows, columns, **SIMILARITY)
     axes.set(xlabel="patch column", ylabel="patch row")
     figure.colorbar(image, ax=axes, label="cosine similarity", pad=0.02)
     return Picture(figure, {"similarity": similarity})
@@ -115,7 +117,7 @@ def attention_examples(model: Model) -> Picture:
     """Rollout of one image of each class."""
     rollout = model.probe.rollout.numpy()
     relative = RELATIVE(model.config.tokens * rollout[_shown(model)])
-    colors = matplotlib.colormaps[ATTENTION](relative)[..., :3]
+    colors = ATTENTION(relative)[..., :3]
     caption = (
         f"Over all layers, {QUERY_OF_CLASSIFIER[model.config.pooling]}. Above each image: the "
         "prediction, red where it is wrong; rollout does not depend on it."
@@ -172,8 +174,9 @@ def _sheet(
         names: n, for the columns.
     """
     H, W = next(iter(rows.values()))[0].shape[:2]
-    cell, margin = 0.85, 1.1  # inches
-    size = cell * len(names) + margin, 0.97 * cell * len(rows) * H / W + 0.6
+    margin = 1.2  # inches
+    cell = min(0.85, (WIDEST - margin) / len(names))
+    size = max(cell * len(names) + margin, 4), 1.04 * cell * len(rows) * H / W + 0.6
     figure = new_figure(*size, title, caption)
     grid = figure.subplots(len(rows), len(names), squeeze=False)
     for line, (label, pictures) in zip(grid, rows.items(), strict=True):
@@ -183,7 +186,7 @@ def _sheet(
             axes.spines[:].set_visible(False)
         line[0].set_ylabel(label, rotation="horizontal", ha="right", va="center")
     for axes, name in zip(grid[0], names, strict=True):
-        axes.set_title(name)
+        axes.set_title(shown(name, 12), fontsize=SMALLEST)
     return figure
 
 
@@ -211,7 +214,8 @@ def attention_distance(model: Model) -> Picture:
     title = f"Reach of attention by layer: {_probed(model)}"
     caption = (
         "Left: between patches only, renormalized; low is local, like a small convolution. "
-        "Right: 0 where all weight is on one token."
+        f"Right: over ln T, the entropy of uniform attention to all T = {model.config.tokens} "
+        "tokens; 0 where all weight is on one."
     )
     figure = new_figure(7.4, 2.7, title, caption)
     left, right = figure.subplots(1, 2)
@@ -292,16 +296,20 @@ def class_tokens(model: Model) -> Picture:
     )
     figure = new_figure(5.2, 3.6, "Input of the head, by true class", caption)
     axes = figure.subplots()
-    markers, present = "os^vDP*Xph", np.unique(labels)
-    for label in present:
+    markers, (present, sizes) = "os^vDP*Xph", np.unique(labels, return_counts=True)
+    named = present[np.argsort(-sizes, kind="stable")[: 20 if len(present) <= 20 else 10]]
+    caption += " The ten classes of most images are named; gray are the others." * (
+        len(present) > 20
+    )
+    for label in sorted(present, key=lambda label: label in named):
         at = points[labels == label]
         # Beyond ten classes a color comes again, with another marker.
         axes.plot(
             at[:, 0], at[:, 1], markers[(label + label // 10) % len(markers)], ms=4, alpha=0.8,
-            mew=0, color=matplotlib.colormaps["tab10"](label % 10), label=model.classes[label],
+            mew=0, color=matplotlib.colormaps["tab10"](label % 10) if label in named else "0.7",
+            label=shown(model.classes[label]) if label in named else None,
         )  # fmt: skip
     for set_label, axis in ((axes.set_xlabel, 0), (axes.set_ylabel, 1)):
         set_label(f"principal component {axis + 1} ({shares[axis]:.0%} of the variance)")
-    if len(present) <= 20:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     return Picture(figure, {"points": points, "labels": labels, "shares": shares})

@@ -8,9 +8,9 @@ from matplotlib.ticker import PercentFormatter
 
 import explain
 from checkpoint import EpochRecord
-from curves import draw_curves
+from curves import draw_curves, shown
 from model import Model
-from style import SMALLEST, NotApplicable, Picture, new_figure, show_picture, to_picture
+from style import SMALLEST, WIDEST, NotApplicable, Picture, new_figure, show_picture, to_picture
 
 MISTAKES = 24
 
@@ -20,7 +20,7 @@ def curves(model: Model) -> Picture:
     history = model.checkpoint.history
     if not history:
         raise NotApplicable("the checkpoint has no training history")
-    figure = new_figure(10, 3.2, "Training")
+    figure = new_figure(WIDEST, 2.7, "Training")
     draw_curves(figure, history, model.checkpoint.training)
     arrays = {  # nan where an epoch has no value
         field.name: np.array([getattr(row, field.name) for row in history], dtype=float)
@@ -38,9 +38,11 @@ def confusion(model: Model) -> Picture:
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     title = f"Accuracy {accuracy:.2%} on {len(labels):,} {model.of_split}"
     caption = "Rows sum to 100%. The diagonal is the accuracy of each class."
-    side = float(np.clip(0.42 * K, 3, 12))
-    figure = new_figure(side + 1.6, side + 1, title, caption)
-    axes = figure.subplots()
+    side = min(max(0.42 * K, 3), WIDEST - 1.6 if K <= 20 else 4)
+    figure = new_figure(side + (1.6 if K <= 20 else 3.4), side + 1, title, caption)
+    axes, beside = (
+        figure.subplots(1, 2, width_ratios=(1, 0.6)) if K > 20 else (figure.subplots(), 0)
+    )
     norm = PowerNorm(0.4, 0, 100)  # or the mistakes would all be black
     image = axes.imshow(share, cmap="magma", norm=norm)
     if K <= 20:
@@ -50,11 +52,27 @@ def confusion(model: Model) -> Picture:
                 column, row, f"{value:.0f}" if round(value) else "·", ha="center", va="center",
                 fontsize=SMALLEST, color="black" if norm(value) > 0.6 else "white",
             )  # fmt: skip
-        axes.set_xticks(range(K), model.classes, rotation=45, ha="right")
-        axes.set_yticks(range(K), model.classes)
+        names = [shown(name, 20) for name in model.classes]
+        axes.set_xticks(range(K), names, rotation=45, ha="right")
+        axes.set_yticks(range(K), names)
+    if beside:
+        beside.set_axis_off()
+        text = "\n".join(["most frequent confusions", "", *confusions(model, counts)])
+        beside.text(0, 1, text, va="top", size=SMALLEST, transform=beside.transAxes)
     axes.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8, pad=0.02)
     return Picture(figure, {"counts": counts}, {"accuracy": accuracy})
+
+
+def confusions(model: Model, counts: np.ndarray) -> list[str]:
+    """The ten most frequent ones of counts (K, K), by name."""
+    wrong = np.where(np.eye(len(counts), dtype=bool), 0, counts)
+    pairs = [divmod(int(place), len(counts)) for place in np.argsort(-wrong, axis=None)[:10]]
+    return [
+        f"{shown(model.classes[true])} as\n    {shown(model.classes[other])}: {wrong[true, other]}"
+        for true, other in pairs
+        if wrong[true, other]
+    ]
 
 
 def mistakes(model: Model) -> Picture:
@@ -74,7 +92,8 @@ def mistakes(model: Model) -> Picture:
         axes.set_axis_off()
     shown = model.split.take(chosen).images, labels[chosen], predictions, confidence
     for axes, image, label, prediction, share in zip(grid.flat, *shown, strict=False):
-        name = f"{model.classes[label]} as\n{model.classes[prediction]} {share:.1%}"
+        true, other = (shown(model.classes[k], 18) for k in (label, prediction))
+        name = f"{true} as\n{other} {share:.1%}"
         show_picture(axes, to_picture(image), name)
         axes.title.set_fontsize(SMALLEST)
     arrays = {"rows": chosen, "predictions": predictions, "confidence": confidence}

@@ -23,7 +23,9 @@ from style import (
     ATTENTION,
     MARK,
     RELATIVE,
+    SIMILARITY,
     SMALLEST,
+    WIDEST,
     Picture,
     attention_bar,
     by,
@@ -38,7 +40,6 @@ from style import (
 )
 from ViT import ViT, ViTConfig
 
-WIDTH = 7.4  # inches, of every step
 CHANNELS = (("red", "tab:red"), ("green", "tab:green"), ("blue", "tab:blue"))
 GRAY = (("values", "0.2"),)
 MOST_TILES = 8  # heads or layers side by side
@@ -146,7 +147,7 @@ def step(*shown: str) -> Callable:
 
 def _row(title: str, ratios: list[float], height: float, caption: str) -> tuple[Figure, list[Axes]]:
     """A figure of axes side by side."""
-    figure = new_figure(WIDTH, height + 0.25, title, caption)
+    figure = new_figure(WIDEST, height + 0.25, title, caption)
     return figure, list(figure.subplots(1, len(ratios), width_ratios=ratios))
 
 
@@ -158,8 +159,9 @@ def _sign(axes: Axes, text: str, size: float = 11) -> None:
 
 
 def _matrix(axes: Axes, values: np.ndarray, title: str, x: str, y: str = "") -> None:
-    """Values (rows, columns) of both signs, white at 0."""
+    """Values (rows, columns) of both signs, white at 0, and the ends of their scale."""
     most = float(np.quantile(np.abs(values), 0.98)) or 1.0
+    x = f"{x}, ±{most:.2g}"
     axes.imshow(values, aspect="auto", interpolation_stage="data", **signed(most))
     axes.set(xlabel=x, ylabel=y, xticks=[], yticks=[])
     axes.set_title(title, parse_math=True)
@@ -433,8 +435,9 @@ def embedding(scene: Scene) -> Figure:
     (N, inputs), D = x.shape, z.shape[1]
     title = f"3. One linear map turns every patch into a token of {D} numbers"
     caption = (
-        "Each row is a patch; arrowheads mark the same one on both sides. Blue is negative, red "
-        "positive. The bias is not shown."
+        "Each row is a patch; arrowheads mark the same one on both sides. Blue is negative, white "
+        "0, red positive; the darkest colors are at the values after ±, which 98% do not exceed. "
+        "The bias is not shown."
     )
     ratios = [min(inputs / D, 3), 0.08, 0.9, 0.08, 1]  # beyond 3 the titles would not fit
     figure, axes = _row(title, ratios, 1.7, caption)
@@ -456,8 +459,9 @@ def positions(scene: Scene) -> Figure:
     z = scene.walk.tokens[0].numpy()
     title = "4. A position embedding is added to each token"
     caption = (
-        "Right: cosine similarity between the position embeddings of the outlined patch and of "
-        f"every patch, from {similarity[scene.patch].min():.2f}, black, to 1."
+        "The darkest colors are at the values after ±. Right: cosine similarity between the "
+        "position embeddings of the outlined patch and of every patch, blue at -1, white at 0, red "
+        f"at 1; here from {similarity[scene.patch].min():.2f} to 1."
     )
     figure, axes = _row(title, [1, 0.08, 1, 0.08, 1, 0.1, 0.8], 1.5, caption)
     tokens = z - added.numpy()  # with the class token, where there is one
@@ -467,7 +471,7 @@ def positions(scene: Scene) -> Figure:
     _sign(axes[3], "=")
     _matrix(axes[4], z, "$z_0$", f"{D} numbers")
     axes[5].set_axis_off()
-    _map(axes[6], similarity[scene.patch].numpy(), "cosine similarity")
+    _map(axes[6], similarity[scene.patch].numpy(), "cosine similarity", **SIMILARITY)
     _mark_in_map(axes[6], scene)
     for axis in (axes[0], axes[2], axes[4]):
         _mark_row(axis, scene.token)
@@ -579,7 +583,7 @@ def blocks(scene: Scene) -> Figure:
         "that layer. Similar colors mean similar tokens; the hue itself is arbitrary. Below: "
         "attention of the classifier, mean over heads."
     )
-    figure = new_figure(WIDTH, 2.35, title, caption)
+    figure = new_figure(WIDEST, 2.35, title, caption)
     axes = figure.subplots(2, len(layers) + 1)
     attention_bar(figure, axes[1, :], pad=0.02)
     show_picture(axes[0, 0], scene.picture, "input")
@@ -612,6 +616,7 @@ def classifier(scene: Scene) -> Figure:
     show_picture(axes[0], scene.picture, "input")
     layers, best = range(len(lens)), np.argsort(-lens[-1], kind="stable")[:3]
     axes[1].plot(layers, 100 * lens, color="0.8", linewidth=0.8)  # all classes
+    axes[1].plot([], [], color="0.8", linewidth=0.8, label="other classes")
     for k in best:
         axes[1].plot(layers, 100 * lens[:, k], marker=".", label=shown(scene.classes[k]))
     axes[1].set(xlabel="layer", ylabel="probability (%)", ylim=(0, 102), xticks=range(len(lens)))

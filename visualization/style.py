@@ -128,6 +128,9 @@ def signed(most: float) -> dict[str, Any]:
     return {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
 
 
+SIMILARITY = signed(1)  # of cosines, in all figures of them
+
+
 def attention_bar(figure: Figure, axes: Any, **options: Any) -> None:
     """The color bar of `RELATIVE`."""
     bar = figure.colorbar(ScalarMappable(RELATIVE, ATTENTION), ax=axes, extend="both", **options)

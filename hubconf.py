@@ -28,7 +28,7 @@ def _checkpoint_module():
     sys.modules |= {name: sys.modules[long] for name, long in names.items() if long in sys.modules}
     sys.path.insert(0, str(_SRC))
     try:
-        import checkpoint
+        return __import__("checkpoint")
     finally:
         sys.path.remove(str(_SRC))
         for name in names.keys() & sys.modules.keys():
@@ -38,4 +38,3 @@ def _checkpoint_module():
                 if isinstance(each, type) and each.__module__ == name:
                     each.__module__ = names[name]
         sys.modules |= theirs
-    return checkpoint

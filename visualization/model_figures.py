@@ -44,9 +44,9 @@ def filters(model: Model) -> Picture:
     rows = -(-k // columns)
     caption = (
         f"The first {k} principal components of the rows of E: the pixel patterns that it "
-        f"amplifies most. They hold {share[:k].sum():.1%} of the variance of its filters, not of that of "
-        "pixels: an embedding that evens out its inputs amplifies what is rare in images. Gray is "
-        "0; each has a scale of its own. Signs are arbitrary."
+        f"amplifies most. They hold {share[:k].sum():.1%} of the variance of its filters, not of "
+        "that of pixels: an embedding that evens out its inputs amplifies what is rare in images. "
+        "Gray is 0; each has a scale of its own. Signs are arbitrary."
     )
     figure = new_figure(7.2, 0.6 * rows + 1.0, "What the patch embedding amplifies", caption)
     left, right = figure.subplots(1, 2, width_ratios=(4.2, 2.4))
@@ -116,13 +116,13 @@ def augmentation(model: Model) -> Picture:
 def attention_examples(model: Model) -> Picture:
     """Rollout of one image of each class."""
     rollout = model.probe.rollout.numpy()
-    relative = RELATIVE(model.config.tokens * rollout[_shown(model)])
-    colors = ATTENTION(relative)[..., :3]
+    relative = model.config.tokens * rollout[_rows(model)]
+    colors = [ATTENTION(RELATIVE(each))[..., :3] for each in relative]
     caption = (
         f"Over all layers, {QUERY_OF_CLASSIFIER[model.config.pooling]}. Above each image: the "
         "prediction, red where it is wrong; rollout does not depend on it."
     )
-    figure = _sheet_of_probe(model, {"rollout": list(colors)}, "Attention rollout", caption)
+    figure = _sheet_of_probe(model, {"rollout": colors}, "Attention rollout", caption)
     attention_bar(figure, figure.axes, pad=0.02, shrink=0.9)
     return Picture(figure, {"rollout": rollout})
 
@@ -138,7 +138,7 @@ def token_pca(model: Model) -> Picture:
         patches = model.probe.tokens[:, layer, -model.config.patches :]  # (n, N, D)
         colors = explain.tokens_as_colors(patches).unflatten(1, model.config.grid).numpy()
         arrays[f"layer_{layer}"] = colors
-        rows[f"layer {layer}" if layer else "embedding"] = list(colors[_shown(model)])
+        rows[f"layer {layer}" if layer else "embedding"] = list(colors[_rows(model)])
     caption = (
         "Red, green and blue are the first three principal components of the patch tokens of "
         f"{_probed(model)}, with a separate PCA for each layer: compare colors within a row, "
@@ -152,12 +152,12 @@ def _sheet_of_probe(
     model: Model, rows: dict[str, Sequence[np.ndarray]], title: str, caption: str
 ) -> Figure:
     """One image of each class, with its prediction above it and the rows below it."""
-    shown = _shown(model)
-    inputs = [to_picture(image) for image in model.probe.pixels[shown]]
-    predictions = model.probe.predictions[shown]
+    rows_of_probe = _rows(model)
+    inputs = [to_picture(image) for image in model.probe.pixels[rows_of_probe]]
+    predictions = model.probe.predictions[rows_of_probe]
     names = [model.classes[k] for k in predictions]
     figure = _sheet({"input": inputs} | rows, names, title, caption)
-    wrong = predictions != model.probe.labels[shown]
+    wrong = predictions != model.probe.labels[rows_of_probe]
     for axes, is_wrong in zip(figure.axes, wrong.tolist(), strict=False):  # those of the first row
         if is_wrong:
             axes.title.set_color("tab:red")
@@ -190,7 +190,7 @@ def _sheet(
     return figure
 
 
-def _shown(model: Model) -> list[int]:
+def _rows(model: Model) -> list[int]:
     """Rows of the probe: the first image of each of up to ten classes."""
     labels = model.probe.labels.tolist()
     return [labels.index(label) for label in sorted(set(labels))[:SHEET_CLASSES]]

@@ -261,13 +261,13 @@ CODE = {"family": "monospace", "size": SMALLEST}
 @step("tokens", "attention", "lens")
 def overview(scene: Scene) -> Figure:
     """The paper's Fig. 1 with real values: from the image to its class, and the block inside."""
-    canvas = Canvas(9, 4.2)
-    show_picture(picture := canvas.axes(0.1, 2.5, 1.3, 1.3), scene.picture)
+    canvas = Canvas(WIDEST, 4.2)
+    show_picture(picture := canvas.axes(0.08, 2.65, 1, 1), scene.picture)
     _mark_in_picture(picture, scene)
-    canvas.text(0.75, 3.95, f"image, {by(*scene.picture.shape)}")
-    canvas.arrow((1.43, 3.15), (1.62, 3.15))
-    _exploded(canvas.axes(1.65, 2.45, 1.4, 1.4), scene)
-    canvas.text(2.35, 3.95, f"{scene.config.patches} patches")
+    canvas.text(0.08, 3.95, f"image, {by(*scene.picture.shape)}", ha="left")
+    canvas.arrow((1.1, 3.15), (1.26, 3.15))
+    _exploded(canvas.axes(1.28, 2.62, 1.06, 1.06), scene)
+    canvas.text(1.81, 3.95, f"{scene.config.patches} patches")
     _draw_tokens(canvas, scene)
     _draw_output(canvas, scene)
     _draw_block(canvas, scene)
@@ -284,23 +284,23 @@ def _draw_tokens(canvas: Canvas, scene: Scene) -> None:
     pieces = scene.pieces().reshape(N, *scene.pieces().shape[2:])
     first = int(scene.config.pooling == "class")  # the class token is not drawn
     before, after = (scene.walk.tokens[layer].numpy()[first:] for layer in (0, -1))
-    canvas.arrow((3.07, 3.15), (3.3, 3.15))
+    canvas.arrow((2.36, 3.15), (2.52, 3.15))
     for place, row in enumerate(rows):
         y = 3.6 - 0.27 * place
-        show_picture(axes := canvas.axes(3.5, y, 0.22, 0.22), pieces[row])
-        canvas.text(3.46, y + 0.11, str(row + 1), SMALLEST, ha="right")
-        for x, tokens in ((4.58, before), (6.27, after)):
-            _strip(canvas.axes(x, y + 0.02, 0.62, 0.18), tokens[row : row + 1], tokens)
-        for x in (3.75, 4.46, 5.22, 6.12, 6.91):
-            canvas.arrow((x, y + 0.11), (x + 0.11, y + 0.11))
+        show_picture(axes := canvas.axes(2.78, y, 0.22, 0.22), pieces[row])
+        canvas.text(2.75, y + 0.11, str(row + 1), SMALLEST, ha="right")
+        for x, tokens in ((3.91, before), (5.15, after)):
+            _strip(canvas.axes(x, y + 0.02, 0.42, 0.18), tokens[row : row + 1], tokens)
+        for x in (3.02, 3.79, 4.34, 5.03, 5.58):
+            canvas.arrow((x, y + 0.11), (x + 0.1, y + 0.11))
         if row == scene.number:
             P = scene.config.patch_size
             outline(axes, -0.5, -0.5, P, P)
-    canvas.text(3.61, 3.95, "in a row")
-    canvas.box(3.89, 2.47, 0.55, 1.38, "linear map\n$E$ and\npositions", size=SMALLEST)
-    canvas.text(4.89, 3.95, f"tokens $z_0$, {D} numbers")
-    canvas.box(5.36, 2.47, 0.73, 1.38, f"encoder\nblock\n\n$\\times$ {scene.config.depth}")
-    canvas.text(6.58, 3.95, "tokens $z_L$")
+    canvas.text(2.83, 3.95, "in a row")
+    canvas.box(3.14, 2.47, 0.63, 1.38, "linear map\n$E$ and\npositions", size=SMALLEST)
+    canvas.text(4.12, 3.95, f"tokens $z_0$, {D} numbers")
+    canvas.box(4.46, 2.47, 0.56, 1.38, f"encoder\nblock\n\n$\\times$ {scene.config.depth}")
+    canvas.text(5.36, 3.95, "tokens $z_L$")
 
 
 def _strip(axes: Axes, values: np.ndarray, among: np.ndarray) -> None:
@@ -314,70 +314,70 @@ def _strip(axes: Axes, values: np.ndarray, among: np.ndarray) -> None:
 def _draw_output(canvas: Canvas, scene: Scene) -> None:
     """Pooling, the last norm and the head, and the three most probable classes."""
     pooled = {"class": "class\ntoken", "mean": "mean"}[scene.config.pooling]
-    canvas.box(7.06, 2.47, 0.52, 1.38, f"{pooled},\nnorm,\nhead", size=SMALLEST)
-    canvas.arrow((7.6, 3.15), (7.75, 3.15))
+    canvas.box(5.7, 2.47, 0.48, 1.38, f"{pooled},\nnorm,\nhead", size=SMALLEST)
+    canvas.arrow((6.2, 3.15), (6.33, 3.15))
     probabilities = scene.walk.lens[-1].numpy()
     best = np.argsort(-probabilities, kind="stable")[:3]
-    axes = canvas.axes(7.8, 2.6, 1.1, 1.1)
+    axes = canvas.axes(6.37, 2.6, 0.98, 1.1)
     axes.barh(range(len(best)), probabilities[best], 0.3, color="tab:blue")
     for place, k in enumerate(best):
-        name = shown(scene.classes[k], 17)  # which is all there is room for
+        name = shown(scene.classes[k], 12)  # which is all there is room for
         axes.text(0, place - 0.38, f"{name} {probabilities[k]:.1%}", fontsize=SMALLEST)
     axes.set(xlim=(0, 1), ylim=(2.5, -0.7))
     axes.set_axis_off()
-    canvas.text(8.35, 3.95, "prediction")
+    canvas.text(6.86, 3.95, "prediction")
 
 
 def _draw_block(canvas: Canvas, scene: Scene) -> None:
     """The inside of a block, in the code's names, with Eqs. 2 and 3."""
-    canvas.whole.add_patch(Rectangle((0.1, 0.12), 5.15, 2.05, facecolor="0.98", edgecolor="0.8"))
-    canvas.whole.plot([5.36, 0.1], [2.47, 2.17], color="0.8", linewidth=0.8, linestyle=":")
-    canvas.whole.plot([6.09, 5.25], [2.47, 2.17], color="0.8", linewidth=0.8, linestyle=":")
+    canvas.whole.add_patch(Rectangle((0.08, 0.12), 4.12, 2.05, facecolor="0.98", edgecolor="0.8"))
+    canvas.whole.plot([4.46, 0.08], [2.47, 2.17], color="0.8", linewidth=0.8, linestyle=":")
+    canvas.whole.plot([5.02, 4.2], [2.47, 2.17], color="0.8", linewidth=0.8, linestyle=":")
     canvas.text(0.2, 2.02, f"encoder block: {scene.config.heads} heads, MLP of width "
                 f"{scene.config.hidden}", ha="left")  # fmt: skip
     y = 1.1
-    canvas.text(0.4, y, "$z_{l-1}$", 9)
-    canvas.text(4.95, y, "$z_l$", 9)
+    canvas.text(0.3, y, "$z_{l-1}$", 9)
+    canvas.text(4.03, y, "$z_l$", 9)
     boxes = (
-        (0.8, "norm1", "0.95"),
-        (1.5, "attn", "#fde8d0"),
-        (2.95, "norm2", "0.95"),
-        (3.65, "mlp", "#d9e8f6"),
+        (0.64, "norm1", "0.95"),
+        (1.22, "attn", "#fde8d0"),
+        (2.38, "norm2", "0.95"),
+        (2.96, "mlp", "#d9e8f6"),
     )
     for x, name, color in boxes:
-        canvas.box(x, y - 0.26, 0.52, 0.52, name, color, **CODE)
-    for plus, start in ((2.33, 0.66), (4.48, 2.66)):
+        canvas.box(x, y - 0.26, 0.44, 0.52, name, color, **CODE)
+    for plus, start in ((1.88, 0.54), (3.62, 2.14)):
         canvas.arrow((start, y), (start, y + 0.5), (plus, y + 0.5), (plus, y + 0.12))
         canvas.whole.add_patch(Circle((plus, y), 0.1, facecolor="white", edgecolor="0.35"))
         canvas.text(plus, y, "+", 9)
     for start, end in (
-        (0.57, 0.8),
-        (1.32, 1.5),
-        (2.02, 2.22),
-        (2.43, 2.95),
-        (3.47, 3.65),
-        (4.17, 4.37),
-        (4.58, 4.8),
+        (0.45, 0.64),
+        (1.08, 1.22),
+        (1.66, 1.78),
+        (1.98, 2.38),
+        (2.82, 2.96),
+        (3.4, 3.52),
+        (3.72, 3.93),
     ):
         canvas.arrow((start, y), (end, y))
-    canvas.text(1.76, y - 0.42, "mixes tokens", SMALLEST, color="0.35")
-    canvas.text(3.91, y - 0.42, "acts on each token", SMALLEST, color="0.35")
-    canvas.text(1.45, 0.33, r"$z'_l = \mathrm{MSA}(\mathrm{LN}(z_{l-1})) + z_{l-1}$   (2)")
-    canvas.text(3.85, 0.33, r"$z_l = \mathrm{MLP}(\mathrm{LN}(z'_l)) + z'_l$   (3)")
+    canvas.text(1.44, y - 0.42, "mixes tokens", SMALLEST, color="0.35")
+    canvas.text(3.18, y - 0.42, "acts on each token", SMALLEST, color="0.35")
+    canvas.text(1.12, 0.33, r"$z'_l = \mathrm{MSA}(\mathrm{LN}(z_{l-1})) + z_{l-1}$   (2)")
+    canvas.text(3.16, 0.33, r"$z_l = \mathrm{MLP}(\mathrm{LN}(z'_l)) + z'_l$   (3)")
 
 
 def _draw_attention(canvas: Canvas, scene: Scene) -> None:
     """Attention of the outlined patch in up to four layers, mean over heads, on one scale."""
     depth = scene.config.depth
     layers = sorted({round(layer) for layer in np.linspace(1, depth, min(depth, 4))})
-    canvas.text(7.0, 2.02, "attention of the outlined patch, mean over heads")
+    canvas.text(5.85, 2.02, "attention of the outlined patch, mean over heads")
     for place, layer in enumerate(layers):
-        axes = canvas.axes(5.42 + 0.8 * place, 0.75, 0.74, 0.74)
+        axes = canvas.axes(4.36 + 0.76 * place, 0.78, 0.7, 0.7)
         _weights(axes, scene, scene.of_patch(scene.walk.attention[layer - 1].mean(dim=0)), "")
         _mark_in_map(axes, scene)
-        canvas.text(5.79 + 0.8 * place, 1.62, f"layer {layer}", SMALLEST)
+        canvas.text(4.71 + 0.76 * place, 1.62, f"layer {layer}", SMALLEST)
     attention_bar(
-        canvas.figure, None, cax=canvas.axes(5.42, 0.47, 3.14, 0.1), orientation="horizontal"
+        canvas.figure, None, cax=canvas.axes(4.4, 0.5, 2.9, 0.1), orientation="horizontal"
     )
 
 
@@ -515,6 +515,7 @@ def attention(scene: Scene) -> Figure:
     _sign(axes[3], "softmax\n→", SMALLEST)
     _weights(axes[4], scene, scene.of_patch(A), "its attention")
     axes[5].set_axis_off()
+    attention_bar(figure, axes, pad=0.02)
     style = {"cmap": ATTENTION, "norm": RELATIVE, "interpolation_stage": "data"}
     axes[6].imshow(len(A) * A.numpy(), **style)
     axes[6].set(title="A", xlabel="key token", ylabel="query token", xticks=[], yticks=[])

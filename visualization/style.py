@@ -24,7 +24,7 @@ from curves import write_figure
 
 # Of attention weights times T, so that 1 is uniform attention: one scale for all figures of them,
 # from an eighth to eight times, which is white in the middle.
-COLORS = "#1b0c42", "#5b3fa0", "#b9aee0", "#f7f7f7", "#ffc04d", "#f26a1b", "#a01414"
+COLORS = "#1b0c42", "#5b3fa0", "#b9aee0", "#f7f7f7", "#ffa62b", "#f0501a", "#a01414"
 ATTENTION = LinearSegmentedColormap.from_list("attention", COLORS)
 RELATIVE = LogNorm(1 / 8, 8, clip=True)
 TICKS = {1 / 8: "1/8", 1 / 4: "1/4", 1 / 2: "1/2", 1: "1", 2: "2", 4: "4", 8: "8"}

@@ -105,15 +105,6 @@ def test_relevance_by_hand():
     torch.testing.assert_close(R, torch.tensor([[1.0, 0.25], [0.0, 1.0]]))
 
 
-def test_gradient_rollout_by_hand():
-    # max(A1 * G, 0) is .5 at [0, 1] and 0 in row 1: rows (0, 1) and, of the identity, (0, 1).
-    G = torch.tensor([[-1.0, 1.0], [0.0, -1.0]])
-    joint = explain.gradient_rollout(one_head(A1), one_head(G))
-    torch.testing.assert_close(joint, torch.tensor([[0.5, 0.5], [0.0, 1.0]]))
-    # The scale of the gradients does not matter.
-    torch.testing.assert_close(explain.gradient_rollout(one_head(A1), one_head(1e-6 * G)), joint)
-
-
 def test_the_classifiers_row_is_the_class_tokens_or_the_mean():
     M = torch.arange(9.0).reshape(3, 3)
     assert explain.classifier_row(M, "class").tolist() == [1, 2]
@@ -132,7 +123,7 @@ def test_explanations_are_maps_of_mean_one_and_two_of_them_depend_on_the_class(p
         torch.testing.assert_close(values.mean(dim=(1, 2)), torch.ones(2))
     for method in ("attention", "rollout"):
         torch.testing.assert_close(maps[method][0], maps[method][1])
-    for method in ("gradient rollout", "relevance", "LeGrad"):
+    for method in ("relevance", "LeGrad"):
         assert not torch.allclose(maps[method][0], maps[method][1], atol=1e-3)
 
 

@@ -158,7 +158,7 @@ def test_all_draws_every_figure(train, draw, readable, tmp_path, pooling, capsys
     image = checkpoint.preprocessing.normalize(images[[3, 3]])
     expected = explain.explanations(model, image, torch.tensor(order))
     saved = load(tmp_path, "image/validation-3/explanations")
-    assert list(saved) == ["attention", "rollout", "gradient_rollout", "relevance", "LeGrad"]
+    assert list(saved) == ["attention", "rollout", "relevance", "LeGrad"]
     for values, wanted in zip(saved.values(), expected.values(), strict=True):
         np.testing.assert_allclose(values, wanted, atol=1e-5)
     counts = load(tmp_path, "run/confusion")["counts"]
@@ -294,7 +294,7 @@ def test_faithfulness_has_a_table_of_all_maps(draw, readable, tmp_path, removal,
     assert draw(f"faithfulness --images 6 --save-data --removal {removal}") == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     names = {line.split(" | ")[0].removeprefix("| ") for line in table[1:]}
-    assert len(names) == 7 and {"relevance", "gradient x input", "random order"} < names
+    assert len(names) == 6 and {"relevance", "gradient x input", "random order"} < names
     areas = manifest(tmp_path)["figures"]["faithfulness/maps"]["areas"]
     saved = load(tmp_path, "faithfulness/maps")
     for name, values in areas.items():

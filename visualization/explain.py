@@ -6,10 +6,9 @@
 
 `record` gives A and z of every block. Ways to combine the blocks' attention into one map:
 
-    rollout             product over the blocks of A, mean over heads: where information can flow
-    gradient rollout    the same of max(A * dy_c/dA, 0), which raises class c: class-specific
-    relevance           the same weights, accumulated block by block: class-specific
-    LeGrad              max(dy_c/dA, 0) of the class score after each block, summed over the blocks
+    rollout      product over the blocks of A, mean over heads: where information can flow
+    relevance    max(A * dy_c/dA, 0), which raises class c, accumulated block by block
+    LeGrad       max(dy_c/dA, 0) of the class score after each block, summed over the blocks
 
 `kept_probabilities` tests how faithful a map is, by removing patches in the map's order.
 """
@@ -205,29 +204,6 @@ def rollout(attention: list[Tensor]) -> Tensor:
     return _product_with_residuals([A.mean(dim=-3) for A in attention])
 
 
-def gradient_rollout(attention: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    """Rollout of the attention that raises a class, weighted as in `relevance`.
-
-    Rows are normalized to sum to 1 before the identity is added, so that, as in `rollout` and
-    unlike in `relevance`, the scale of the gradients does not matter. A row without any positive
-    weight becomes the identity's.
-
-    Args:
-        attention, gradients: L of (..., h, T, T).
-
-    Returns:
-        (..., T, T)
-    """
-    weights = _helpful(attention, gradients)
-    sums = [W.sum(dim=-1, keepdim=True) for W in weights]
-    return _product_with_residuals(
-        [
-            torch.where(total > 0, W / total, _identity_like(W))
-            for W, total in zip(weights, sums, strict=True)
-        ]
-    )
-
-
 def relevance(attention: list[Tensor], gradients: list[Tensor]) -> Tensor:
     """Relevance of every token to every token for one class (Chefer, Gur & Wolf, arXiv 2103.15679).
 
@@ -302,7 +278,7 @@ def explanations(
     layer: int | str = "all",
     head: int | str = "mean",
 ) -> dict[str, Tensor]:
-    """Five maps over the patches of images, each for a class, all relative to uniform.
+    """Four maps over the patches of images, each for a class, all relative to uniform.
 
     Args:
         images: (B, C, H, W), normalized.
@@ -320,7 +296,6 @@ def explanations(
     matrices = {
         "attention": over_heads(A[-1 if layer == "all" else layer - 1 - start], head),
         "rollout": rollout(A),
-        "gradient rollout": gradient_rollout(A, gradients),
         # R starts as the identity, which is no evidence; a class token's row does not contain it.
         "relevance": R - _identity_like(R),
     }

@@ -160,17 +160,19 @@ def explanations(model: Model, subject: Subject) -> Picture:
     pairs = zip(targets, found, strict=True)
     deletion = [deletion_of(model, subject, k, each) for k, each in pairs]
 
-    start = model.options.start_layer
+    options = model.options
+    start, layer = options.start_layer, str(options.layer).replace("all", f"{model.config.depth}")
+    head = str(options.head).replace("all", "mean")
+    over = f"{head} over heads" if head.isalpha() else f"head {head}"
     caption = (
-        f"Attention: {model.chosen_attention}, {QUERY_OF_CLASSIFIER[model.config.pooling]}. "
+        f"Attention: layer {layer}, {over}, {QUERY_OF_CLASSIFIER[model.config.pooling]}. "
         f"Rollout combines all layers{f' from {start} on' if start > 1 else ''}. Neither depends "
-        "on the class, so their rows are equal. Gradient rollout and relevance weight attention "
-        "by the gradient of the class logit, LeGrad is that gradient alone: evidence for the "
-        "class, not against it. Each map is divided by its own mean, so that 1 is uniform and two "
-        "classes compare in shape, not in strength; it is smoothed between patches, and "
-        "transparent at and below 1. Deletion: the "
-        "mean probability of the row's class while patches are removed in the map's order, lower "
-        "is better. None of the five proves a cause."
+        "on the class, so their rows are equal. Relevance weights attention by the gradient of the "
+        "class logit, LeGrad is that gradient alone: evidence for the class, not against it. Each "
+        "map is divided by its own mean, so that two classes compare in shape, not in strength; it "
+        "is smoothed between patches, and transparent at and below 1. Deletion: the mean "
+        "probability of the row's class while patches are removed in the map's order; low is good. "
+        "No map proves a cause."
     )
     H, W = subject.picture.shape[:2]
     height = len(targets) * (1.15 * min(H / W, 2.5) + 0.45) + 0.75

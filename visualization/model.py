@@ -200,14 +200,6 @@ class Model:
         return getattr(self.dataset, self.split_name)
 
     @property
-    def chosen_attention(self) -> str:
-        """Which attention the explanations show, for a caption."""
-        layer, head = self.options.layer, self.options.head
-        over = f"head {head}" if isinstance(head, int) else f"{head} over heads"
-        over = over.replace("all over", "mean over")
-        return f"{'last layer' if layer == 'all' else f'layer {layer}'}, {over}"
-
-    @property
     def of_split(self) -> str:
         return f"{self.split_name} images of {shown(self.dataset.name, 60)}"
 

@@ -213,11 +213,9 @@ def check_memory(model: Model) -> None:
         return
     starts = range(options.start_layer + 1, config.depth + 1)
     fits = [s for s in starts if explain.bytes_needed(config, s - 1) <= MOST_BYTES]
-    instead = [f"--start-layer {fits[0]}"] * bool(fits) + ["--image-size with fewer pixels"]
-    instead = instead if options.weights else instead[:1] or ["a model of fewer patches"]
+    instead = f"--start-layer {fits[0]}" if fits else "--weights with a smaller --image-size"
     raise UserError(
-        f"the maps of {config.tokens:,} tokens need about {needed / 1e9:.0f} GB; pass "
-        f"{' or '.join(instead)}"
+        f"the maps of {config.tokens:,} tokens need about {needed / 1e9:.0f} GB; pass {instead}"
     )
 
 

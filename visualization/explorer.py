@@ -1,7 +1,8 @@
 """explorer.html with a model in it: the page that computes the model itself, in a browser."""
 
 import base64
-import io
+import copy
+import gzip
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image
+import torch
+from torch import Tensor
 
+from evaluation import predict
 from model import Model, Subject
-from style import ATTENTION, NotApplicable, to_picture
+from style import ATTENTION, RELATIVE, TICKS, NotApplicable, to_picture
 from ViT import parameters_of
 
 LARGEST_IN_PAGE = 10_000_000  # weights
+ROUNDING_IMAGES = 1500  # on which the loss of --int8 is measured
 
 
 @dataclass
@@ -27,41 +31,84 @@ class Page:
 
 
 def explorer(model: Model, subjects: list[Subject]) -> Page:
-    """The model in one page: its weights in half precision, and some images."""
+    """The model in one page: its weights, in half precision or 8 bits, and some images."""
     config, preprocessing = model.config, model.checkpoint.preprocessing
     if (count := parameters_of(model.vit)) > LARGEST_IN_PAGE:
         raise NotApplicable(f"{count:,} weights are too many for a page, {LARGEST_IN_PAGE:,}")
     if config.channels not in (1, 3):
         raise NotApplicable(f"a page shows images of 1 or 3 channels, not {config.channels}")
     weights = model.vit.state_dict() | {"embed.pos_embed": model.vit.embed.pos_embed}
-    halves = [weight.detach().cpu().half().numpy().astype("<f2") for weight in weights.values()]
-    colors = matplotlib.colormaps.get_cmap(ATTENTION)(np.linspace(0, 1, 256))
-    content = {
+    weights = {name: weight.detach().cpu() for name, weight in weights.items()}
+    int8 = {name for name, w in weights.items() if model.options.int8 and w.ndim == 2}
+    packed = {name: pack(weight, name in int8) for name, weight in weights.items()}
+    pictures = [to_picture(each.pixels).tobytes() for each in subjects]
+    content = b"".join([stored for stored, _ in packed.values()] + pictures)
+    precision, numbers = precision_of(model, {name: read for name, (_, read) in packed.items()})
+    colors = ATTENTION(np.linspace(0, 1, 256))
+    shown = {
         "about": f"{model.run}: {config.depth} layers, {config.heads} heads, {count:,} weights. "
-        "This page computes the model for each picture, in your browser.",
+        f"This page computes the model for each picture, in your browser. {precision}",
         "model": asdict(config),
         "grid": config.grid,
         **{name: getattr(preprocessing, name) for name in ("mean", "std", "interpolation", "crop")},
         "classes": model.classes,
-        "layout": [(name, weight.shape) for name, weight in weights.items()],
-        "weights": base64_of(b"".join(half.tobytes() for half in halves)),
+        "layout": [(name, weight.shape, name in int8) for name, weight in weights.items()],
+        "packed": base64.b64encode(gzip.compress(content, mtime=0)).decode(),
         "colors": "".join(matplotlib.colors.to_hex(color)[1:] for color in colors),
-        "images": [
-            {"title": model.describe(each), "picture": png_of(to_picture(each.pixels))}
-            for each in subjects
-        ],
+        "most": RELATIVE.vmax,
+        "ticks": list(TICKS.values()),
+        "titles": [model.describe(each) for each in subjects],
     }
     template = (Path(__file__).parent / "explorer.html").read_text()
-    text = json.dumps(content).replace("</", "<\\/")  # a name must not end the script
-    return Page(template.replace("@DATA@", text), {"images": [each.title for each in subjects]})
+    # A name must not end the script; nor must <!--<script> keep it from ending.
+    text = json.dumps(shown).replace("<", "\\u003c")
+    numbers |= {"images": [each.title for each in subjects]}
+    return Page(template.replace("@DATA@", text), numbers)
 
 
-def base64_of(content: bytes | memoryview) -> str:
-    return base64.b64encode(content).decode()
+def pack(weight: Tensor, int8: bool) -> tuple[bytes, Tensor]:
+    """A weight as the page stores it, and as it reads it back.
+
+    In 8 bits, a row is stored as whole numbers from -127 to 127, after the factors of all rows,
+    which like all other weights are in half precision.
+    """
+    if not int8:
+        half = weight.half()
+        return half.numpy().astype("<f2").tobytes(), half.float()
+    factors = weight.abs().amax(dim=1, keepdim=True) / 127  # (m, 1)
+    stored, factors = pack(factors.clamp(min=2**-24), int8=False)  # the smallest above 0
+    whole = (weight / factors).round().clamp(-127, 127).to(torch.int8)
+    return stored + whole.numpy().tobytes(), whole * factors
 
 
-def png_of(picture: np.ndarray) -> str:
-    """A picture as the address of an image."""
-    png = io.BytesIO()
-    Image.fromarray(picture).save(png, "png")
-    return "data:image/png;base64," + base64_of(png.getbuffer())
+def precision_of(model: Model, read: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """What the page says of its precision, and the numbers of that sentence.
+
+    Args:
+        read: the weights as the page has them.
+    """
+    ours = model.vit.state_dict()
+    if not model.options.int8:
+        exact = all(torch.equal(weight.cpu(), read[name]) for name, weight in ours.items())
+        how = "as they are in" if exact else "to which it rounds those of"
+        return f"The weights are in half precision, {how} the checkpoint.", {}
+    text = "The weights are rounded to 8 bits"
+    if model.why_no_data:
+        return f"{text}; what that changes was not measured: {model.why_no_data}.", {}
+    rounded = copy.deepcopy(model.vit)
+    rounded.load_state_dict({name: read[name] for name in ours})
+    rows = model.sample(model.split, ROUNDING_IMAGES)
+    exact, coarse = (
+        predict(vit, model.split, model.checkpoint.preprocessing, rows).softmax(dim=1)
+        for vit in (model.vit, rounded)
+    )
+    numbers = {
+        "images_measured": len(rows),
+        "largest_difference": (exact - coarse).abs().max().item(),
+        "predictions_changed": int((exact.argmax(dim=1) != coarse.argmax(dim=1)).sum()),
+    }
+    return (
+        f"{text}: on {len(rows):,} {model.of_split}, probabilities change by at most "
+        f"{numbers['largest_difference']:.3f}, and {numbers['predictions_changed']} predictions.",
+        numbers,
+    )

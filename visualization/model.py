@@ -78,6 +78,7 @@ class Options(Config):
     out: Annotated[Path | None, "where to write (visualization/out/<run>)"] = None
     format: Annotated[Literal["png", "pdf", "svg"], "of the figures"] = "png"
     dpi: Annotated[int, "dots per inch", "[20, 1200]"] = 200
+    int8: Annotated[bool, "of explorer: a page of half the size, its weights in 8 bits"] = False
     save_data: Annotated[bool, "also write the arrays of each figure, as .npz"] = False
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import datasets
+import device
 import run
 import small
 
@@ -23,6 +24,16 @@ def one_thread():
 def program(monkeypatch):
     """Errors start with the name of the program."""
     monkeypatch.setattr(sys, "argv", small.PROGRAM)
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_chosen(monkeypatch):
+    """A test names its device, or it would train on the GPU of a machine that has one."""
+
+    def chosen():
+        pytest.fail("the device is left to the machine; pass --device cpu")
+
+    monkeypatch.setattr(device, "best_device", chosen)
 
 
 @pytest.fixture(autouse=True)

@@ -64,6 +64,9 @@ def after_each_epoch(run, state):
 
 
 def arguments(flags, folder):
+    """A command line of the trainer; on the CPU, also where there is a GPU."""
+    if "--device" not in flags and "--export" not in flags:
+        flags += " --device cpu"
     if any(task in flags for task in ("--resume", "--evaluate", "--export")):
         return flags.split()
     return ["--recipe", "demo", *TINY, "--output-dir", str(folder), *flags.split()]

@@ -122,10 +122,10 @@ def test_memory_is_a_part_by_itself_and_recomputing_saves_some(tiny, tmp_path, c
     assert f"| small | 22,050,664 | 27.6 | {row['GB']:.3g} | " in capsys.readouterr().out
 
 
-BAD = ["--rounds 0", "nonsense", "--json b.txt", "--json /dev/null/b.json", "--device tpu"]
+BAD = ["--rounds 0", "nonsense", "--json b.txt", "--device cpu --json /dev/null/b.json"]
 
 
-@pytest.mark.parametrize("flags", [*BAD, "--recipe nonsense"])
+@pytest.mark.parametrize("flags", [*BAD, "--device tpu", "--recipe nonsense"])
 def test_bad_input_is_one_line_and_exit_status_2(monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, "argv", ["benchmark.py"])
     try:

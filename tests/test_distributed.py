@@ -67,7 +67,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     signal_at(number, 7)
     assert train("--name a --epochs 3 --no-test --save-minutes 5") == status
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"resume with --resume {tmp_path / 'a'} --no-test --save-minutes 5.0")
+    hint = f"resume with --resume {tmp_path / 'a'} --no-test --save-minutes 5.0 --device cpu"
+    assert line.endswith(hint)
     saved = load_checkpoint(tmp_path / "a/last.pt")
     assert (len(saved.history), saved.step) == (1, 7)
     assert signal.getsignal(number) is before

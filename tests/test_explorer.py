@@ -58,7 +58,7 @@ def make(monkeypatch, tmp_path):
         checkpoint = tmp_path / "run/last.pt"
         write_checkpoint(checkpoint, dataset, **options)
         where = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
-        assert status_of(vis.main, ["explorer", *where, *flags.split()]) == 0
+        assert status_of(vis.main, ["explorer", *where, "--device", "cpu", *flags.split()]) == 0
         return tmp_path / "out/explorer.html"
 
     return written

@@ -78,6 +78,6 @@ def test_a_file_that_cannot_be_read_does_not_keep_back_the_others(files, capsys)
     ],
 )
 def test_what_cannot_be_classified_is_one_line(flags, named, capsys):
-    assert status_of(predict.main, flags.split()) == 2
+    assert status_of(predict.main, [*flags.split(), "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line

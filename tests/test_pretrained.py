@@ -198,7 +198,8 @@ def test_a_run_with_a_frozen_backbone(tiny, tmp_path, monkeypatch, capsys):
     save_file(tiny.state_dict(), tmp_path / "weights.safetensors")
     monkeypatch.setattr("datasets.load_dataset", small.load_small)
     common = f"--recipe finetune --init-from {tmp_path}/weights.safetensors --dataset shapes"
-    flags = f"{common} --epochs 1 --warmup-epochs 0 --output-dir {tmp_path} --no-test --name"
+    flags = f"{common} --epochs 1 --warmup-epochs 0 --output-dir {tmp_path} --no-test"
+    flags += " --device cpu --name"
     assert trainer.main([*flags.split(), "frozen", "--freeze"]) == 0
     out = capsys.readouterr().out
     assert "loaded, a new head for 10 classes" in out
@@ -216,7 +217,8 @@ def test_a_flag_that_contradicts_the_weights_is_refused(flags, tiny, tmp_path, m
     torch.save(tiny.state_dict(), tmp_path / "weights.pth")
     monkeypatch.setattr("datasets.load_dataset", small.load_small)
     command = f"--recipe finetune --init-from {tmp_path}/weights.pth --dataset shapes {flags}"
-    assert status_of(trainer.main, [*command.split(), "--output-dir", str(tmp_path)]) == 2
+    command += f" --output-dir {tmp_path} --device cpu"
+    assert status_of(trainer.main, command.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{flags} is not that of {tmp_path}/weights.pth, " in line
 

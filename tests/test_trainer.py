@@ -281,16 +281,18 @@ def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path):
     assert train("--name a --epochs 2") == 0
     saved = load_checkpoint(tmp_path / "a/last.pt")
     recipe = Recipe("from Python", saved.model, saved.training)
-    result = trainer.fit(recipe, RunOptions(output_dir=tmp_path), name="mine")
+    options = RunOptions(output_dir=tmp_path, device="cpu")
+    result = trainer.fit(recipe, options, name="mine")
     written = json.loads((tmp_path / "mine/result.json").read_text())
     assert written == json.loads(json.dumps(result))
     assert result["recipe"] == "mine" and result["command"] == ""
     assert same_weights(saved.weights, weights_of(tmp_path / "mine/last.pt"))
     with pytest.raises(UserError, match="mine exists"):
-        trainer.fit(recipe, RunOptions(output_dir=tmp_path), name="mine")
+        trainer.fit(recipe, options, name="mine")
     with pytest.raises(Diverged, match="the loss is"):
         broken = dataclasses.replace(saved.training, learning_rate=1e30)
-        trainer.fit(Recipe("", saved.model, broken), RunOptions(output_dir=tmp_path, name="b"))
+        options = dataclasses.replace(options, name="b")
+        trainer.fit(Recipe("", saved.model, broken), options)
 
 
 def test_runs_of_one_process_and_of_another_thread_have_times_of_their_own(train, tmp_path):
@@ -315,7 +317,7 @@ def test_the_program_runs_from_any_folder(tmp_path):
     """The real program, on the real Shapes, as small as its flags allow."""
     flags = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1"
     command = [sys.executable, str(ROOT / "src/trainer.py"), *flags.split(), "--name", "a"]
-    command += ["--output-dir", "runs"]
+    command += ["--output-dir", "runs", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     pipes = {"capture_output": True, "text": True, "timeout": small.PATIENCE}
     done = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)

@@ -69,14 +69,14 @@ def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, name, encodin
     file = os.fsencode(tmp_path) + b"/" + name
     with open(file, "w"):
         pass
-    command = [sys.executable, str(ROOT / "src/predict.py"), file]
+    command = [sys.executable, str(ROOT / "src/predict.py"), file, "--device", "cpu"]
     environment = os.environ | {"PYTHONIOENCODING": encoding}
     done = subprocess.run(command, env=environment, capture_output=True, timeout=PATIENCE)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and printed in done.stderr
 
 
 def test_output_that_is_closed_is_no_traceback(tmp_path):
-    command = f"{sys.executable} {ROOT}/src/predict.py {ROOT}/docs/deer.png"
+    command = f"{sys.executable} {ROOT}/src/predict.py {ROOT}/docs/deer.png --device cpu"
     for closed, status in ((">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)):
         done = subprocess.run(["bash", "-c", f"{command} {closed}"], timeout=PATIENCE)
         assert done.returncode == status

@@ -46,7 +46,8 @@ def draw(monkeypatch, tmp_path):
         if not checkpoint.exists():
             write_checkpoint(checkpoint, SHAPES)
         paths = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
-        return status_of(vis.main, [*paths, "--dpi", "40", *flags.split()])
+        fixed = [*paths, "--dpi", "40", "--device", "cpu"]
+        return status_of(vis.main, [*fixed, *flags.split()])
 
     return run
 
@@ -520,7 +521,7 @@ def test_it_runs_from_any_folder_without_a_display(draw, tmp_path):
     assert draw("model") == 0
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")}
     command = [sys.executable, str(ROOT / "visualization/vis.py"), "model", "--format", "svg"]
-    command += ["--checkpoint", "run/last.pt", "--out", "here"]
+    command += ["--checkpoint", "run/last.pt", "--out", "here", "--device", "cpu"]
     pipes = {"capture_output": True, "text": True, "timeout": small.PATIENCE}
     done = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
     assert done.returncode == 0, done.stderr

@@ -73,7 +73,9 @@ def resized_crop(images: Tensor, windows: Tensor) -> Tensor:
     theta[:, 0, 0], theta[:, 0, 2] = width, 2 * left + width - 1  # affine_grid counts -1 to 1
     theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    found = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    for axis, size in enumerate(reversed(images.shape[2:])):  # outside the centers, the border
+        grid[..., axis].clamp_(1 / size - 1, 1 - 1 / size)  # padding_mode="border" is not for MPS
+    found = F.grid_sample(images.float(), grid, align_corners=False)
     return found.round().to(torch.uint8)
 
 

@@ -48,6 +48,7 @@ class State:
     history: list[EpochRecord] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)  # over the epoch so far, of one number
     epoch_seconds: float = 0.0  # of the epoch so far
+    compiled: str | bool = False  # or how the model is: "default", or "graphs" for CUDA graphs
     compile_seconds: float = 0.0
     earlier_seconds: float = 0.0  # of earlier processes of the run
     started: float = _STARTED  # of this process, on the clock of `time.perf_counter`
@@ -301,6 +302,7 @@ class Run:
             "processes": self.world.size,
             "precision": self.precision,  # of training and validation; the test is in float32
             "torch": str(torch.__version__),
+            "compiled": state.compiled,
             "validation_accuracy": state.history[-1].validation_accuracy,
             "seconds": {"training": training, "compile": state.compile_seconds},
             "images_per_second": len(self.dataset.train) * self.config.epochs / training,

@@ -16,6 +16,7 @@ run. Ctrl-C and SIGTERM save first and say how to resume.
 
 import utils  # noqa: F401  # isort: skip  # before torch: sets how its idle threads wait
 import math
+import re
 import shlex
 import signal
 import time
@@ -41,7 +42,7 @@ from run import Place, Run, Seen, State, new_run, resumed_run
 from utils import Stopped, first_line, is_out_of_memory, run_program
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # images and kept patches to logits
-LOOK_EVERY = 20  # steps between looks at the loss, since each waits for the device
+LOOK_EVERY = 20  # steps between looks at the loss and at the other ranks, which wait
 
 
 # ---------------------------------------------------------------------------- a step
@@ -91,9 +92,15 @@ def update(run: Run, state: State) -> None:
 
 
 def after_step(run: Run, state: State, bar: tqdm) -> None:
-    """Looks at the loss now and then, and saves or stops if any rank asks for it."""
-    save, stop = run.world.any(run.save_is_due(state), bool(run.stop.received))
-    if state.step % LOOK_EVERY == 0:
+    """Looks at the loss now and then, and saves or stops if any rank asks for it.
+
+    To learn what the others ask for, a rank waits for them: of several, all ask now and then.
+    """
+    looks = state.step % LOOK_EVERY == 0
+    save, stop = run.save_is_due(state), bool(run.stop.received)
+    if run.world.size > 1:
+        save, stop = run.world.any(save, stop) if looks else (False, False)
+    if looks:
         loss = run.totals(state)["loss"].item() / run.steps_done(state)
         rate = state.optimizers[0].param_groups[0]["lr"]
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", refresh=False)
@@ -117,9 +124,14 @@ def progress_bar(run: Run, state: State) -> tqdm:
 
 # ---------------------------------------------------------------------------- compiling
 
-# Floating-point operations for which compiling pays: 100 s of a CPU that does 2e11 a second, and a
-# minute of a GPU at 5e13, which is an estimate.
-WORTH_COMPILING = {"cpu": 2e13, "cuda": 3e15}
+# Floating-point operations and steps for which compiling pays: 100 s of a CPU that does 2e11 a
+# second; a minute of a GPU at 5e13, where each step gains some 10 ms of the host: both estimates.
+WORTH_COMPILING = {"cpu": (2e13, 0), "cuda": (3e15, 2000)}
+# How torch says that no compiler works here: for a CPU, for a GPU, for this version of Python.
+NO_COMPILER = (
+    r"InvalidCxxCompiler|CppCompileError|TritonMissing|GPUTooOldForTriton|CalledProcessError"
+    r"|Failed to find C compiler|torch.compile is not supported"
+)
 
 
 def compiled(run: Run, state: State) -> Forward:
@@ -135,9 +147,9 @@ def compiled(run: Run, state: State) -> Forward:
     run.say("compiling the model ...")
     started = time.perf_counter()
     mode = "reduce-overhead" if run.config.compile == "graphs" else None
-    fast = torch.compile(run.parallel, dynamic=False, mode=mode)
     ready = set()  # images and patches of the parts that it is compiled for
     try:
+        fast = torch.compile(run.parallel, dynamic=False, mode=mode)
         for dropout in chosen:
             epoch = next(n for n in epochs if run.config.patch_dropout_in(n) == dropout)
             batch = run.augment(*run.dataset.train.take(rows), rows, epoch, 0)
@@ -146,14 +158,17 @@ def compiled(run: Run, state: State) -> Forward:
                 if (sizes := sizes_of(part.images, part.kept)) not in ready:
                     warm_up(run, fast, part)
                     ready.add(sizes)
-    except Exception as error:  # whatever a compiler can raise, training can do without it
-        if is_out_of_memory(error):
+    except Exception as error:
+        if not re.search(NO_COMPILER, f"{type(error).__name__} {error}"):
+            error.add_note("--compile off trains without torch.compile")
             raise
         run.say(f"torch.compile is not available ({first_line(error)}); training without it")
         return run.parallel
     finally:
         state.model.zero_grad()
         state.compile_seconds += time.perf_counter() - started
+
+    state.compiled = "graphs" if mode else "default"
 
     def forward(images: Tensor, kept: Tensor | None) -> Tensor:
         if mode:
@@ -173,7 +188,9 @@ def compile_pays(run: Run, patch_dropout: float) -> bool:
         return False  # every batch is a short one
     if run.config.compile != "auto":
         return run.config.compile != "off"
-    return run.flops()[patch_dropout] > WORTH_COMPILING.get(run.device.type, math.inf)
+    flops, steps = WORTH_COMPILING.get(run.device.type, (math.inf, 0))
+    epochs = list(map(run.config.patch_dropout_in, range(run.config.epochs))).count(patch_dropout)
+    return run.flops()[patch_dropout] > flops and epochs * run.steps_per_epoch > steps
 
 
 def warm_up(run: Run, model: Forward, part: Seen) -> None:

@@ -89,6 +89,19 @@ def test_a_resized_window_is_that_of_torchvision(images):
         assert inner.max() <= 0.5 + 1e-3
 
 
+def test_around_a_crop_the_border_repeats_as_grid_sample_has_it(images):
+    """Which MPS lacked before torch 2.13."""
+    height, width, down, across = torch.rand(4, 64, generator=generator(1))
+    top, left, none = down * (1 - height), across * (1 - width), torch.zeros(64)
+    rows = [[width, none, 2 * left + width - 1], [none, height, 2 * top + height - 1]]
+    theta = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)  # (64, 2, 3)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    assert (grid[..., 0].abs() > 1 - 1 / 12).any() and (grid[..., 1].abs() > 1 - 1 / 8).any()
+    expected = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    windows = torch.stack([top, left, height, width])
+    assert torch.equal(resized_crop(images, windows), expected.round().to(torch.uint8))
+
+
 def test_a_random_resized_crop_keeps_area_and_aspect_and_stays_inside():
     ramp = torch.arange(0, 250, 10).repeat(25, 1).to(torch.uint8)  # (25, 25), by the column
     images = torch.stack([ramp, ramp.T]).expand(2000, 1, 2, 25, 25).reshape(4000, 1, 25, 25)

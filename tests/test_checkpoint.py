@@ -234,6 +234,8 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_or_harmless(half_way, tmp_p
 def test_the_commit_of_the_code_has_a_mark_where_files_have_changed(tmp_path, monkeypatch):
     monkeypatch.setattr("checkpoint.ROOT", tmp_path)
     assert code_commit() is None
+    (tmp_path / "COMMIT").write_text("0123abc\n")
+    assert code_commit() == "0123abc"
 
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]

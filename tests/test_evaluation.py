@@ -66,7 +66,7 @@ def test_predict_gives_the_logits_of_the_wanted_rows_whatever_the_batches(monkey
     split, model = numbered(torch.zeros(7, dtype=torch.int64)), Table(logits)
     rows = torch.tensor([5, 0, 6, 5])
     for size in (1, 3, 500):
-        monkeypatch.setattr(evaluation, "batch_size_for", lambda config, size=size: size)
+        monkeypatch.setattr(evaluation, "batch_size_for", lambda *_, size=size: size)
         assert torch.equal(predict(model, split, UNSCALED), logits)
         assert torch.equal(predict(model, split, UNSCALED, rows), logits[rows])
     assert not model.training
@@ -92,4 +92,6 @@ def test_a_batch_of_an_evaluation_is_smaller_where_activations_are_large():
     sizes = [batch_size_for(ViTConfig(patch_size=p, **MODELS["small"])) for p in (8, 2, 1)]
     assert sizes[0] == 500 and sizes[1] * 257 * 1536 <= 2**25 < (sizes[1] + 1) * 257 * 1536
     assert sizes[2] * 1025 * 1536 <= 2**25
+    best = ViTConfig(patch_size=2, pooling="mean", **MODELS["small"])
+    assert [batch_size_for(best, kind) for kind in ("cpu", "cuda")] == [85, 341]
     assert batch_size_for(ViTConfig(image_size=4096, patch_size=1)) == 1

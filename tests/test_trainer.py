@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch._inductor import config as inductor
+from torch._inductor.exc import InvalidCxxCompiler
 
 import datasets
 import evaluation
@@ -105,7 +107,7 @@ def test_the_loss_falls(train, tmp_path, optimizer):
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_compiling_pays_by_the_operations_and_the_kind_of_device():
+def test_compiling_pays_by_operations_steps_and_the_kind_of_device(monkeypatch):
     """A run of a device is asked, none is used."""
     config = TrainConfig(epochs=10, warmup_epochs=0, batch_size=50)
     run, _ = assemble(ViT(ViTConfig()), config, small.SHAPES, torch.device("cpu"))
@@ -120,6 +122,10 @@ def test_compiling_pays_by_the_operations_and_the_kind_of_device():
     assert pays("cpu", 1.1) and not pays("cpu", 0.9)
     assert pays("cuda", 1.1) and not pays("cuda", 0.9)
     assert not pays("mps", 1)
+    on_a_gpu = dataclasses.replace(run, device=torch.device("cuda"))  # 10 epochs of 4 steps
+    for least, few in ((39, False), (40, True)):
+        monkeypatch.setitem(trainer.WORTH_COMPILING, "cuda", (0, least))
+        assert trainer.compile_pays(on_a_gpu, 0.0) != few
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,7 @@ def test_the_measured_seconds_hold_the_steps_the_validation_and_the_test(train, 
 
 
 def no_compiler(*_, **__):
-    raise RuntimeError("no C++ compiler found\nand a long story")
+    raise InvalidCxxCompiler
 
 
 @pytest.mark.parametrize(
@@ -209,10 +215,26 @@ def test_a_compiled_run_is_the_same_also_with_short_batches_or_without_a_compile
     monkeypatch.setattr(torch, "compile", lambda model, **_: calls.append(0) or compiler or model)
     assert train(f"--name compiled {flags} --compile on") == 0
     assert len(calls) == compiled
-    said = "torch.compile is not available (no C++ compiler found); training without it"
+    said = "torch.compile is not available (No working C++ compiler found"
     assert (said in capsys.readouterr().out) == (compiler is no_compiler)
+    result = json.loads((tmp_path / "compiled/result.json").read_text())
+    assert result["compiled"] == ("default" if compiled and not compiler else False)
     plain, compiled = (weights_of(tmp_path / name / "last.pt") for name in ("plain", "compiled"))
     assert same_weights(plain, compiled)
+
+
+@inductor.patch({"cpp.cxx": (None, "nowhere"), "force_disable_caches": True})
+def test_only_a_missing_compiler_is_done_without(train, monkeypatch, capsys):
+    assert train("--name a --epochs 1 --compile on --no-test") == 0
+    assert "not available (InvalidCxxCompiler: No working C++" in capsys.readouterr().out
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    with pytest.raises(RuntimeError, match="illegal memory access") as caught:
+        train("--name b --epochs 1 --compile on --no-test")
+    assert caught.value.__notes__ == ["--compile off trains without torch.compile"]
 
 
 def test_every_size_of_a_part_is_compiled_for(train, monkeypatch):

@@ -210,13 +210,10 @@ def versions() -> dict[str, str]:
 
 
 def code_commit() -> str | None:
-    """The commit of this code, with a "+" where files have changed since.
-
-    Of a copy without its history, what the file COMMIT at its root states, or None.
-    """
-    if not (ROOT / ".git").exists():
-        stated = ROOT / "COMMIT"
-        return stated.read_text().strip() if stated.exists() else None
+    """The commit of this code, with a "+" where files have changed since; None if not known."""
+    stated = ROOT / "COMMIT"  # which a copy without its history may have
+    if not (ROOT / ".git").exists() and stated.exists():
+        return stated.read_text().strip()
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]

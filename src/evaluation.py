@@ -50,8 +50,7 @@ def predict(
     model.eval()
     if rows is None:
         rows = torch.arange(len(split), device=split.labels.device)
-    kind = split.labels.device.type
-    batches = split.batches(rows.split(batch_size_for(model.config, kind)))
+    batches = split.batches(rows.split(batch_size_for(model.config, rows.device.type)))
     with autocast(precision, split.labels.device):
         logits = [model(preprocessing.normalize(batch.images)) for batch in batches]
     return torch.cat(logits).to(torch.get_default_dtype())

@@ -37,7 +37,7 @@ from device import autocast
 from distributed import World, joined_world, without_averaging
 from evaluation import evaluate, report
 from pretrained import export
-from recipes import Recipe, RunOptions
+from recipes import Recipe, RunOptions, patches_kept
 from run import Place, Run, Seen, State, new_run, resumed_run
 from utils import Stopped, first_line, is_out_of_memory, run_program
 
@@ -92,13 +92,10 @@ def update(run: Run, state: State) -> None:
 
 
 def after_step(run: Run, state: State, bar: tqdm) -> None:
-    """Looks at the loss now and then, and saves or stops if any rank asks for it.
-
-    To learn what the others ask for, a rank waits for them: of several, all ask now and then.
-    """
+    """Looks at the loss now and then, and saves or stops if any rank asks for it."""
     looks = state.step % LOOK_EVERY == 0
     save, stop = run.save_is_due(state), bool(run.stop.received)
-    if run.world.size > 1:
+    if run.world.size > 1:  # the ranks ask each other now and then, as they wait for that
         save, stop = run.world.any(save, stop) if looks else (False, False)
     if looks:
         loss = run.totals(state)["loss"].item() / run.steps_done(state)
@@ -193,6 +190,22 @@ def compile_pays(run: Run, patch_dropout: float) -> bool:
     return run.flops()[patch_dropout] > flops and epochs * run.steps_per_epoch > steps
 
 
+def check_attention(run: Run, state: State) -> None:
+    """Has attention written out where the fused kernel of this device fails, as cuDNN's may."""
+    config, blocks = run.model_config, state.model.blocks
+    try:
+        for dropout in {0.0, run.config.patch_dropout}:
+            tokens = config.tokens - config.patches + patches_kept(config.patches, dropout)
+            z = torch.ones(2, tokens, config.width, device=run.device, requires_grad=True)
+            with autocast(run.precision, run.device):
+                blocks[0].attn(z).sum().backward()
+    except RuntimeError as error:
+        run.say(f"fused attention fails here ({first_line(error)}); using plain attention")
+        for block in blocks:
+            block.attn.implementation = "plain"
+    state.model.zero_grad()
+
+
 def warm_up(run: Run, model: Forward, part: Seen) -> None:
     """A step without an update."""
     with without_averaging(run.parallel):
@@ -217,6 +230,7 @@ def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | No
         run.say("this recipe targets a GPU; expect hours or days here (--recipe cpu: ten minutes)")
     commit = code_commit() if run.world.leads else None  # now, as the code may change meanwhile
     with hints(run):
+        check_attention(run, state)
         model = compiled(run, state)
         began, resumed = time.perf_counter(), state.step > 0
         with run.stop:

@@ -237,6 +237,16 @@ def test_only_a_missing_compiler_is_done_without(train, monkeypatch, capsys):
     assert caught.value.__notes__ == ["--compile off trains without torch.compile"]
 
 
+def test_attention_is_written_out_where_its_kernel_fails(train, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("cuDNN error: no execution plan\nand a long story")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", broken)
+    assert train("--name a --epochs 1 --attention fused --no-test") == 0
+    said = "fused attention fails here (cuDNN error: no execution plan); using plain attention"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_every_size_of_a_part_is_compiled_for(train, monkeypatch):
     """Of 45 images in four parts: 12, 11, 11 and 11; of the last 20, 5 each, which are short."""
     seen = []

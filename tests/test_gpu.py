@@ -26,9 +26,9 @@ import trainer
 import utils
 from augment import Augmentation
 from common import Setting, forward_of, random_dataset, run_of
-from evaluation import predict
-from recipes import RECIPES, Recipe
-from ViT import ViT
+from evaluation import evaluate, predict
+from recipes import RECIPES, Recipe, TrainConfig
+from ViT import MultiHeadSelfAttention, ViT, ViTConfig
 
 pytestmark = pytest.mark.timeout(600)  # a GPU's kernels are compiled
 GPU = torch.device("cuda:0")
@@ -42,11 +42,12 @@ OPTIONS = (
 )
 
 
-def run_with(flags, precision="bf16", steps=3):
+def run_with(flags, precision="bf16", steps=3, device=GPU):
     """A run of `--recipe` with these flags, cut to two blocks and 40 images, on random images."""
     flags = ["--depth", "2", "--batch-size", "40", "--recipe", *flags.split()]
     command = cli.parse(flags, description="")
-    return run_of(Recipe("", command.model, command.training), Setting(GPU, precision, 1), steps)
+    setting = Setting(device, precision, 1)
+    return run_of(Recipe("", command.model, command.training), setting, steps)
 
 
 # ---------------------------------------------------------------------------- a fake GPU
@@ -233,6 +234,63 @@ def test_three_steps_of_a_recipe(name, mode):
     logits = predict(state.model, run.dataset.train, run.dataset.preprocessing)
     assert logits.device == GPU and logits.isfinite().all()
     assert logits.std() > 0  # the head starts at zero
+
+
+@needs_gpu
+@pytest.mark.parametrize("D_h", [16, 32, 64])
+@pytest.mark.parametrize("T", [8, 16, 17, 32, 64, 65, 128, 256])
+def test_attention_in_bf16_is_that_of_the_equations(T, D_h):
+    """The kernel that torch chooses, its outputs and gradients, beside Eqs. 6-7 in float32."""
+    torch.manual_seed(0)
+    attention = MultiHeadSelfAttention(ViTConfig(width=4 * D_h, heads=4)).to(GPU)
+    z, weights = torch.randn(2, 64, T, 4 * D_h, device=GPU)
+    found = []
+    for attention.implementation, precision in (("auto", "bf16"), ("plain", "fp32")):
+        leaves = [(3 * z).requires_grad_(), *attention.parameters()]
+        with devices.autocast(precision, GPU):
+            heads = attention(leaves[0]).float()
+        found.append([heads, *torch.autograd.grad((heads * weights).sum(), leaves)])
+    for ours, expected in zip(*found, strict=True):
+        assert (ours - expected).norm() < 0.02 * expected.norm()
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "change", [{"policy": "trivial"}, {"resized_crop": 0.5}, {"cutmix": 1.0}, {"mixup": 0.8}]
+)
+def test_augmented_images_are_those_of_the_cpu(monkeypatch, change):
+    """With the same draws, all of the host."""
+    rand, put = torch.rand, monkeypatch.setattr
+
+    def of_the_host(*shape, generator, device="cpu"):
+        return rand(*shape, generator=generator).to(device)
+
+    put("augment.generator_for", lambda *key, device="cpu": utils.generator_for(*key))
+    put(torch, "rand", of_the_host)
+    images = torch.randint(256, (500, 3, 32, 32), generator=small.generator(0)).to(torch.uint8)
+    config, rows = TrainConfig(flip="off", crop_padding=0, **change), torch.arange(500)
+    cpu, gpu = (
+        Augmentation(config, ViTConfig(), 500, device)(
+            images.to(device), rows.to(device) % 10, rows.to(device), 0, 7
+        )
+        for device in (torch.device("cpu"), GPU)
+    )
+    assert (cpu.images != images).float().mean() > 0.1
+    assert (cpu.images != gpu.images.cpu()).float().mean() < 1e-3
+    torch.testing.assert_close(cpu.targets, gpu.targets.cpu())
+
+
+@needs_gpu
+def test_float32_steps_and_an_evaluation_are_those_of_the_cpu():
+    found = []
+    for device in (torch.device("cpu"), GPU):
+        torch.manual_seed(0)
+        flags = "demo --flip off --crop-padding 0 --optimizer sgd --learning-rate 0.1"
+        run, state = run_with(flags, "fp32", device=device)
+        trainer.train_epoch(run, state, run.parallel)
+        result = evaluate(state.model, run.dataset.train, run.dataset.preprocessing)
+        found.append([state.history[0].train_loss, result.loss, result.top1])
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0][1] != found[0][0]
 
 
 @needs_gpu

@@ -150,12 +150,16 @@ def of_transformers(config: ViTConfig) -> Iterator[Candidate]:
 
 
 IMPLEMENTATIONS = (of_this_code, of_torchvision, of_timm, of_vit_pytorch, of_transformers)
+PEERS = ("torchvision", "timm", "vit-pytorch", "transformers")
 
 
-def candidates(config: ViTConfig) -> list[Candidate]:
-    """A model of these sizes of every implementation that is installed."""
+def candidates(config: ViTConfig, peers: tuple[str, ...]) -> list[Candidate]:
+    """A model of these sizes of every implementation that is installed, or of some peers."""
     found: list[Candidate] = []
     for implementation in IMPLEMENTATIONS:
+        name = implementation.__name__.removeprefix("of_").replace("_", "-")
+        if peers and name not in ("this-code", *peers):
+            continue
         try:
             found += implementation(config)
         except ImportError as error:
@@ -187,7 +191,7 @@ def time_steps(
     images = torch.randn(batch_size, config.channels, *config.image_size, device=setting.device)
     labels = torch.arange(batch_size, device=setting.device) % config.classes
     works, parameters = {}, {}
-    for candidate in candidates(config):
+    for candidate in candidates(config, setting.peers):
         parameters[candidate.implementation] = parameters_of(candidate.model)
         for mode in modes:
             key = (candidate.implementation, candidate.attention, mode)
@@ -246,7 +250,7 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
 
     def their_epoch(loader: DataLoader) -> None:
         for images in loader:
-            images.to(device, non_blocking=True)
+            images.to(device, non_blocking=device.type == "cuda")  # where it is pinned
 
     rows = torch.arange(INPUT_IMAGES, device=device)
     pictures = list(map(transforms.functional.to_pil_image, dataset.train.take(rows).images.cpu()))
@@ -405,6 +409,8 @@ def measure(part: str, name: str, modes: list[str], setting: Setting) -> dict[st
 def main(argv: list[str]) -> int:
     parser = Parser(prog="benchmark.py", description=__doc__)
     parser.add_argument("part", nargs="?", choices=("all", *PARTS), default="all", help="(all)")
+    parser.add_argument("--part", choices=PARTS, dest="named", help="the same")
+    parser.add_argument("--peers", default="", metavar="A,B", help=f"(all: {','.join(PEERS)})")
     parser.add_argument("--recipe", choices=RECIPES, help="whose sizes (that of the device)")
     parser.add_argument("--device", help="cuda, mps or cpu (the best available)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
@@ -412,13 +418,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=11, help="how often each is timed (11)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="(checkpoints/benchmark/)")
     arguments = parser.parse_args(argv)
+    part = arguments.named or arguments.part
+    peers = tuple(filter(None, arguments.peers.split(",")))
+    if not set(peers) <= set(PEERS):
+        parser.error(f"--peers {arguments.peers} must be some of {','.join(PEERS)}")
     if arguments.rounds < 1:
         parser.error(f"--rounds must be at least 1, not {arguments.rounds}")
-    out = arguments.json or ROOT / f"checkpoints/benchmark/{arguments.part}.json"
+    out = arguments.json or ROOT / f"checkpoints/benchmark/{part}.json"
     if out.suffix != ".json":
         parser.error(f"--json {out} must end in .json; the plot goes beside it")
     modes = [arguments.mode] if arguments.mode else ["eager", "compiled"]
-    setting = Setting.of(arguments.device, arguments.precision, arguments.rounds)
+    setting = Setting.of(arguments.device, arguments.precision, arguments.rounds, *peers)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
@@ -428,7 +438,7 @@ def main(argv: list[str]) -> int:
     devices.keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch|timm|transformers")
     recipe = arguments.recipe or cli.default_recipe(arguments.device)[0]
-    result = measure(arguments.part, recipe, modes, setting)
+    result = measure(part, recipe, modes, setting)
     show(result)
     utils.write_json(out, result)
     if "train_step" in result:

@@ -22,6 +22,7 @@ from torch import Tensor
 import cli
 import device as devices
 import utils
+from checkpoint import load_checkpoint, save_model
 from data import CIFAR10_MEAN, CIFAR10_STD, Dataset, Preprocessing, Split
 from device import autocast
 from recipes import Recipe, RunOptions
@@ -40,12 +41,13 @@ class Setting(NamedTuple):
     device: torch.device
     precision: str  # "bf16" or "fp32"
     rounds: int
+    peers: tuple[str, ...] = ()  # beside which steps are timed; none: all
 
     @classmethod
-    def of(cls, device: str | None, precision: str, rounds: int) -> "Setting":
+    def of(cls, device: str | None, precision: str, rounds: int, *peers: str) -> "Setting":
         """Raises UserError where the device is not available."""
         chosen = devices.choose_device(device)
-        return cls(chosen, devices.resolve_precision(precision, chosen), rounds)
+        return cls(chosen, devices.resolve_precision(precision, chosen), rounds, peers)
 
 
 # ---------------------------------------------------------------------------- the clock
@@ -90,12 +92,14 @@ def ratio(seconds: list[float], others: list[float]) -> float:
 
 
 def matrix_rate(device: torch.device, precision: str) -> float:
-    """The best rate of square matrix products here, in floating-point operations per second."""
+    """The rate of large square matrix products here, in floating-point operations per second."""
     size = {"cuda": 8192, "mps": 4096}.get(device.type, 1024)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a = torch.randn(size, size, device=device, dtype=dtype)
-    # Of the fastest of four; the first warms up.
-    return 2 * size**3 / min(seconds_of(lambda: a @ a, 1, device) for _ in range(4))
+    warm = time.monotonic() + (3 if device.type == "cuda" else 0)  # a cold GPU is a slow one
+    while seconds_of(lambda: a @ a, 5, device) and time.monotonic() < warm:
+        pass
+    return 2 * size**3 / statistics.median(seconds_of(lambda: a @ a, 1, device) for _ in range(20))
 
 
 # ---------------------------------------------------------------------------- training steps
@@ -185,15 +189,16 @@ def kept_result(kept: Path, *commands: str) -> dict[str, Any] | None:
 
 
 def train_and_keep(
-    flags: str, kept: Path, environment: dict[str, str], limit: float = 3600
+    flags: str, kept: Path, environment: dict[str, str], limit: float = 3600, *where: str
 ) -> dict[str, Any] | None:
-    """Trains in a separate process and keeps result.json, which it returns, and metrics.csv.
+    """Trains in a separate process; keeps result.json, which it returns, metrics, output and model.
 
     What the flags mean is written beside the run before it begins, so that only a run of that
     meaning is ever resumed, also where a recipe has changed in between.
 
     Args:
         limit: seconds after which the run is stopped, and None returned; the next call resumes it.
+        where: more flags, which are not recorded.
 
     Raises:
         UserError: the trainer failed; with its own message.
@@ -209,9 +214,13 @@ def train_and_keep(
             shutil.rmtree(made)  # first, or a kill could leave another run's checkpoint there
         utils.write_whole(stated, meaning.encode())
         program = [*shlex.split(flags), "--output-dir", str(kept), "--name", made.name]
-    program = [sys.executable, str(utils.ROOT / "src/trainer.py"), *program]
-    pipes, errors = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}, ""
-    with subprocess.Popen(program, env=os.environ | environment, **pipes) as process:
+    program = [sys.executable, str(utils.ROOT / "src/trainer.py"), *program, *where]
+    pipes, errors, log = {"stderr": subprocess.PIPE, "text": True}, "", kept / "output.txt"
+    environment = os.environ | environment
+    with (
+        log.open("a") as out,
+        subprocess.Popen(program, env=environment, stdout=out, **pipes) as process,
+    ):
         try:
             _, errors = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -228,5 +237,6 @@ def train_and_keep(
     result["command"] = f"python src/trainer.py {flags}"
     utils.write_whole(kept / "metrics.csv", (made / "metrics.csv").read_bytes())
     utils.write_json(kept / "result.json", result)
+    save_model(kept / "model.pt", load_checkpoint(made / "last.pt"))
     shutil.rmtree(made)
     return result

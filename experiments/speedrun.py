@@ -1,36 +1,39 @@
 """Measures the recipes for a GPU in half an hour, and writes a report to paste into an issue.
 
-    python experiments/speedrun.py              the parts below without the last, and the report
+    python experiments/speedrun.py              the parts below without `best`
     python experiments/speedrun.py best         one part
-    python experiments/speedrun.py report       the report of what has been measured so far
-    python experiments/speedrun.py --dry-run    a small version, on the synthetic data set, on any
-                                                device
+    python experiments/speedrun.py --dry-run    small, on the synthetic data set, on any device
 
-    throughput   training steps of the recipes: images/s, and their share of the best rate at which
-                 this device multiplies matrices; with fused or plain attention, with CUDA graphs
     default      the default recipe, to its end
+    throughput   training steps of the recipes: images/s, and their share of the best rate at which
+                 this device multiplies matrices; with each kernel of attention, with CUDA graphs
     curve        speed94 with a validation split: accuracy against seconds
     seeds        speed94 on all training images, for as many epochs as fit into a minute by the
-                 times of `curve`; five seeds, each tested once
+                 times of `curve`; each seed is tested once
     baseline     the paper's choices
     best         the recipe for the best accuracy
+    report       of what has been measured so far
 
-Each part prints its result and leaves it in results/gpu/; what is there is not measured again,
-unless the flags are others. A run is stopped after nine minutes, and the next call resumes it.
-Seconds are from the first training step to the end of the evaluation, without importing, loading
-and compiling. Not yet run on a GPU.
+A call ends after --minutes, and the next one goes on: what is in --out is not measured again,
+unless the flags are others, and a run that was stopped is resumed. A part that fails does not end
+the others. Of a run, its output and its model are kept too. Seconds are from the first training
+step to the end of the evaluation, without importing, loading and compiling. Not yet run on a GPU.
 """
 
 import json
 import math
+import re
 import statistics
 import sys
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
@@ -41,7 +44,7 @@ from common import Setting, kept_result, rows_of, seconds_of, train_and_keep
 from config import Parser
 from recipes import RECIPES, Recipe
 from run import training_flops
-from utils import UserError, first_line, run_program
+from utils import UserError, complain, first_line, run_program
 
 
 class Plan(NamedTuple):
@@ -52,16 +55,18 @@ class Plan(NamedTuple):
     flags: dict[str, str]  # of each run of the trainer, by its part
     seconds: float = 60  # of each of the seeds
     seeds: int = 5
-    limit: float = 9 * 60  # seconds after which a run is stopped, to be resumed
+    where: tuple[str, ...] = ()  # flags that say where the data set is
+    ends: float = math.inf  # on the clock of `time.monotonic`
+
+    def left(self) -> float:
+        return self.ends - time.monotonic()  # seconds
 
 
+KERNELS = ("flash", "efficient", "cudnn")  # of fused attention
+MODES = ("compiled", "eager", "graphs", *KERNELS, "plain")  # in order of worth
 THE_PLAN = Plan(
     folder=ROOT / "results/gpu",
-    steps={
-        "default": ("eager", "compiled"),
-        "speed94": ("eager", "compiled", "graphs", "plain"),
-        "best": ("eager", "compiled"),
-    },
+    steps={"default": MODES, "speed94": MODES[:3], "best": MODES},
     flags={
         "default": "--recipe default",
         "curve": "--recipe speed94 --no-test --save-minutes 60",
@@ -74,8 +79,7 @@ _DRY = "--recipe demo --epochs 2 --patch-size 16 --width 16 --depth 1 --heads 1 
 DRY_PLAN = Plan(
     folder=ROOT / "checkpoints/speedrun",
     steps={"demo": ("eager", "plain")},
-    flags=dict.fromkeys(("default", "baseline", "best"), _DRY)
-    | {"curve": f"{_DRY} --no-test", "seeds": f"{_DRY} --validation-images 0"},
+    flags={part: re.sub(r"--recipe \w+", _DRY, flags) for part, flags in THE_PLAN.flags.items()},
     seconds=2,
     seeds=2,
 )
@@ -89,10 +93,12 @@ def throughput(plan: Plan, setting: Setting) -> None:
     path = plan.folder / "throughput.csv"
     rows = rows_of(path) if path.exists() else []
     measured = {(row["recipe"], row["mode"]) for row in rows}
-    wanted = [(name, mode) for name, modes in plan.steps.items() for mode in modes]
+    wanted = [(name, mode) for mode in MODES for name in plan.steps if mode in plan.steps[name]]
     missing = [pair for pair in wanted if pair not in measured]
     rate = common.matrix_rate(setting.device, setting.precision) if missing else 0.0
     for name, mode in missing:
+        if plan.left() <= 0:
+            return
         images = images_per_second(RECIPES[name], mode, setting)
         flops = training_flops(RECIPES[name].model, RECIPES[name].train.patch_dropout)
         row = {"recipe": name, "mode": mode, "images_per_second": images and round(images)}
@@ -103,18 +109,21 @@ def throughput(plan: Plan, setting: Setting) -> None:
 
 
 def images_per_second(recipe: Recipe, mode: str, setting: Setting) -> float | None:
-    """Of training steps without their input, "plain" with plain attention; None where it fails."""
-    model = replace(recipe.model, attention="plain") if mode == "plain" else recipe.model
+    """Of training steps without their input; None where the mode does not work."""
+    attention = "fused" if mode in KERNELS else "plain" if mode == "plain" else "auto"
+    model = replace(recipe.model, attention=attention)
     train = replace(recipe.train, compile="graphs") if mode == "graphs" else recipe.train
     torch.compiler.reset()  # it compiles only a few models of one class in a process
     try:
-        run, state = common.run_of(Recipe("", model, train), setting, steps=1)
-        forward = common.forward_of(run, state, "eager" if mode == "eager" else "compiled")
-        if mode != "eager" and forward is run.parallel:
-            return None  # compiling has failed, and has said so
-        step = common.step_of(run, state, forward)
-        seconds_of(step, 3, setting.device)
-        taken = [seconds_of(step, 5, setting.device) for _ in range(setting.rounds)]
+        kernel = SDPBackend.__members__.get(f"{mode.upper()}_ATTENTION")
+        with sdpa_kernel(kernel) if kernel else nullcontext():
+            run, state = common.run_of(Recipe("", model, train), setting, steps=1)
+            forward = common.forward_of(run, state, "eager" if mode == "eager" else "compiled")
+            if mode != "eager" and forward is run.parallel:
+                return None  # there is no compiler, as is said
+            step = common.step_of(run, state, forward)
+            seconds_of(step, 3, setting.device)
+            taken = [seconds_of(step, 5, setting.device) for _ in range(setting.rounds)]
     except (RuntimeError, UserError) as error:
         print(f"{mode} does not work: {first_line(error)}")
         return None
@@ -132,10 +141,11 @@ def pace_of(row: dict[str, Any]) -> str:
 def trained(
     plan: Plan, part: str, setting: Setting, name: str = "", more: str = ""
 ) -> dict[str, Any] | None:
-    """The result.json of a run, which is trained now unless it exists; None if it was stopped."""
+    """The result.json of a run, trained now unless it exists; None if it was stopped."""
     flags = f"{plan.flags[part]} --device {setting.device} {more}".strip()
-    kept = plan.folder / (name or part)
-    result = kept_result(kept, flags) or train_and_keep(flags, kept, {}, plan.limit)
+    kept, left = plan.folder / (name or part), plan.left()
+    if not (result := kept_result(kept, flags)) and left > 0:
+        result = train_and_keep(flags, kept, {}, left, *plan.where)
     said = summary_of(result) if result else "stopped; the next call resumes it"
     print(f"{name or part}: {said}", flush=True)
     return result
@@ -144,24 +154,27 @@ def trained(
 def seeds(plan: Plan, setting: Setting) -> None:
     if not (curve := trained(plan, "curve", setting)):
         return
-    times = curve["seconds"]
+    times, share = curve["seconds"], 1 - curve["training"]["validation_images"]
     taken = times["first_step_to_end"] or times["training"]  # the former of a run in one go
-    epochs = max(1, math.floor(0.98 * plan.seconds / taken * curve["epochs"]))  # times vary
+    # An epoch of all images takes longer, and times vary.
+    epochs = max(1, math.floor(0.98 * plan.seconds / taken * curve["epochs"] * share))
     for seed in range(plan.seeds):
         more = f"--epochs {epochs} --seed {seed}"
         trained(plan, "seeds", setting, f"seed{seed}", more)
 
 
-def summary_of(result: dict[str, Any]) -> str:
-    """A result.json in words."""
+def summary_of(result: dict[str, Any], rate: float | None = None) -> str:
+    """A result.json in words, with its share of the matrix rate where that is known."""
     kind = "validation" if result["test_accuracy"] is None else "test"
     times, epochs = result["seconds"], result["epochs"]
     whole = times["first_step_to_end"]  # None where it was resumed
     steps = f"{times['training']:.0f} s of training"
+    share = rate and result["training_flops"] / times["training"] / rate
     return (
         f"{kind} accuracy {result[f'{kind}_accuracy']:.2%} after {epochs} epochs: "
         f"{f'{whole:.1f} s from the first step to the end' if whole else steps}, "
         f"{times['compile']:.0f} s of compiling, {times['total']:.0f} s in all"
+        f"{f', {share:.0%} of the matrix rate' if share else ''}"
     )
 
 
@@ -173,10 +186,12 @@ def report(plan: Plan, setting: Setting) -> None:
     found = sorted(plan.folder.glob("*/result.json"))
     results = {path.parent.name: json.loads(path.read_text()) for path in found}
     machines = {f"**{r['device_name']}, torch {r['torch']}**" for r in results.values()}
+    path = plan.folder / "throughput.csv"
+    rows = rows_of(path) if path.exists() else []
+    rate = float(rows[0]["matrix_rate"]) if rows else None
     lines = [*sorted(machines), ""]
-    if (path := plan.folder / "throughput.csv").exists():
-        lines += [f"- {row['recipe']}, {row['mode']}: {pace_of(row)}" for row in rows_of(path)]
-    lines += [f"- {name}: {summary_of(result)}" for name, result in results.items()]
+    lines += [f"- {row['recipe']}, {row['mode']}: {pace_of(row)}" for row in rows]
+    lines += [f"- {name}: {summary_of(result, rate)}" for name, result in results.items()]
     if "curve" in results:
         lines += [f"- {time_to(0.94, plan.folder / 'curve/metrics.csv')}"]
     of_seeds = [each["test_accuracy"] for name, each in results.items() if name.startswith("seed")]
@@ -201,8 +216,8 @@ def time_to(accuracy: float, metrics: Path) -> str:
 # ---------------------------------------------------------------------------- command line
 
 PARTS: dict[str, Callable[[Plan, Setting], Any]] = {
-    "throughput": throughput,
     "default": lambda plan, setting: trained(plan, "default", setting),
+    "throughput": throughput,
     "curve": lambda plan, setting: trained(plan, "curve", setting),
     "seeds": seeds,
     "baseline": lambda plan, setting: trained(plan, "baseline", setting),
@@ -216,20 +231,29 @@ def main(argv: list[str]) -> int:
     parser.add_argument("part", nargs="?", choices=("all", *PARTS), default="all", help="(all)")
     parser.add_argument("--dry-run", action="store_true", help="a small version, on synthetic data")
     parser.add_argument("--device", help="cuda, mps or cpu (the best available)")
+    parser.add_argument("--data-dir", metavar="DIR", help="where CIFAR-10 is (data/)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="(results/gpu/)")
+    parser.add_argument("--minutes", type=float, default=9, help="until the call ends (9)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="(5)")
     arguments = parser.parse_args(argv)
     plan = DRY_PLAN if arguments.dry_run else THE_PLAN
-    plan = plan._replace(folder=arguments.out or plan.folder)
-    setting = Setting.of(arguments.device, "auto", rounds=5)
+    plan = plan._replace(
+        folder=arguments.out or plan.folder,
+        seeds=arguments.seeds or plan.seeds,
+        where=("--data-dir", arguments.data_dir) if arguments.data_dir else (),
+        ends=time.monotonic() + 60 * arguments.minutes,
+    )
+    setting, status = Setting.of(arguments.device, "auto", rounds=5), 0
     if setting.device.type == "cpu" and not arguments.dry_run and arguments.part != "report":
         raise UserError("this measurement needs a GPU; --dry-run runs a small version anywhere")
     half_hour = [name for name in PARTS if name != "best"]
-    try:
-        for name in half_hour if arguments.part == "all" else [arguments.part]:
+    for name in half_hour if arguments.part == "all" else [arguments.part]:
+        try:
             PARTS[name](plan, setting)
-    except OSError as error:
-        raise UserError(f"cannot write to {plan.folder}: {error.strerror or error}") from error
-    return 0
+        except Exception as error:  # whatever it is, the other parts do not need this one
+            complain(f"{name} has failed: {error}")
+            status = 1
+    return status
 
 
 if __name__ == "__main__":

@@ -111,6 +111,22 @@ def test_the_benchmark_writes_all_its_parts(tiny, tmp_path, capsys):
     assert (tmp_path / "b.png").stat().st_size > 10_000
 
 
+def test_a_part_and_some_peers_by_name(tiny, monkeypatch, tmp_path):
+    out, used = tmp_path / "b.json", (*benchmark.IMPLEMENTATIONS, benchmark.of_timm)
+    monkeypatch.setattr(benchmark, "IMPLEMENTATIONS", used)
+    flags = f"--part train_step --peers torchvision,vit-pytorch --mode eager --json {out}"
+    assert benchmark.main([*flags.split(), "--device", "cpu", "--rounds", "1"]) == 0
+    result = json.loads(out.read_text())
+    found = {row["implementation"] for row in result["train_step"]}
+    assert found == {"torchvision", "this code"} and "input_ratio" not in result
+
+
+def test_the_matrix_rate_is_that_of_the_median(monkeypatch):
+    seconds = iter([1.0, *range(20, 0, -1)])
+    monkeypatch.setattr(common, "seconds_of", lambda *_: next(seconds))
+    assert common.matrix_rate(CPU.device, "fp32") == 2 * 1024**3 / 10.5
+
+
 def test_memory_is_a_part_by_itself_and_recomputing_saves_some(tiny, tmp_path, capsys):
     out = tmp_path / "m.json"
     assert benchmark.main(["memory", "--device", "cpu", "--json", str(out)]) == 0
@@ -125,7 +141,7 @@ def test_memory_is_a_part_by_itself_and_recomputing_saves_some(tiny, tmp_path, c
 BAD = ["--rounds 0", "nonsense", "--json b.txt", "--device cpu --json /dev/null/b.json"]
 
 
-@pytest.mark.parametrize("flags", [*BAD, "--device tpu", "--recipe nonsense"])
+@pytest.mark.parametrize("flags", [*BAD, "--peers x", "--device tpu", "--recipe nonsense"])
 def test_bad_input_is_one_line_and_exit_status_2(monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, "argv", ["benchmark.py"])
     try:

@@ -2,51 +2,54 @@
 
     python tests/film.py docs/explorer.html docs/explorer.webp
 
-Needs playwright and a Chromium.
+Shows the first picture of the page whose prediction flips. Needs playwright and a Chromium.
 """
 
 import io
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage"]  # for root, and for a small /dev/shm
-MOST = 20  # steps
-AT_ONCE = 2  # patches
-AFTER = 3  # steps that are shown after the prediction has flipped
+MOST, AT_ONCE, AFTER = 16, 2, 2  # steps, patches of a step, steps for which a flip must last
 WIDTH, HEIGHT = 920, 500
 
 
-def film(page: Path) -> Iterator[Image.Image]:
-    """The picture of the page after each step."""
+PREDICTED = "() => result.shares.at(-1).indexOf(Math.max(...result.shares.at(-1)))"
+
+
+def steps(page, picture: int) -> tuple[list[Image.Image], bool]:
+    """Frames in which ever more of a picture is removed, and whether its prediction flips."""
+    page.evaluate(f"() => choose({picture})")
+    frames, classes, flips = [], [], False
+    while len(frames) < MOST and not flips:
+        page.wait_for_function("() => isCurrent()")
+        classes.append(page.evaluate(PREDICTED))
+        top = page.locator("#stage").bounding_box()["y"] - 8
+        clip = {"x": 0, "y": top, "width": WIDTH, "height": HEIGHT}
+        frames.append(Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB"))
+        page.evaluate(f"() => {{ removeBy(1, {AT_ONCE}); state.target = {classes[0]}; }}")
+        flips = classes[0] not in classes[-AFTER:]
+    return frames, flips
+
+
+def main(page_file: str, out: str) -> None:
     with sync_playwright() as started:
         chromium = shutil.which("chromium") or shutil.which("chromium-browser")
         browser = started.chromium.launch(executable_path=chromium, args=FLAGS)
-        try:
-            view = browser.new_page(viewport={"width": WIDTH, "height": 2 * HEIGHT})
-            view.goto(f"{page.resolve().as_uri()}#view=relevance")
-            first, after = None, 0
-            for _ in range(MOST):
-                view.wait_for_function("() => isCurrent()")
-                top = view.locator("#stage").bounding_box()["y"] - 8
-                clip = {"x": 0, "y": top, "width": WIDTH, "height": HEIGHT}
-                yield Image.open(io.BytesIO(view.screenshot(clip=clip))).convert("RGB")
-                predicted = view.evaluate("() => result.c")
-                first = predicted if first is None else first
-                after += predicted != first
-                if after > AFTER:
-                    return
-                view.evaluate(f"() => removeBy(1, {AT_ONCE})")
-        finally:
-            browser.close()
-
-
-def main(page: str, out: str) -> None:
-    first, *others = film(Path(page))
+        page = browser.new_page(viewport={"width": WIDTH, "height": 2 * HEIGHT})
+        page.set_default_timeout(120_000)
+        page.goto(f"{Path(page_file).resolve().as_uri()}#view=relevance")
+        page.wait_for_function("() => result")
+        filmed = (steps(page, picture) for picture in range(page.evaluate("() => pictures.length")))
+        frames = next((frames for frames, flips in filmed if flips), None)
+        browser.close()
+    if frames is None:
+        sys.exit(f"no prediction flips within {MOST} steps")
+    first, *others = frames
     durations = [1500, *[400] * (len(others) - 1), 2500]  # milliseconds
     first.save(out, save_all=True, append_images=others, duration=durations, loop=0, quality=80)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from config import Config
 from data import Dataset, Preprocessing
+from datasets import FOLDER
 from recipes import TrainConfig
 from utils import ROOT, UserError, complain, one_line, write_json, write_table, write_torch
 from ViT import ViT, ViTConfig
@@ -66,6 +67,7 @@ class Checkpoint:
     preprocessing: Preprocessing  # of the images that the model expects
     classes: list[str]  # their names, in the order of the logits
     drawn_from: int = 0  # as in data.Dataset; 0 also where it is not known
+    trained: Tensor | None = None  # as in data.Dataset
     versions: dict[str, str]
     # The state. An exported model has weights, in float16, and a history.
     weights: dict[str, Tensor]
@@ -85,6 +87,8 @@ class Checkpoint:
             )
         if [row.epoch for row in self.history] != list(range(1, len(self.history) + 1)):
             raise UserError("history must have a row for each epoch, in order")
+        if self.trained is not None and self.trained.dtype != torch.int64:
+            raise UserError("trained must be of int64")
         check_weights(self.model, self.weights)
 
 
@@ -241,10 +245,17 @@ def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
                 f"the classes of {dataset.name} are not the model's: {theirs!r} instead of {ours!r}"
             )
     before, now = checkpoint.drawn_from, dataset.drawn_from
-    if before and now and before != now:
+    drawn = now or (dataset.held_out and checkpoint.training.dataset.startswith(FOLDER))
+    if before and drawn and before != now:
         raise UserError(
-            f"{dataset.name} has {now:,} images instead of {before:,}: it is split anew, and the "
-            "model may have been trained on images that are now held out"
+            f"the held-out images of {dataset.name} were drawn from {before:,} by their rows, and "
+            "are no longer: the model may have been trained on images that are now held out"
+        )
+    trained = set() if checkpoint.trained is None else set(checkpoint.trained.tolist())
+    if moved := [name for each, name in dataset.held_out.items() if each in trained]:
+        raise UserError(
+            f"the model was trained on {len(moved)} pictures that {dataset.name} now holds out, "
+            f"such as {moved[0]}: put the folder back as it was, or train anew"
         )
 
 

@@ -20,8 +20,10 @@ TASKS = {
 }
 DATA_FLAGS = ("data_dir", "device")
 TASK_FLAGS = {  # that each task takes
-    "resume": (*DATA_FLAGS, "test", "save_minutes", "keep_best", "epochs", "accumulate"),
-    "evaluate": DATA_FLAGS,
+    "resume": (
+        *(*DATA_FLAGS, "dataset", "test", "save_minutes", "keep_best", "epochs", "accumulate"),
+    ),
+    "evaluate": (*DATA_FLAGS, "dataset", "split"),
     "export": ("library", "overwrite"),
 }
 
@@ -79,8 +81,9 @@ def parse(argv: list[str], description: str) -> Command:
     model_changes = size | given(arguments, ViTConfig)
     changes = given(arguments, TrainConfig)
     if task == "train":
-        if "library" in arguments:
-            raise UserError("--library works only with --export")
+        for flag, its_task in (("library", "export"), ("split", "evaluate")):
+            if flag in arguments:
+                raise UserError(f"--{flag} works only with --{its_task}")
         configs = replace(recipe.model, **model_changes), replace(recipe.train, **changes)
     else:
         _refuse_other_flags(arguments, task)

@@ -6,14 +6,17 @@ validation images, a stratified part of the training images is held out, the sam
 when they are needed is its own business.
 """
 
+import hashlib
 import math
 import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -23,9 +26,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Subset
 from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
 from config import Config
-from utils import UserError, copied, one_line
+from utils import UserError, complain, copied, one_line
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # red, green, blue
 SPLIT_SEED = 0  # the held-out images do not depend on a run's seed, so that runs compare
@@ -39,6 +43,7 @@ TURNS = {  # what undoes an EXIF orientation
     8: Image.Transpose.ROTATE_90,
 }
 AHEAD = 2  # batches that are decoded while one is used
+MOST_BROKEN = 0.1  # share of streamed images that may turn out not to be readable
 
 
 # ---------------------------------------------------------------------------- preprocessing
@@ -53,6 +58,8 @@ class Preprocessing(Config):
     std: Annotated[tuple[float, ...], "standard deviation of each channel"]
     interpolation: Annotated[Literal["bicubic", "bilinear"], "of resized image files"] = "bicubic"
     crop: Annotated[float, "share of the image, from its center, that is kept", "(0, 1]"] = 1.0
+    # Of gray of more than 8 bits, by Pillow's mode: the values that become black and white.
+    ranges: dict = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
@@ -109,7 +116,7 @@ class Preprocessing(Config):
     def flat(self, image: Image.Image, enough: int) -> Image.Image:
         """An image upright, on white, in RGB or gray; a JPEG of about `enough` pixels each way."""
         image.draft(None, (enough, enough))
-        flat = _upright(_eight_bit(image))
+        flat = _upright(self._eight_bit(image))
         if flat.has_transparency_data:
             flat = flat.convert("RGBA")
             flat = Image.alpha_composite(Image.new("RGBA", flat.size, "white"), flat)
@@ -125,6 +132,44 @@ class Preprocessing(Config):
     def keeps(self, shape: Sequence[int]) -> bool:
         """Whether `fit` changes nothing of RGB images (C, H, W)."""
         return tuple(shape) == (self.channels, *self.size) == (3, *self.size) and self.crop == 1
+
+    def measured(self, files: Sequence[Path]) -> tuple["Preprocessing", list[str]]:
+        """With one range for all the files of each deep kind of gray, and a line on each.
+
+        The range of a kind that has one, from what a model was trained on, stays.
+        """
+
+        def extent(file: Path) -> tuple[str, float, float] | None:
+            try:
+                mode, values = self.read(file, _deep_gray)
+            except UserError:  # who reads it will say so
+                return None
+            return (mode, float(values.min()), float(values.max())) if mode else None
+
+        may_be = [each for each in files if each.suffix.lower() not in (".jpg", ".jpeg")]
+        extents = sorted(filter(None, read_all(extent, may_be, "looking for more than 8 bits")))
+        ranges, notes = dict(self.ranges), []
+        for mode, group in groupby(extents, key=itemgetter(0)):
+            _, lows, highs = zip(*group, strict=True)
+            low, high = min(lows), max(highs)
+            black, white = ranges.setdefault(mode, value_range(mode, low, high))
+            cut = ", what is outside is cut off" if low < black or high > white else ""
+            notes.append(
+                f"{len(lows):,} pictures have more than 8 bits (mode {mode}), values from {low:g} "
+                f"to {high:g}: {black:g} is read as black and {white:g} as white{cut}"
+            )
+        return replace(self, ranges=ranges), notes
+
+    def _eight_bit(self, image: Image.Image) -> Image.Image:
+        """Gray of more than 8 bits, which Pillow would cut off at 255, in 8 bits."""
+        mode, values = _deep_gray(image)
+        if not mode:
+            return image
+        black, white = self.ranges.get(mode) or value_range(mode, values.min(), values.max())
+        scaled = (values - black) * (255 / (white - black))
+        if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF in which white is the least
+            scaled = 255 - scaled
+        return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))
 
 
 @lru_cache
@@ -163,12 +208,28 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit gray, which Pillow would cut off at 255 instead of scaling, in 8 bits."""
-    if not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image).clip(0, 2**16 - 1)
-    return Image.fromarray((values // 257).astype(np.uint8))
+def _deep_gray(image: Image.Image) -> tuple[str, np.ndarray]:
+    """The mode "I;16", "I" (32 bits, signed) or "F" of gray of more than 8 bits, and its values."""
+    if (mode := image.mode[:4]) not in ("I;16", "I", "F"):  # "I;16B" has another byte order
+        return "", np.empty(0)
+    return mode, np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+
+
+def value_range(mode: str, low: float, high: float) -> tuple[float, float]:
+    """The values that become black and white, of gray from `low` to `high`.
+
+    Floats up to 1 are shares; integers have the smallest of 8, 10, 12 and 16 bits that holds all.
+    Where some are negative (a CT) or larger, the least becomes black and the largest white.
+    """
+    tops = (1, 255) if mode == "F" else (255, 1023, 4095, 65535)
+    if low < 0 and not (mode == "F" and -1 <= low and high <= 1):
+        return low, max(high, low + 1)
+    return -1.0 if low < 0 else 0.0, next((top for top in tops if high <= top), high)
+
+
+def nearly_constant(images: Tensor) -> Tensor:
+    """Which of some uint8 images (n, C, H, W) show next to nothing, as if misread: (n,)."""
+    return images.flatten(1).amax(1) - images.flatten(1).amin(1) < 16
 
 
 def image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
@@ -243,20 +304,43 @@ class Split:
 
 
 class StreamedSplit(Split):
-    """Images that threads `read` as they are needed, uint8 (C, H, W); only labels are in memory."""
+    """Images that threads `read` as they are needed, uint8 (C, H, W); only labels are in memory.
+
+    In place of an image that cannot be read stands the next one of its class that can.
+    """
 
     def __init__(self, items: Sequence[Any], read: Callable[[Any], Tensor], labels: Tensor):
         self.items, self.read, self.labels = items, read, labels
+        self.broken: dict[int, str] = {}  # rows found so far, with what is wrong
 
     def image(self, row: int) -> Tensor:
-        return self.read(self.items[row])
+        """An image; UserError where none of its class can be read, or too many cannot."""
+        for step in range(len(self)):
+            each = (row + step) % len(self)
+            if each in self.broken or (step and self.labels[each] != self.labels[row]):
+                continue
+            try:
+                return self.read(self.items[each])
+            except UserError as error:
+                self.broken[each] = str(error)
+            if len(self.broken) > MOST_BROKEN * len(self):
+                break
+        first = next(iter(self.broken.values()))
+        raise UserError(f"too many images cannot be read: {len(self.broken)}, first {first}")
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
-        """As of a `Split`, in the same order; raises UserError where a file cannot be read."""
-        rows = list(rows)
+        """As of a `Split`, in the same order; says at the end what could not be read."""
+        rows, known = list(rows), len(self.broken)
         numbers = [each.tolist() for each in rows]  # now, as this waits for a GPU
-        for each, images in zip(rows, in_threads(self.image, numbers), strict=True):
-            yield Batch(copied(torch.stack(images), self.labels.device), self.labels[each])
+        try:
+            for each, images in zip(rows, in_threads(self.image, numbers), strict=True):
+                yield Batch(copied(torch.stack(images), self.labels.device), self.labels[each])
+        finally:
+            if new := [*self.broken.values()][known:]:
+                complain(
+                    f"{len(new):,} of {len(self):,} images cannot be read, and others of their "
+                    f"class stand in for them: {'; '.join(new[:3])}"
+                )
 
     def subset(self, rows: Tensor) -> "StreamedSplit":
         return StreamedSplit(Subset(self.items, rows.tolist()), self.read, self.labels[rows])
@@ -264,29 +348,38 @@ class StreamedSplit(Split):
     def to(self, device: torch.device | str) -> "StreamedSplit":
         return StreamedSplit(self.items, self.read, self.labels.to(device))
 
-    def decoded(self, keep: bool) -> tuple[Split, list[str]]:
-        """The split without the images that cannot be read, in memory if `keep`; their errors."""
+    def decoded(self) -> tuple[Split, list[int]]:
+        """In memory, without the rows that are `broken`; and the rows that are nearly constant."""
 
-        def attempt(row: int) -> Tensor | UserError | None:
+        def attempt(row: int) -> Tensor | None:
             try:
-                image = self.image(row)
+                return self.read(self.items[row])
             except UserError as error:
-                return error
-            return image if keep else None
+                self.broken[row] = str(error)
 
-        batches = [range(len(self))[start : start + 64] for start in range(0, len(self), 64)]
-        found = [each for batch in in_threads(attempt, batches) for each in batch]
-        errors = [str(each) for each in found if isinstance(each, UserError)]
-        good = [row for row, each in enumerate(found) if not isinstance(each, UserError)]
-        rows = torch.tensor(good, dtype=torch.long)
-        if not keep:
-            return self.subset(rows), errors
-        images = [found[row] for row in good] or [torch.empty(0, dtype=torch.uint8)]
-        return Split(torch.stack(images), self.labels[rows]), errors
+        images = torch.zeros(len(self), 1, dtype=torch.uint8)
+        for row, image in enumerate(read_all(attempt, range(len(self)), "decoding")):
+            if image is not None:
+                if images.ndim == 2:  # once: it may be most of the memory
+                    images = image.new_zeros(len(self), *image.shape)
+                images[row] = image
+        good = torch.tensor([row not in self.broken for row in range(len(self))])
+        split = Split(images, self.labels)
+        constant = (good & nearly_constant(images)).nonzero().flatten().tolist()
+        return split.subset(good) if self.broken else split, constant
 
 
-def in_threads(read: Callable[[int], Any], batches: Iterable[Sequence[int]]) -> Iterator[list[Any]]:
-    """What `read` gives for each number of each batch, in order; threads are `AHEAD` batches ahead.
+def read_all(read: Callable[[Any], Any], items: Sequence[Any], doing: str) -> Iterator[Any]:
+    """What `read` gives for each item, by threads; with a progress bar where it takes long."""
+    chunks = (items[start : start + 64] for start in range(0, len(items), 64))
+    with tqdm(total=len(items), desc=doing, delay=1, disable=None, leave=False) as bar:
+        for chunk in in_threads(read, chunks):
+            yield from chunk
+            bar.update(len(chunk))
+
+
+def in_threads(read: Callable[[Any], Any], batches: Iterable[Sequence[Any]]) -> Iterator[list[Any]]:
+    """What `read` gives for each item of each batch, in order; threads are `AHEAD` batches ahead.
 
     Pillow decodes and resizes without Python's lock. Processes would need shared memory, signals
     and locks of their own.
@@ -296,7 +389,7 @@ def in_threads(read: Callable[[int], Any], batches: Iterable[Sequence[int]]) -> 
         begun: deque[list[Future]] = deque()
         try:
             for batch in batches:
-                begun.append([pool.submit(read, number) for number in batch])
+                begun.append([pool.submit(read, each) for each in batch])
                 if len(begun) > AHEAD:
                     yield [each.result() for each in begun.popleft()]
             while begun:
@@ -336,6 +429,29 @@ def stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
     return kept, out
 
 
+def digest(name: str) -> int:
+    """63 bits that depend only on a name."""
+    hashed = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(hashed, "big") >> 1
+
+
+def split_by_name(
+    names: Sequence[str], labels: Tensor, share: float, salt: str
+) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to hold out: those whose name has a hash in the lowest `share`.
+
+    So no name depends on another, but in a class of which all or none would be held out: of two
+    and more, the lowest is held out and the highest is not; a single one is trained on.
+    """
+    places = torch.tensor([digest(f"{salt}/{name}") for name in names])
+    out = places < share * 2**63
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        ordered = rows[places[rows].argsort()]
+        out[ordered[0]], out[ordered[-1]] = True, False
+    return (~out).nonzero().flatten(), out.nonzero().flatten()
+
+
 # ---------------------------------------------------------------------------- data sets
 
 
@@ -350,7 +466,10 @@ class Dataset:
     validation: Split | None
     test: Split | None
     notes: tuple[str, ...] = ()  # lines for the user
-    drawn_from: int = 0  # how many images the held-out ones were drawn from; 0: none were
+    drawn_from: int = 0  # how many images the held-out ones were drawn from, by row; 0: none were
+    # Of a folder, by the `digest` of a picture's name relative to it:
+    trained: Tensor | None = None  # (n,) int64, of those to train on
+    held_out: dict[int, str] = field(default_factory=dict)  # the names of those drawn as held out
 
     def splits(self) -> dict[str, Split]:
         """The parts that there are, by the names of their fields."""

@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 
 import torch
 import torchvision.datasets as tv
@@ -32,12 +33,14 @@ from data import (
     Split,
     StreamedSplit,
     by_kind,
+    digest,
     image_files,
+    split_by_name,
     stratified_split,
 )
 from distributed import ALONE, World
 from shapes import SHAPES, draw_shapes
-from utils import UserError, one_line
+from utils import UserError, one_line, printable
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte until a server counts as stalled
 LARGEST_IN_MEMORY = 2**32  # bytes of all splits together
@@ -107,37 +110,64 @@ PARTS = {  # what the folders of the parts are called, in any case
 }
 
 
-def _folder(name: str, path: Path, wanted: Preprocessing) -> Dataset:
+def _folder(name: str, path: Path, wanted: Preprocessing, validation_images: float) -> Dataset:
     """Pictures of your own, in a folder for each class."""
     folders = part_folders(path)
-    train, others = folders.get("train", path), Counter()
-    classes = tuple(class_folders(train))
+    classes, others = class_folders(folders.get("train", path)), Counter()
+    listed = {
+        part: _listed(folder, classes, others)
+        for part, folder in (folders or {"train": path}).items()
+    }
+    wanted, notes = wanted.measured([file for files, _ in listed.values() for file in files])
+    parts: dict[str, Split | None] = {"validation": None, "test": None}
+    parts |= {part: StreamedSplit(f, wanted.read, labels) for part, (f, labels) in listed.items()}
 
-    def split(folder: Path) -> Split:
-        if unknown := set(class_folders(folder)) - set(classes):
-            raise UserError(f"{folder} has a class {min(unknown)!r}, which {train} has not")
-        if loose := sum(each.is_file() for each in folder.iterdir()):
-            others["beside the class folders"] += loose
-        files, labels = [], []
-        for label, each in enumerate(classes):
-            if (folder / each).is_dir():
-                found, left_out = image_files(folder / each)
-                files, labels = files + found, labels + [label] * len(found)
-                others.update(left_out)
-        return StreamedSplit(files, wanted.read, torch.tensor(labels))
+    def names(part: str) -> list[str]:
+        return [normalize("NFC", file.relative_to(path).as_posix()) for file in parts[part].items]
 
-    parts = {"validation": None, "test": None}
-    parts |= {part: split(folder) for part, folder in folders.items()}
-    notes, count = [], 0
+    held_out: dict[int, str] = {}
+    for part, share in (("test", TEST_SHARE * (not folders)), ("validation", validation_images)):
+        if parts[part] or not share:
+            continue
+        train = parts["train"]
+        if share >= len(train):
+            raise UserError(
+                f"{share:g} held-out images must be less than the {len(train):,} images"
+            )
+        share /= len(train) if share >= 1 else 1
+        kept, out = split_by_name(names("train"), train.labels, share, part)
+        parts |= {"train": train.subset(kept), part: train.subset(out)}
+        held_out |= {digest(each): each for each in names(part)}
+        if few := set(range(len(classes))) - set(train.labels[out].tolist()):
+            first = list(classes)[min(few)]
+            notes.append(f"no {part} image of {len(few)} classes of one image, as of {first!r}")
     if not folders:
-        whole = split(path)
-        count = len(whole)
-        kept, out = stratified_split(whole.labels, round(TEST_SHARE * count))
-        parts |= {"train": whole.subset(kept), "test": whole.subset(out)}
-        notes.append(f"{path} has no folder train: {len(out)} of its pictures are the test set")
+        count = f"{len(parts['test'])} of its pictures are"
+        notes.append(f"{path} has no folder train: {count} the test set, chosen by their names")
     if others:
         notes.append(f"left out of {path}: {by_kind(others)}")
-    return Dataset(name, classes, wanted, **parts, notes=tuple(notes), drawn_from=count)
+    trained = torch.tensor([digest(each) for each in names("train")])
+    about = {"notes": tuple(notes), "trained": trained, "held_out": held_out}
+    return Dataset(name, tuple(classes), wanted, **parts, **about)
+
+
+def _listed(
+    folder: Path, classes: dict[str, Path], others: Counter[str]
+) -> tuple[list[Path], Tensor]:
+    """The image files and labels of a part; counts in `others` what is left out."""
+    own = class_folders(folder)
+    if unknown := own.keys() - classes.keys():
+        train = next(iter(classes.values())).parent
+        raise UserError(f"{folder} has a class {min(unknown)!r}, which {train} has not")
+    if loose := sum(each.is_file() for each in folder.iterdir()):
+        others["beside the class folders"] += loose
+    files, labels = [], []
+    for label, each in enumerate(classes):
+        if each in own:
+            found, left_out = image_files(own[each])
+            files, labels = files + found, labels + [label] * len(found)
+            others.update(left_out)
+    return files, torch.tensor(labels)
 
 
 def part_folders(path: Path) -> dict[str, Path]:
@@ -164,11 +194,12 @@ def _folders_in(path: Path) -> list[str]:
     try:
         return [each.name for each in path.iterdir() if each.is_dir() and each.name[0] != "."]
     except OSError as error:
-        raise UserError(f"cannot read the folder {path}: {error.strerror}") from error
+        hint = f"--dataset {FOLDER}PATH says where it is"
+        raise UserError(f"cannot read the folder {path}: {error.strerror} ({hint})") from error
 
 
-def class_folders(path: Path) -> list[str]:
-    """The names of the folders in a folder, at least two, in natural order: 2 before 10."""
+def class_folders(path: Path) -> dict[str, Path]:
+    """The folders in a folder by their names, at least two, in natural order: 2 before 10."""
 
     def natural(name: str) -> list[str | int]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
@@ -178,7 +209,8 @@ def class_folders(path: Path) -> list[str]:
         raise UserError(
             f"{path} must hold a folder for each of at least 2 classes, not {len(found)}"
         )
-    return sorted(found, key=natural)
+    named = {normalize("NFC", name): path / name for name in found}  # as macOS may not spell it
+    return {name: named[name] for name in sorted(named, key=natural)}
 
 
 # ---------------------------------------------------------------------------- the table
@@ -221,6 +253,12 @@ DATASETS = {
 FOLDER = "folder:"
 
 
+def anchored(name: str) -> str:
+    """A data set's name, of a folder with its absolute path."""
+    path = Path(name.removeprefix(FOLDER)).expanduser().absolute()
+    return f"{FOLDER}{path}" if name.startswith(FOLDER) else name
+
+
 def preprocessing_for(name: str) -> Preprocessing:
     """What a new model expects of the images of a data set; 32 x 32 pixels."""
     if name.startswith(FOLDER):
@@ -259,37 +297,44 @@ def load_dataset(
     wanted = preprocessing or default
     with world.one_of_each_host_first():
         if name.startswith(FOLDER):
-            dataset = _folder(name, Path(name.removeprefix(FOLDER)).expanduser(), wanted)
+            place = Path(name.removeprefix(FOLDER)).expanduser()
+            dataset = _folder(name, place, wanted, validation_images)
         else:
             dataset = DATASETS[name].load(name=name, folder=Path(data_dir), wanted=wanted)
-        dataset = _readable(dataset)
+        dataset = _in_memory(dataset)
     train = dataset.train
-    if absent := set(range(len(dataset.classes))) - set(train.labels.tolist()):
-        raise UserError(f"{name} has no training image of {dataset.classes[min(absent)]!r}")
     share = validation_images * (len(train) if validation_images < 1 else 1)
-    if dataset.validation is None and share:
+    if dataset.validation is None and share and dataset.trained is None:
         kept, held_out = stratified_split(train.labels, round(share))
         parts = {"train": train.subset(kept), "validation": train.subset(held_out)}
-        dataset = replace(dataset, **parts, drawn_from=dataset.drawn_from or len(train))
+        dataset = replace(dataset, **parts, drawn_from=len(train))
     return replace(dataset, **{part: s.to(device) for part, s in dataset.splits().items()})
 
 
-def _readable(dataset: Dataset) -> Dataset:
-    """Without the files that cannot be read; in memory, where all of it is small enough."""
-    wanted, splits, notes, failed = dataset.preprocessing, dataset.splits(), [], []
+def _in_memory(dataset: Dataset) -> Dataset:
+    """Decoded, without the files that cannot be read, where all of it is small enough."""
+    wanted, splits, notes = dataset.preprocessing, dataset.splits(), [*dataset.notes]
     count = sum(map(len, splits.values()))
     size = count * wanted.channels * wanted.size[0] * wanted.size[1]
-    keep = size <= LARGEST_IN_MEMORY
-    if not keep:
+    if size > LARGEST_IN_MEMORY:
         notes.append(
             f"{count:,} images are {size / 1e9:.1f} GB, above {LARGEST_IN_MEMORY / 1e9:.1f}: "
             "they are decoded again in every epoch"
         )
+        return replace(dataset, notes=tuple(map(printable, notes)))
+    failed, flat = [], []
     for part, split in splits.items():
-        # A tensor has no broken images.
-        if isinstance(split, StreamedSplit) and (keep or not isinstance(split.items, Tensor)):
-            splits[part], errors = split.decoded(keep)
-            failed += errors
+        if isinstance(split, StreamedSplit):
+            splits[part], constant = split.decoded()
+            broken = dict(sorted(split.broken.items()))
+            lost = set(split.labels.tolist()) - set(splits[part].labels.tolist())
+            if part == "train" and lost:
+                first = next(broken[row] for row in broken if int(split.labels[row]) == min(lost))
+                raise UserError(f"no training image of {dataset.classes[min(lost)]!r}: {first}")
+            failed += broken.values()
+            flat += [split.items[row] for row in constant]
     if failed:
         notes.append(f"{len(failed)} of {count:,} images left out: {'; '.join(failed[:3])}")
-    return replace(dataset, **splits, notes=(*dataset.notes, *notes))
+    if flat and dataset.trained is not None:
+        notes.append(f"{len(flat)} of {count:,} images are nearly constant, such as {flat[0]}")
+    return replace(dataset, **splits, notes=tuple(map(printable, notes)))

@@ -16,7 +16,7 @@ from data import Preprocessing, Split
 from device import autocast
 from distributed import ALONE, World
 from recipes import RunOptions
-from utils import UserError
+from utils import UserError, printable
 from ViT import ViT, ViTConfig
 
 LARGEST_ACTIVATION = 2**25  # numbers, of a batch in evaluation; 128 MiB in float32
@@ -84,26 +84,37 @@ def evaluate(
     )
 
 
-def report(path: Path, options: RunOptions, device: torch.device, world: World = ALONE) -> None:
-    """--evaluate: prints loss, top-1, top-5 and the accuracy of each class on the test set."""
+def report(
+    path: Path,
+    options: RunOptions,
+    device: torch.device,
+    world: World = ALONE,
+    name: str | None = None,
+) -> None:
+    """--evaluate: prints loss, top-1, top-5 and the accuracy of each class on a split.
+
+    It is of the data set that the model was trained on, or of the one with the name.
+    """
     model, checkpoint = load_model(path, device)
+    part = {"test": "test", "val": "validation"}[options.split]
     dataset = datasets.load_dataset(
-        checkpoint.training.dataset,
+        name or checkpoint.training.dataset,
         checkpoint.preprocessing,
-        validation_images=0,
+        validation_images=checkpoint.training.validation_images * (part == "validation"),
         device=device,
         data_dir=options.data_dir,
         world=world,
     )
     check_fit(checkpoint, dataset)
-    if not dataset.test:
-        raise UserError(f"{dataset.name} has no test set")
-    result = evaluate(model, dataset.test, checkpoint.preprocessing, world)
+    if not (split := getattr(dataset, part)):
+        hint = "" if options.split == "val" else "; --split val takes those held out for validation"
+        raise UserError(f"{dataset.name} has no {part} images{hint}")
+    result = evaluate(model, split, checkpoint.preprocessing, world)
     if world.leads:
         for note in dataset.notes:
             print(note)
-        print(f"{path}: {len(dataset.test):,} test images of {dataset.name}")
-        print("\n".join(table(result, dataset.classes)))
+        print(f"{path}: {len(split):,} {part} images of {dataset.name}")
+        print(*map(printable, table(result, dataset.classes)), sep="\n")
 
 
 def table(result: Evaluation, classes: Sequence[str]) -> list[str]:

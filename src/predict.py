@@ -11,6 +11,7 @@ cannot be read gets a line on standard error and, in the end, exit status 2.
 
 import utils  # isort: skip  # before torch, for its threads
 import json
+from itertools import compress
 from pathlib import Path
 
 import torch
@@ -19,9 +20,9 @@ from tqdm import tqdm
 import device as devices
 from checkpoint import find_checkpoint, load_model
 from config import Parser
-from data import by_kind, image_files
+from data import by_kind, image_files, nearly_constant
 from evaluation import batch_size_for
-from utils import UserError, complain, run_program
+from utils import UserError, complain, printable, run_program
 
 Predictions = dict[Path, list[tuple[str, float]]]  # classes of files, with their probabilities
 
@@ -33,23 +34,30 @@ def predictions(
     """The `top` most probable classes of each file, and the errors of files that cannot be read."""
     model, described = load_model(checkpoint, device)
     top, found, errors = min(top, len(described.classes)), {}, []
+    preprocessing, notes = described.preprocessing.measured(files)
+    flat: list[Path] = []
     with tqdm(total=len(files), unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(files), size := batch_size_for(model.config)):
             images = {}
             for file in files[start : start + size]:
                 try:
-                    images[file] = described.preprocessing.read(file)
+                    images[file] = preprocessing.read(file)
                 except UserError as error:
                     errors.append(str(error))
                 bar.update()
             if not images:
                 continue
-            batch = torch.stack([*images.values()]).to(device)
-            logits = model(described.preprocessing.normalize(batch))
+            batch = torch.stack([*images.values()])
+            flat += compress(images, nearly_constant(batch))
+            logits = model(preprocessing.normalize(batch.to(device)))
             best = logits.softmax(dim=1).topk(top)  # (B, top)
             for file, values, rows in zip(images, *map(torch.Tensor.tolist, best), strict=True):
                 names = (described.classes[row] for row in rows)
                 found[file] = list(zip(names, values, strict=True))
+    if flat:
+        notes.append(f"{len(flat)} images are nearly constant, such as {flat[0]}")
+    for note in notes:
+        complain(note)
     return found, errors
 
 
@@ -81,7 +89,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(rows, indent=2))
     else:
         for file, best in found.items():
-            print(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in best))
+            print(printable(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in best)))
     for error in errors:
         complain(error)
     return 2 if errors else 0

@@ -128,6 +128,9 @@ class RunOptions(Config):
     library: Annotated[
         Literal["timm", "torchvision"] | None, "of --export: write a state dict for it instead"
     ] = None
+    split: Annotated[
+        Literal["test", "val"], "of --evaluate: val for the images held out for validation"
+    ] = "test"
     device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
 
     def __post_init__(self):

@@ -24,6 +24,7 @@ from augment import Augmentation, Seen
 from base import DropPath
 from checkpoint import Checkpoint, EpochRecord, RunFolder, check_fit, load_checkpoint, versions
 from data import Dataset, Preprocessing, shuffled_batches
+from datasets import FOLDER
 from distributed import ALONE, StopSignals, World, without_averaging
 from initialization import mimetic, standardize_features, whiten_patches
 from optimizers import learning_rate_factor, load_optimizers, make_optimizers
@@ -283,6 +284,7 @@ class Run:
             preprocessing=self.dataset.preprocessing,
             classes=list(self.dataset.classes),
             drawn_from=self.dataset.drawn_from,
+            trained=self.dataset.trained,
             versions=versions(),
             **state.to_dict(totals),
         )
@@ -438,6 +440,7 @@ def new_run(
     others. Where anything cannot be used, nothing was changed.
     """
     options, device, world, folder = place
+    config = dataclasses.replace(config, dataset=datasets.anchored(config.dataset))
     if world.leads:
         folder.refuse_existing(options.overwrite)  # before what may be a long download
     start = None
@@ -446,7 +449,7 @@ def new_run(
         start = load_pretrained(config.init_from, heads)
         model_config = start.adapted(model_config, chosen)
     expected = start.preprocessing if start else datasets.preprocessing_for(config.dataset)
-    preprocessing = dataclasses.replace(expected, size=model_config.image_size)
+    preprocessing = dataclasses.replace(expected, size=model_config.image_size, ranges={})
     dataset = load_data(config, preprocessing, place)
     model_config = dataclasses.replace(
         model_config, channels=dataset.preprocessing.channels, classes=len(dataset.classes)
@@ -478,6 +481,10 @@ def resumed_run(path: Path, changes: dict[str, Any], place: Place) -> tuple[Run,
         place.folder.take()
     place.world.wait()
     checkpoint = load_checkpoint(path)
+    if where := changes.get("dataset"):
+        changes = changes | {"dataset": datasets.anchored(where)}
+        if not (where.startswith(FOLDER) and checkpoint.training.dataset.startswith(FOLDER)):
+            raise UserError(f"--dataset of --resume is for a folder that was moved, not {where}")
     config = dataclasses.replace(checkpoint.training, **changes)
     dataset = load_data(config, checkpoint.preprocessing, place)
     check_fit(checkpoint, dataset)
@@ -487,6 +494,10 @@ def resumed_run(path: Path, changes: dict[str, Any], place: Place) -> tuple[Run,
         if not checkpoint.optimizers:
             raise UserError("it holds a model without its optimizers, for sharing")
         state.load(checkpoint, place.world)
+        if state.history and dataset.trained is not None:  # pictures come and go, and so do steps
+            last, spe = state.history[-1], run.steps_per_epoch
+            state.step += state.epoch * spe - last.step
+            state.history[-1] = dataclasses.replace(last, step=state.epoch * spe)
         if not 0 <= run.steps_done(state) <= run.steps_per_epoch:
             raise UserError(f"it is at step {run.steps_done(state)} of {run.steps_per_epoch}")
     except (UserError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

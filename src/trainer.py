@@ -392,7 +392,7 @@ def main(argv: list[str]) -> int:
             return 0
         device = devices.choose_device(options.device, world)
         if command.task == "evaluate":
-            report(command.path, options, device, world)
+            report(command.path, options, device, world, command.training_changes.get("dataset"))
             return 0
         if world.leads and (unusable := devices.unusable_gpu()):
             print(unusable)

@@ -112,9 +112,14 @@ def status_of(main: Callable[[list[str]], int], argv: list[str]) -> int:
         return 1
 
 
+def printable(text: str) -> str:
+    """A text whose control characters, as names of files may have them, are escaped."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
 def complain(message: str) -> None:
     """One line on standard error, with the program and, of several, the rank of the process."""
-    rank, line = os.environ.get("RANK", "0"), f"{Path(sys.argv[0]).name}: {message}"
+    rank, line = os.environ.get("RANK", "0"), f"{Path(sys.argv[0]).name}: {printable(message)}"
     print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr)
 
 

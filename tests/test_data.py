@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import pickle
+import struct
 import tarfile
 import threading
 import time
@@ -18,7 +19,15 @@ from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
 import datasets
-from data import Preprocessing, Split, by_kind, image_files, shuffled_batches, stratified_split
+from data import (
+    Preprocessing,
+    Split,
+    by_kind,
+    image_files,
+    nearly_constant,
+    shuffled_batches,
+    stratified_split,
+)
 from datasets import load_dataset
 from small import CIFAR10, DAMAGES, damage, default_dtype, generator, images_of, needs_cifar10
 from utils import UserError
@@ -356,15 +365,74 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_with_nearly_the_same_
     assert np.abs(found.numpy().astype(int) - np.asarray(expected)).mean() < 1
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I"])
-def test_sixteen_bits_are_scaled_and_not_cut_off(mode, tmp_path):
-    values = np.repeat(np.linspace(0, 2**16 - 1, 16).astype(np.uint16)[None], 16, axis=0)
-    picture = Image.fromarray(values)
-    path = tmp_path / ("gray.png" if mode == "I;16" else "gray.tif")
-    (picture if mode == "I;16" else picture.convert(mode)).save(path)
-    image = expecting((16, 16)).read(path)
-    expected = torch.linspace(0, 255, 16).round().int().expand(3, 16, 16)
-    assert (image.int() - expected).abs().max() <= 1
+def save_gray(path: Path, dtype: str, low: float, high: float) -> Path:
+    """A ramp of gray from left to right; its first pixel is NaN where that is a number."""
+    values = np.repeat(np.linspace(low, high, 16)[None], 16, axis=0).astype(dtype)
+    if values.dtype.kind == "f":
+        values[0, 0] = np.nan
+    Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "low", "high", "black", "white"),
+    [
+        ("gray.png", "u2", 0, 65535, 0, 65535),
+        ("gray.tif", "u2", 0, 4000, 0, 4095),
+        ("gray.tif", ">u2", 0, 4000, 0, 4095),
+        ("gray.png", "u2", 0, 1000, 0, 1023),
+        ("gray.tif", "i4", 0, 255, 0, 255),
+        ("gray.tif", "i4", 0, 100_000, 0, 100_000),
+        ("gray.tif", "i4", -1024, 3071, -1024, 3071),
+        ("gray.tif", "f4", 0, 0.5, 0, 1),
+        ("gray.tif", "f4", -1, 0.5, -1, 1),
+        ("gray.tif", "f4", 0, 250, 0, 255),
+        ("gray.tif", "f4", 0, 1e4, 0, 1e4),
+        ("gray.tif", "f4", -5, 7, -5, 7),
+    ],
+)
+def test_gray_of_more_than_8_bits_has_its_range_from_the_data(
+    name, dtype, low, high, black, white, tmp_path
+):
+    path = save_gray(tmp_path / name, dtype, low, high)
+    preprocessing, (note,) = expecting((16, 16)).measured([path])
+    assert "1 pictures have more than 8 bits" in note and f"{black:g} is read as black" in note
+    expected = 255 * (torch.linspace(low, high, 16) - black) / (white - black)
+    for each in (preprocessing, expecting((16, 16))):
+        image = each.read(path)[:, 1:].float()
+        assert (image - expected.expand(3, 15, 16)).abs().max() <= 1
+
+
+def test_all_files_of_a_folder_have_one_range_and_a_models_range_stays(tmp_path):
+    dark = save_gray(tmp_path / "dark.png", "u2", 0, 900)
+    bright = save_gray(tmp_path / "bright.png", "u2", 0, 4000)
+    share = save_gray(tmp_path / "share.tif", "f4", 0, 1)
+    (tmp_path / "broken.png").write_text("no picture")
+    two_halves().save(tmp_path / "color.png")
+    files = [*tmp_path.iterdir()]
+    preprocessing, notes = expecting((16, 16)).measured(files)
+    assert len(notes) == 2 and "2 pictures have more than 8 bits (mode I;16)" in notes[1]
+    assert preprocessing.read(dark).max() == round(900 / 4095 * 255)
+    assert preprocessing.read(bright).max() == round(4000 / 4095 * 255)
+    assert preprocessing.read(share).max() == 255
+    narrow = expecting((16, 16), ranges={"I;16": (0, 1023)})
+    again, (_, note) = narrow.measured(files)
+    assert again.read(dark).max() == round(900 / 1023 * 255)
+    assert "values from 0 to 4000: 0 is read as black and 1023 as white, what is outside" in note
+    assert nearly_constant(torch.stack([narrow.read(dark), narrow.read(dark) // 20])).tolist() == [
+        False,
+        True,
+    ]
+
+
+def test_a_tiff_in_which_white_is_the_least_is_turned(tmp_path):
+    pixels = np.repeat(np.linspace(0, 65535, 16)[None], 16, axis=0).astype(np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "gray.tif", tiffinfo={262: 0})
+    content = (tmp_path / "gray.tif").read_bytes()
+    at = content.index(struct.pack("<HHI", 262, 3, 1)) + 8
+    (tmp_path / "gray.tif").write_bytes(content[:at] + b"\0\0" + content[at + 2 :])
+    image = expecting((16, 16)).read(tmp_path / "gray.tif")
+    assert image[0, 0].tolist() == list(range(255, -1, -17))
 
 
 def test_one_pixel_fills_the_picture_and_a_gray_model_gets_gray(tmp_path):

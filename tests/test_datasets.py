@@ -1,16 +1,24 @@
 """Data sets: torchvision's from small copies in their own formats, and folders of image files."""
 
+import dataclasses
 import hashlib
+import math
 import pickle
+import shutil
+from collections import Counter
+from unicodedata import normalize
 
 import numpy as np
 import pytest
 import torch
 import torchvision.datasets as tv
-from PIL import Image
+from PIL import Image, ImageFile
 
 import datasets
-from data import Preprocessing, Split, StreamedSplit
+import small
+import trainer
+from checkpoint import check_fit, load_checkpoint
+from data import Preprocessing, Split, StreamedSplit, split_by_name
 from datasets import load_dataset, preprocessing_for
 from small import damage, generator, images_of
 from utils import UserError
@@ -46,9 +54,7 @@ def test_a_folder_of_class_folders_is_split_by_class_and_its_broken_file_left_ou
     dataset = load_dataset(f"folder:{folder}", WANTED, validation_images=0.1)
     assert dataset.classes == ("birds", "class 2", "class 10")
     parts = (dataset.train, dataset.validation, dataset.test)
-    # A tenth of 34 + 1, 20 and 12 is tested; a tenth of what is left and whole is held out.
-    assert [len(part) for part in parts] == [53, 6, 7] and dataset.preprocessing == WANTED
-    assert dataset.drawn_from == 67
+    assert dataset.preprocessing == WANTED and dataset.drawn_from == 0
     assert sum(part.labels.bincount(minlength=3) for part in parts).tolist() == [34, 20, 12]
     assert all(part.labels.unique().tolist() == [0, 1, 2] for part in parts)
     (left_out,) = (note for note in dataset.notes if "images left out" in note)
@@ -58,6 +64,7 @@ def test_a_folder_of_class_folders_is_split_by_class_and_its_broken_file_left_ou
 
 
 def test_streamed_images_are_those_in_memory(folder, monkeypatch):
+    (folder / "birds/broken.jpg").unlink()
     held = load_dataset(f"folder:{folder}", WANTED, validation_images=6)
     monkeypatch.setattr(datasets, "LARGEST_IN_MEMORY", 1000)
     streamed = load_dataset(f"folder:{folder}", WANTED, validation_images=6)
@@ -70,14 +77,82 @@ def test_streamed_images_are_those_in_memory(folder, monkeypatch):
     assert list(streamed.train.batches(())) == []  # of an epoch that stopped after its last step
 
 
-def test_a_file_that_breaks_after_loading_is_an_error_of_one_line(folder, monkeypatch):
+def test_others_of_their_class_stand_in_for_streamed_files_that_cannot_be_read(
+    folder, monkeypatch, capsys
+):
+    """Nothing is decoded at the start; what the threads meet is said once, in a line."""
     monkeypatch.setattr(datasets, "LARGEST_IN_MEMORY", 1000)
-    dataset = load_dataset(f"folder:{folder}", WANTED, validation_images=0)
+    for file in folder.rglob("*.jpg"):
+        file.rename(file.with_name("0.jpg"))  # a name of the training images
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded at the start"))
+        dataset = load_dataset(f"folder:{folder}", WANTED, validation_images=0)
+    train = dataset.train
+    for _ in range(2):
+        batches = list(train.batches(torch.arange(len(train)).split(10)))
+        assert torch.equal(torch.cat([each.labels for each in batches]), train.labels)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"1 of {len(train)} images cannot be read, and others of their class" in line
+    images = torch.cat([each.images for each in batches])
+    (row,) = (row for row, file in enumerate(train.items) if file.name == "0.jpg")
+    assert train.labels[row] == train.labels[row + 1] and torch.equal(images[row], images[row + 1])
     for file in folder.glob("class 2/*.png"):
         file.write_bytes(b"nonsense")
-    for rows in (torch.arange(len(dataset.train)).split(10), [torch.arange(len(dataset.train))]):
-        with pytest.raises(UserError, match=r"^cannot read .*png as an image: not of a"):
-            list(dataset.train.batches(rows))
+    with pytest.raises(UserError, match=r"too many images cannot be read: .*first cannot read"):
+        list(dataset.train.batches(torch.arange(len(train)).split(10)))
+
+
+def drawn(dataset):
+    """The part that each picture of a folder is in, by its name."""
+    return {
+        file.name: part
+        for part, split in dataset.splits().items()
+        for file in (split.items[row] for row in range(len(split)))
+    }
+
+
+def test_no_picture_moves_between_parts_as_others_come_and_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "LARGEST_IN_MEMORY", 1)
+    names = [f"{number}é.png" for number in range(40)]
+    for name in names:
+        for each in ("a", "b"):
+            (tmp_path / "old" / each).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "old" / each / f"{each}{name}").touch()
+
+    def parts(root):
+        dataset = load_dataset(f"folder:{root}", WANTED, validation_images=0.2)
+        assert not set(dataset.trained.tolist()) & dataset.held_out.keys()
+        return drawn(dataset)
+
+    before = parts(tmp_path / "old")
+    assert Counter(before.values()).keys() == {"train", "validation", "test"}
+    for change in ("move", "spell", "remove", "rename", "add"):
+        shutil.copytree(tmp_path / "old", root := tmp_path / change)
+        changed = root / "a" / f"a{names[7]}"
+        if change == "spell":  # as macOS does
+            for file in root.glob("*/*"):
+                file.rename(file.with_name(normalize("NFD", file.name)))
+        elif change == "remove":
+            changed.unlink()
+        elif change == "rename":
+            changed.rename(root / "a/another.png")
+        elif change == "add":
+            (root / "a/another.png").touch()
+        after = {normalize("NFC", name): part for name, part in parts(root).items()}
+        same = before.keys() & after.keys()
+        assert len(same) >= 79 and all(before[each] == after[each] for each in same), change
+
+
+def test_a_share_of_each_class_is_held_out_by_name_and_at_least_one_where_there_are_two():
+    names = [f"{number}.jpg" for number in range(3003)]
+    labels = torch.tensor([0] * 2000 + [1] * 1000 + [2] * 2 + [3])
+    kept, out = split_by_name(names, labels, 0.1, "test")
+    assert torch.cat([kept, out]).sort().values.tolist() == list(range(3003))
+    counts = labels[out].bincount(minlength=4).tolist()
+    assert abs(counts[0] - 200) < 40 and abs(counts[1] - 100) < 30 and counts[2:] == [1, 0]
+    first = hashlib.blake2b(b"test/7.jpg", digest_size=8).digest()
+    assert (7 in out) == (int.from_bytes(first, "big") < 0.1 * 2**64)
+    assert labels[split_by_name(names, labels, 0.999, "test")[0]].unique().tolist() == [0, 1, 2, 3]
 
 
 @pytest.fixture
@@ -148,7 +223,7 @@ def test_a_folder_of_another_layout_is_refused(tmp_path, classes, message):
 def test_a_class_whose_pictures_are_all_broken_is_refused(folder):
     for file in (folder / "class 2").iterdir():
         file.write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="no training image of 'class 2'"):
+    with pytest.raises(UserError, match=r"no training image of 'class 2': cannot read .*\.png"):
         load_dataset(f"folder:{folder}", WANTED, validation_images=0.1)
 
 
@@ -231,3 +306,41 @@ def test_what_needs_scipy_says_so(name, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "__init__", without_scipy)
     with pytest.raises(UserError, match="needs scipy: pip install scipy"):
         load_dataset(name, WANTED, validation_images=0, data_dir=tmp_path)
+
+
+# ---------------------------------------------------------------------------- a run on a folder
+
+
+def test_a_run_on_a_folder_goes_on_where_it_was_moved_unless_a_trained_picture_is_held_out(
+    folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = "--device cpu --batch-size 10 --warmup-epochs 0 --epochs 1 --output-dir ."
+    begin = ["--recipe", "demo", *small.TINY, *flags.split(), "--dataset", "folder:pets"]
+    assert trainer.main(begin) == 0
+    saved = load_checkpoint("demo/last.pt")
+    assert saved.training.dataset == f"folder:{folder}" and saved.drawn_from == 0
+
+    folder.rename(moved := tmp_path / "moved")
+    with pytest.raises(UserError, match=r"cannot read the folder .*pets.*--dataset folder:PATH"):
+        trainer.main("--evaluate demo --device cpu".split())
+    for number in range(40):  # so that an epoch has more steps
+        picture(number).save(moved / "birds" / f"more {number}.png")
+    capsys.readouterr()
+    for split, name in (("test", "test"), ("val", "validation")):
+        trainer.main(f"--evaluate demo --device cpu --dataset folder:moved --split {split}".split())
+        assert f" {name} images of folder:moved" in capsys.readouterr().out
+    resume = "--resume demo --device cpu --epochs 2 --dataset folder:moved".split()
+    assert trainer.main(resume) == 0
+    again = load_checkpoint("demo/last.pt")
+    assert again.training.dataset == f"folder:{moved}"
+    assert again.step == again.history[-1].step == 2 * math.ceil(len(again.trained) / 10)
+
+    monkeypatch.setattr(datasets, "TEST_SHARE", 0.5)
+    with pytest.raises(UserError, match=r"was trained on .* pictures that folder:moved now holds"):
+        trainer.main("--evaluate demo --device cpu --dataset folder:moved".split())
+    by_row = dataclasses.replace(again, trained=None, drawn_from=67)
+    with pytest.raises(UserError, match="were drawn from 67 by their rows, and are no longer"):
+        check_fit(by_row, load_dataset("folder:moved", WANTED, validation_images=0))
+    with pytest.raises(UserError, match="--dataset of --resume is for a folder that was moved"):
+        trainer.main("--resume demo --device cpu --dataset shapes".split())

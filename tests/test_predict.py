@@ -63,7 +63,8 @@ def test_a_file_that_cannot_be_read_does_not_keep_back_the_others(files, capsys)
         str(files / "a.png"),
         str(files / "b.jpg"),
     ]
-    others, unreadable = captured.err.splitlines()
+    others, constant, unreadable = captured.err.splitlines()
+    assert constant.endswith(f"2 images are nearly constant, such as {files / 'a.png'}")
     assert f"left out of {files}: 1 .txt" in others
     assert f"cannot read {files / 'ab.png'}" in unreadable
 

@@ -21,14 +21,14 @@ import utils
 from checkpoint import RUN_FILES, Checkpoint, check_fit, load_model
 from config import Config
 from curves import shown
-from data import Batch, Dataset, Split, by_kind, image_files
+from data import Batch, Dataset, Preprocessing, Split, by_kind, image_files, nearly_constant
 from datasets import load_dataset
 from evaluation import predict
 from explain import Record
 from pretrained import load_pretrained
 from recipes import TrainConfig
 from style import by, to_picture
-from utils import UserError
+from utils import UserError, printable
 from ViT import ViT
 
 PROBE_IMAGES = 128  # of the figures of many images
@@ -231,14 +231,18 @@ class Model:
             files, others = (options.image, None) if options.image else image_files(options.dir)
             if others:
                 print(f"left out of {options.dir}: {by_kind(others)}")
+            preprocessing, notes = self.checkpoint.preprocessing.measured(files)
             subjects = []
             for name, file in zip(unique([f.name for f in files]), files, strict=True):
                 try:
-                    subjects.append(self.subject_of(file, name))
+                    subjects.append(self.subject_of(file, name, preprocessing))
                 except UserError as error:  # of a folder, the others are drawn
                     if options.image or (file is files[-1] and not subjects):
                         raise
                     print(f"left out of {options.dir}: {error}")
+            flat = (each.title for each in subjects if nearly_constant(each.pixels[None]))
+            for note in (*notes, *(f"{title} is nearly constant" for title in flat)):
+                print(printable(note))
             return subjects
         held = len(self.split)
         chosen = options.index or [index for index in by_default if index < held]
@@ -254,9 +258,8 @@ class Model:
             for index, image, label in zip(indices, images, labels, strict=True)
         ]
 
-    def subject_of(self, file: Path, name: str) -> Subject:
+    def subject_of(self, file: Path, name: str, preprocessing: Preprocessing) -> Subject:
         """An image file, in what the model sees of it and as a photo of at most `PHOTO` pixels."""
-        preprocessing = self.checkpoint.preprocessing
 
         def photo_of(image: Image.Image) -> np.ndarray:
             flat = preprocessing.flat(image, PHOTO)

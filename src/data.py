@@ -155,8 +155,8 @@ class Preprocessing(Config):
             black, white = ranges.setdefault(mode, value_range(mode, low, high))
             cut = ", what is outside is cut off" if low < black or high > white else ""
             notes.append(
-                f"{len(lows):,} pictures have more than 8 bits (mode {mode}), values from {low:g} "
-                f"to {high:g}: {black:g} is read as black and {white:g} as white{cut}"
+                f"gray of more than 8 bits (mode {mode}) in {len(lows):,} of {len(files):,} files: "
+                f"of {low:g} to {high:g}, {black:g} becomes black and {white:g} white{cut}"
             )
         return replace(self, ranges=ranges), notes
 

@@ -55,7 +55,7 @@ def predictions(
                 names = (described.classes[row] for row in rows)
                 found[file] = list(zip(names, values, strict=True))
     if flat:
-        notes.append(f"{len(flat)} images are nearly constant, such as {flat[0]}")
+        notes.append(f"{len(flat)} of {len(files)} are nearly constant, such as {flat[0]}")
     for note in notes:
         complain(note)
     return found, errors

@@ -396,7 +396,7 @@ def test_gray_of_more_than_8_bits_has_its_range_from_the_data(
 ):
     path = save_gray(tmp_path / name, dtype, low, high)
     preprocessing, (note,) = expecting((16, 16)).measured([path])
-    assert "1 pictures have more than 8 bits" in note and f"{black:g} is read as black" in note
+    assert f"in 1 of 1 files: of {low:g} to {high:g}, {black:g} becomes black" in note
     expected = 255 * (torch.linspace(low, high, 16) - black) / (white - black)
     for each in (preprocessing, expecting((16, 16))):
         image = each.read(path)[:, 1:].float()
@@ -411,14 +411,14 @@ def test_all_files_of_a_folder_have_one_range_and_a_models_range_stays(tmp_path)
     two_halves().save(tmp_path / "color.png")
     files = [*tmp_path.iterdir()]
     preprocessing, notes = expecting((16, 16)).measured(files)
-    assert len(notes) == 2 and "2 pictures have more than 8 bits (mode I;16)" in notes[1]
+    assert len(notes) == 2 and "(mode I;16) in 2 of 5 files" in notes[1]
     assert preprocessing.read(dark).max() == round(900 / 4095 * 255)
     assert preprocessing.read(bright).max() == round(4000 / 4095 * 255)
     assert preprocessing.read(share).max() == 255
     narrow = expecting((16, 16), ranges={"I;16": (0, 1023)})
     again, (_, note) = narrow.measured(files)
     assert again.read(dark).max() == round(900 / 1023 * 255)
-    assert "values from 0 to 4000: 0 is read as black and 1023 as white, what is outside" in note
+    assert "of 0 to 4000, 0 becomes black and 1023 white, what is outside is cut off" in note
     assert nearly_constant(torch.stack([narrow.read(dark), narrow.read(dark) // 20])).tolist() == [
         False,
         True,

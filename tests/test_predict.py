@@ -64,7 +64,7 @@ def test_a_file_that_cannot_be_read_does_not_keep_back_the_others(files, capsys)
         str(files / "b.jpg"),
     ]
     others, constant, unreadable = captured.err.splitlines()
-    assert constant.endswith(f"2 images are nearly constant, such as {files / 'a.png'}")
+    assert constant.endswith(f"1 of 3 are nearly constant, such as {files / 'a.png'}")
     assert f"left out of {files}: 1 .txt" in others
     assert f"cannot read {files / 'ab.png'}" in unreadable
 

@@ -139,8 +139,8 @@ def _folder(name: str, path: Path, wanted: Preprocessing, validation_images: flo
         parts |= {"train": train.subset(kept), part: train.subset(out)}
         held_out |= {digest(each): each for each in names(part)}
         if few := set(range(len(classes))) - set(train.labels[out].tolist()):
-            first = list(classes)[min(few)]
-            notes.append(f"no {part} image of {len(few)} classes of one image, as of {first!r}")
+            alone = ", ".join(repr(list(classes)[label]) for label in sorted(few)[:3])
+            notes.append(f"no {part} image of {len(few)} classes with a single image: {alone}")
     if not folders:
         count = f"{len(parts['test'])} of its pictures are"
         notes.append(f"{path} has no folder train: {count} the test set, chosen by their names")

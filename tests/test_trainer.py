@@ -399,7 +399,6 @@ def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-3:]] == ["a", "b2", "b10"]
     assert any(line.startswith("class mean") for line in lines)
-    image.save(tmp_path / "pets/a/new.png")  # another split, whose test images were trained on
+    image.save(tmp_path / "pets/a/new.png")  # which moves no other between the parts
     for task in ("--evaluate", "--resume"):
-        assert small.status_of(f"{task} {tmp_path}/whole", tmp_path) == 2
-        assert "58 images instead of 57" in capsys.readouterr().err
+        assert small.status_of(f"{task} {tmp_path}/whole", tmp_path) == 0

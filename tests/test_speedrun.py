@@ -2,15 +2,25 @@
 
 import json
 import statistics
+from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import common
 import speedrun
+import trainer
 from checkpoint import load_model
 from utils import status_of
 
 DRY = speedrun.DRY_PLAN
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch):
+    """Compiling takes half a minute, and speedrun.py only asks for it."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda *images: model(*images))
 
 
 @pytest.fixture
@@ -25,14 +35,28 @@ def result_of(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-@pytest.mark.timeout(300)  # five runs, each in a process
-def test_the_sequence_of_the_half_hour(measure, tmp_path, capsys):
+class Here:
+    """In place of `subprocess.Popen`: the trainer, in this process."""
+
+    def __init__(self, program, stdout, **_):
+        with redirect_stdout(stdout):
+            self.returncode = trainer.main(program[2:])
+        self.communicate = lambda timeout: (None, "")
+
+    __enter__, __exit__ = lambda self: self, lambda *_: None
+
+
+@pytest.mark.timeout(300)
+def test_the_sequence_of_the_half_hour(measure, monkeypatch, tmp_path, capsys):
     """Each part in its order, with its output and its model; the second call measures nothing."""
+    module = SimpleNamespace(Popen=Here, PIPE=None, TimeoutExpired=TimeoutError)
+    monkeypatch.setattr(common, "subprocess", module)
     assert measure("--seeds 2 --minutes 9") == 0
     printed = capsys.readouterr().out.splitlines()
     begins = [line.split(":")[0] for line in printed[: printed.index("")]]
     runs = ["default", "curve", "seed0", "seed1", "baseline"]
-    assert begins == ["default", "demo, eager", "demo, plain", "curve", *runs[1:]]
+    said = ["demo, eager", "compiling the model ...", "demo, plain"]
+    assert begins == ["default", *said, "curve", *runs[1:]]
     for name in runs:
         assert (tmp_path / name / "output.txt").read_text().count("epoch ") >= 2
         assert str(tmp_path) not in result_of(tmp_path / name)["command"]
@@ -64,7 +88,6 @@ def test_a_part_that_fails_does_not_end_the_others(measure, monkeypatch, capsys)
 
 def test_a_kernel_of_attention_is_the_one_that_runs(measure, monkeypatch, tmp_path, capsys):
     """A CPU has one fused kernel, flash."""
-    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda *images: model(*images))
     monkeypatch.setattr(speedrun, "DRY_PLAN", DRY._replace(steps={"demo": speedrun.MODES[2:]}))
     assert measure("throughput") == 0 and measure("report") == 0
     text = capsys.readouterr().out

@@ -352,7 +352,7 @@ def test_weights_of_torchvision_are_explained_on_the_photo(
     Image.fromarray(photo).save(tmp_path / "photos" / name)
     (tmp_path / "photos/broken.jpg").write_text("no photo")
     flags = f"image --weights {tmp_path}/vit.pth --heads 2 --dir {tmp_path}/photos --save-data"
-    flags += f" --out {tmp_path}/out --dpi 40"
+    flags += f" --out {tmp_path}/out --dpi 40 --device cpu"
     assert status_of(vis.main, [*flags.split(), "--target", "class 3"]) == 0
     options = Options(weights=str(tmp_path / "vit.pth"), heads=2, dir=tmp_path / "photos")
     model = Model(tmp_path / "vit.pth", torch.device("cpu"), options)
@@ -490,7 +490,7 @@ def test_weights_of_others_given_as_a_checkpoint_are_told_their_flag(
     of_torchvision, tmp_path, capsys
 ):
     path = tmp_path / "vit.pth"
-    assert status_of(vis.main, ["image", "--checkpoint", str(path)]) == 2
+    assert status_of(vis.main, ["image", "--checkpoint", str(path), "--device", "cpu"]) == 2
     assert f"weights of others are named by --weights {path}\n" in capsys.readouterr().err
 
 

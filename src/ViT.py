@@ -276,13 +276,13 @@ class ViTConfig(Config):
     """
 
     image_size: Annotated[int | tuple[int, int], "H and W in pixels: one number, or HxW"] = (32, 32)
-    patch_size: Annotated[int, "P, the side of a patch in pixels", "[1, inf)"] = 4
-    channels: Annotated[int, "C, channels of an image", "[1, inf)"] = 3
-    classes: Annotated[int, "K, the number of classes", "[1, inf)"] = 10
-    width: Annotated[int, "D, the length of a token", "[1, inf)"] = 192
-    depth: Annotated[int, "L, the number of encoder blocks", "[1, inf)"] = 12
-    heads: Annotated[int, "h, attention heads; D / h is the width of each", "[1, inf)"] = 3
-    mlp_ratio: Annotated[float, "hidden width of the MLP over D", "(0, inf)"] = 4.0
+    patch_size: Annotated[int, "P, the side of a patch in pixels", "[1, 8192]"] = 4
+    channels: Annotated[int, "C, channels of an image", "[1, 1024]"] = 3
+    classes: Annotated[int, "K, the number of classes", "[1, 1e6]"] = 10
+    width: Annotated[int, "D, the length of a token", "[1, 32768]"] = 192
+    depth: Annotated[int, "L, the number of encoder blocks", "[1, 1024]"] = 12
+    heads: Annotated[int, "h, attention heads; D / h is the width of each", "[1, 1024]"] = 3
+    mlp_ratio: Annotated[float, "hidden width of the MLP over D", "(0, 64]"] = 4.0
     dropout: Annotated[float, "after the embedding, the attention and MLP layers", "[0, 1)"] = 0.0
     attention_dropout: Annotated[float, "dropout on the attention weights A", "[0, 1)"] = 0.0
     drop_path: Annotated[float, "stochastic depth: rate of the last block", "[0, 1)"] = 0.0
@@ -304,6 +304,10 @@ class ViTConfig(Config):
         (H, W), P = self.image_size, self.patch_size
         if min(H, W) < 1 or H % P or W % P:
             raise UserError(f"image_size {H}x{W} must be a multiple of patch_size {P}")
+        if max(H, W) > 8192 or self.patches > 2**16:
+            raise UserError(f"image_size {H}x{W} is above 8192, or above 65,536 patches of {P}x{P}")
+        if (weights := self.depth * self.width * (4 * self.width + 2 * self.hidden)) > 1e11:
+            raise UserError(f"{weights:,} weights of width {self.width} are more than 1e11")
         if self.width % self.heads:
             raise UserError(f"width {self.width} must be a multiple of heads {self.heads}")
         if self.positions == "sincos" and self.width % 4:

@@ -22,7 +22,17 @@ from config import Config
 from data import Dataset, Preprocessing
 from datasets import FOLDER
 from recipes import TrainConfig
-from utils import ROOT, UserError, complain, one_line, write_json, write_table, write_torch
+from utils import (
+    ROOT,
+    UserError,
+    complain,
+    named_path,
+    one_line,
+    read_file,
+    write_json,
+    write_table,
+    write_torch,
+)
 from ViT import ViT, ViTConfig
 
 try:
@@ -103,6 +113,8 @@ def check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
     except RuntimeError as error:
         raise UserError(one_line(error)) from error
     for name, weight in weights.items():
+        if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
+            raise UserError(f"{name} is larger than what the file holds of it")
         if not (weight.is_floating_point() and weight.isfinite().all()):
             raise UserError(f"{name} has values that are not finite numbers")
 
@@ -138,10 +150,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def read_torch(path: Path) -> Any:
     """What a file of torch.save holds, on the CPU; nothing in it is executed."""
-    if path.exists() and not path.is_file():
-        raise UserError(f"{path} is not a file")
+    content = io.BytesIO(read_file(path))
     try:
-        content = io.BytesIO(path.read_bytes())
         if zipfile.is_zipfile(content):  # not what torch wrote before 1.6
             with zipfile.ZipFile(content) as archive:
                 if damaged := archive.testzip():  # torch.load compares no checksum
@@ -149,8 +159,6 @@ def read_torch(path: Path) -> Any:
         content.seek(0)
         with warnings.catch_warnings(action="ignore"):
             return torch.load(content, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can fail in any way inside zipfile and torch.load
         raise UserError(f"{path} is not a file of weights, or is damaged") from error
 
@@ -201,10 +209,10 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Vi
         UserError: the file is not a usable checkpoint.
     """
     checkpoint = load_checkpoint(path)
-    try:
-        model = ViT(checkpoint.model)
-    except (RuntimeError, MemoryError) as error:  # fixed positions of an image too large for memory
-        raise UserError(f"{path} is not a usable checkpoint: out of memory") from error
+    if (needed := 4 * checkpoint.model.heads * checkpoint.model.tokens**2) > 2**30:
+        tokens = f"{checkpoint.model.tokens:,} tokens an image"
+        complain(f"{path} has {tokens}: attention may need {needed / 1e9:.0f} GB of memory")
+    model = ViT(checkpoint.model)
     model.load_state_dict(checkpoint.weights)
     return model.to(device).eval(), checkpoint
 
@@ -232,8 +240,8 @@ def code_commit() -> str | None:
 
 def find_checkpoint(text: str) -> Path:
     """A checkpoint as named, here or inside the repository; of a run's folder the last one."""
-    path = Path(text).expanduser()
-    path = path if path.exists() else ROOT / path
+    path = named_path(text)
+    path = path if path.exists() else named_path(ROOT / path)
     return path / "last.pt" if path.is_dir() else path
 
 
@@ -265,11 +273,12 @@ def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
 class RunFolder:
     """Where a run is saved: taken by one run at a time, its files written whole or not at all.
 
-    As a context manager it gives the folder back at the end. Only rank 0 takes it and writes.
+    As a context manager it gives the folder back at the end. Only rank 0 takes it and writes. A
+    folder that is removed is made again, unless another run has done so.
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = named_path(path)
         self.saved_step = 0  # of the checkpoint that can be resumed; 0: there is none
         self.save_failed = False  # the last time it was tried
         self.saved_at = time.perf_counter()
@@ -296,38 +305,54 @@ class RunFolder:
         """Makes and takes the folder of a new run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.take()
-            self.refuse_existing(overwrite)
-            # Where nothing can be written, this fails now rather than after an epoch.
-            tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
+        self.take()
+        self.refuse_existing(overwrite)
         self.replaces = {name for name in RUN_FILES if (self.path / name).exists()}
 
     def take(self) -> None:
         """Keeps other runs out until this object or the process ends, however it ends.
 
         The lock is on the folder itself: no lock file is left behind by a run that was killed.
+        Where nothing can be written, this fails now rather than after an epoch.
         """
-        if fcntl is None:
+        try:
+            tempfile.TemporaryFile(dir=self.path).close()
+            lock = os.open(self.path, os.O_RDONLY) if fcntl else None
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
+        if lock is None:
             print(f"cannot lock {self.path} on this platform; do not start a second run in it")
             return
         try:
-            self._lock = os.open(self.path, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(lock)
             raise UserError(
                 f"{self.path} is in use by another run; wait for it, or stop it"
             ) from None
-        except OSError as error:
-            if self._lock is None:
-                raise UserError(f"cannot use {self.path}: {error.strerror}") from error
-            # Some network file systems have no locks.
+        except OSError as error:  # some network file systems have no locks
             print(f"cannot lock {self.path} ({error.strerror}); do not start a second run in it")
+        self._lock = lock
+
+    def _hold(self) -> None:
+        """Makes the folder again where it was removed, or raises UserError: another run has."""
+        if (lock := self._lock) is None:
+            return
+        try:
+            if os.path.samestat(os.fstat(lock), os.stat(self.path)):
+                return
+        except OSError:
+            self.path.mkdir(parents=True, exist_ok=True)
+        self.refuse_existing(False)
+        self.take()
+        os.close(lock)
 
     def save(self, checkpoint: Checkpoint, *, last: bool = False) -> None:
         """Writes last.pt and metrics.csv; if that fails, says so and keeps the last good ones."""
         try:
+            self._hold()
             # The rows first: a run that is killed in between resumes, and writes them again.
             rows = (
                 {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(row).items()}
@@ -339,10 +364,10 @@ class RunFolder:
                 (self.path / name).unlink(missing_ok=True)
             self.replaces = set()
             self.saved_step, self.save_failed = checkpoint.step, False
-        except OSError as error:
+        except (OSError, UserError) as error:
             self.save_failed = True
             next_try = "" if last else "; training continues, and the next checkpoint tries again"
-            reason = error.strerror or error
+            reason = getattr(error, "strerror", None) or error
             print(f"cannot save step {checkpoint.step} to {self.path}: {reason}{next_try}")
 
     def save_best(self, checkpoint: Checkpoint) -> None:
@@ -350,9 +375,10 @@ class RunFolder:
         if self.replaces:  # the earlier run's files stay together
             return
         try:
+            self._hold()
             save_checkpoint(self.path / "best.pt", model_only(checkpoint))
-        except OSError as error:
-            print(f"cannot write {self.path / 'best.pt'}: {error.strerror or error}", flush=True)
+        except (OSError, UserError) as error:
+            print(f"cannot write {self.path / 'best.pt'}: {error}")
 
     def write_result(self, result: dict[str, Any], draw: Callable[[Path], None]) -> bool:
         """Writes curves.png, by `draw`, and result.json; returns whether all is written."""
@@ -360,9 +386,10 @@ class RunFolder:
             complain(f"{self.path} still has the earlier run: this one could not be saved")
             return False
         try:
+            self._hold()
             write_json(self.path / "result.json", result)
-        except OSError as error:
-            complain(f"cannot write the result to {self.path}: {error.strerror or error}")
+        except (OSError, UserError) as error:
+            complain(f"cannot write the result to {self.path}: {error}")
             return False
         try:
             draw(self.path / "curves.png")

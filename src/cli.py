@@ -18,7 +18,7 @@ TASKS = {
     "evaluate": ("CHECKPOINT", "evaluate a checkpoint, or a run's last, on the test set"),
     "export": ("RUN", "write the model of a run to model.pt: weights only, for sharing"),
 }
-DATA_FLAGS = ("data_dir", "device")
+DATA_FLAGS = ("data_dir", "device", "wait_minutes")
 TASK_FLAGS = {  # that each task takes
     "resume": (
         *(*DATA_FLAGS, "dataset", "test", "save_minutes", "keep_best", "epochs", "accumulate"),

@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from utils import ROOT, UserError
+from utils import ROOT, UserError, named_path, printable
 
 
 class Config:
@@ -26,6 +26,10 @@ class Config:
             value = getattr(self, name)
             if not is_a(value, kind):
                 raise UserError(f"{name} must be {_spelled(kind)}, not {_shown(value)}")
+            if isinstance(value, Path):
+                object.__setattr__(self, name, named_path(value))  # it is frozen
+            if value == "":
+                raise UserError(f"{name} must not be empty")
             if interval and not _contains(interval, value):
                 raise UserError(f"{name} must be in {interval}, not {value}")
 
@@ -96,10 +100,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         if message.startswith("unrecognized arguments: "):
-            unknown = message.split()[2]
+            unknown = message.split(" ")[2]
             near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
-            message += f" (did you mean {near[0]}?)" if near else " (--help lists all)"
-        self.exit(2, f"{self.prog}: {message}\n")
+            hint = " (--help lists all)" if unknown else "''"
+            message += f" (did you mean {near[0]}?)" if near else hint
+        self.exit(2, f"{self.prog}: {printable(message)}\n")
 
 
 def add_flags(
@@ -124,6 +129,7 @@ def add_flags(
             options |= {"type": _height_and_width, "metavar": "PIXELS"}
         else:
             options["metavar"] = "DIR" if kind is Path else options["type"].__name__.upper()
+            options["type"] = named_path if kind is Path else kind
         value = getattr(config, name)
         if isinstance(value, tuple):
             value = "x".join(map(str, value))

@@ -321,8 +321,8 @@ class StreamedSplit(Split):
                 continue
             try:
                 return self.read(self.items[each])
-            except UserError as error:
-                self.broken[each] = str(error)
+            except Exception as error:  # ours, or that of a library which opens the file itself
+                self.broken[each] = one_line(error)
             if len(self.broken) > MOST_BROKEN * len(self):
                 break
         first = next(iter(self.broken.values()))

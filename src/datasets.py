@@ -8,7 +8,6 @@ memory of the device where that is small enough.
                     where they exist; or PATH/CLASS/**, of which a tenth becomes the test set
 """
 
-import http.client
 import re
 import socket
 from collections import Counter
@@ -40,7 +39,7 @@ from data import (
 )
 from distributed import ALONE, World
 from shapes import SHAPES, draw_shapes
-from utils import UserError, one_line, printable
+from utils import UserError, named_path, one_line, printable
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte until a server counts as stalled
 LARGEST_IN_MEMORY = 2**32  # bytes of all splits together
@@ -66,11 +65,11 @@ def _torchvision(
             parts.append(kind(folder, **more) if value is not None else None)
     except ImportError as error:
         raise UserError(f"{kind.__name__} needs scipy: pip install scipy") from error
-    except (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException) as error:
+    except Exception as error:  # a failed download, or files of other content, fail in any way
         reason = one_line(error) or type(error).__name__
         place = getattr(kind, "url", "its server")
         raise UserError(
-            f"no {kind.__name__} in {folder}, and the download from {place} failed ({reason}); "
+            f"no usable {kind.__name__} in {folder}, and none from {place} ({reason}); "
             f"put {getattr(kind, 'filename', 'its files')} into {folder} yourself "
             "(python src/trainer.py --recipe demo needs no download)"
         ) from error
@@ -297,7 +296,7 @@ def load_dataset(
     wanted = preprocessing or default
     with world.one_of_each_host_first():
         if name.startswith(FOLDER):
-            place = Path(name.removeprefix(FOLDER)).expanduser()
+            place = named_path(name.removeprefix(FOLDER))
             dataset = _folder(name, place, wanted, validation_images)
         else:
             dataset = DATASETS[name].load(name=name, folder=Path(data_dir), wanted=wanted)

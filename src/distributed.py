@@ -1,6 +1,6 @@
 """Signals that stop a run, and the processes that train one model together.
 
-    StopSignals    Ctrl-C and SIGTERM, noted for the training loop
+    StopSignals    Ctrl-C, SIGTERM and SIGHUP, noted for the training loop
     World          the processes that train one model together, started by torchrun
 
 A process that torchrun did not start is a world of one, and no method then communicates.
@@ -8,11 +8,14 @@ A process that torchrun did not start is a world of one, and no method then comm
 
 import gc
 import os
+import shlex
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -21,26 +24,29 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import Stopped, WorldError, one_line
+from utils import Stopped, UserError, WorldError, one_line
 
 # ---------------------------------------------------------------------------- signals
 
 
 class StopSignals:
-    """Inside this context, Ctrl-C and SIGTERM only set `received`, for the training loop.
+    """Inside this context, Ctrl-C, SIGTERM and SIGHUP only set `received`, for the training loop.
 
-    A second signal takes its default action, which ends the process there and then. If a signal has
-    come, the end of the block raises `Stopped`.
+    A second one takes its default action, which ends the process there and then; but not within
+    a second, as launchers pass on what a terminal has sent already. If a signal has come, the end
+    of the block raises `Stopped`.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                     self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -51,9 +57,11 @@ class StopSignals:
             raise Stopped(self.received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-        self.received = number
+        if not self.received:
+            self.received, self._at = number, time.monotonic()
+        elif time.monotonic() - self._at > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 # ---------------------------------------------------------------------------- many devices
@@ -87,6 +95,15 @@ class World:
         """Which of the flags are set on any rank, so that all ranks do the same."""
         return self.sum(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
 
+    def refuse_differing(self, argv: list[str]) -> None:
+        """Raises UserError, on every rank, unless all ranks have the same command line."""
+        lines = [argv] * self.size
+        if self.size > 1:
+            dist.all_gather_object(lines, argv)
+        for rank, line in enumerate(map(shlex.join, lines)):
+            if line != (first := shlex.join(lines[0])):
+                raise UserError(f"rank {rank} was started with {line}, rank 0 with {first}")
+
     def wait(self) -> None:
         """Waits until every rank is here."""
         self.any(False)
@@ -118,29 +135,44 @@ def without_averaging(model: nn.Module) -> AbstractContextManager:
 
 
 @contextmanager
-def joined_world(device: str | None) -> Iterator[World]:
+def joined_world(device: str | None, minutes: float = 5.0) -> Iterator[World]:
     """The world that torchrun's environment variables describe, or a world of one.
 
-    Unless --device is cpu, NCCL averages the gradients of GPUs; gloo does the rest.
+    Unless --device is cpu, NCCL averages the gradients of GPUs; gloo does the rest. A rank waits
+    for another for some minutes at most.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
+    before = signal.getsignal(signal.SIGINT)
+    in_main = threading.current_thread() is threading.main_thread()
+    answers = in_main and before != signal.SIG_IGN
     try:
         rank, size, local_rank = (
             int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         )
+        if not 0 <= rank < size:
+            raise ValueError(f"RANK {rank} is not below WORLD_SIZE {size}")
         use_gpus = device != "cpu" and torch.cuda.is_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpus else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if use_gpus else "gloo"
+        if answers:  # at once: here torch waits, and Python's handler would wait for it
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     except (KeyError, ValueError, RuntimeError) as error:
         reason = one_line(error)
         raise WorldError(f"cannot join the other processes of this job: {reason}") from error
+    finally:
+        if answers:
+            signal.signal(signal.SIGINT, before)
     try:
         yield World(rank, size, local_rank)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise WorldError("another process of this job has ended, and so does this one") from error
+        what = "another process of this job has ended, and so does this one"
+        if "imed out" in str(error):
+            what = f"waited {minutes:g} minutes for another process; see --wait-minutes"
+        raise WorldError(what) from error
     # A DistributedDataParallel that is left over holds the group. If it holds the last reference,
     # torch 2.11 deadlocks: the group's destructor waits for a thread that waits for Python.
     gc.collect()

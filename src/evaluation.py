@@ -16,7 +16,7 @@ from data import Preprocessing, Split
 from device import autocast
 from distributed import ALONE, World
 from recipes import RunOptions
-from utils import UserError, printable
+from utils import UserError, print_result, printable
 from ViT import ViT, ViTConfig
 
 LARGEST_ACTIVATION = 2**25  # numbers, of a batch in evaluation; 128 MiB in float32
@@ -33,7 +33,8 @@ class Evaluation(NamedTuple):
 
 def batch_size_for(config: ViTConfig, kind: str = "cpu") -> int:
     """Images per batch, at most 500, so that no activation is too large for a kind of device."""
-    of_an_image = config.tokens * max(config.hidden, config.width)
+    H, W = config.image_size
+    of_an_image = max(config.channels * H * W, config.tokens * max(config.hidden, config.width))
     largest = LARGEST_ACTIVATION * (4 if kind == "cuda" else 1)  # small batches leave a GPU idle
     return min(500, max(1, largest // of_an_image))
 
@@ -111,10 +112,9 @@ def report(
         raise UserError(f"{dataset.name} has no {part} images{hint}")
     result = evaluate(model, split, checkpoint.preprocessing, world)
     if world.leads:
-        for note in dataset.notes:
-            print(note)
-        print(f"{path}: {len(split):,} {part} images of {dataset.name}")
-        print(*map(printable, table(result, dataset.classes)), sep="\n")
+        head = f"{path}: {len(split):,} {part} images of {dataset.name}"
+        for line in (*dataset.notes, head, *table(result, dataset.classes)):
+            print_result(printable(line))
 
 
 def table(result: Evaluation, classes: Sequence[str]) -> list[str]:

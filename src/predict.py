@@ -22,9 +22,9 @@ from checkpoint import find_checkpoint, load_model
 from config import Parser
 from data import by_kind, image_files, nearly_constant
 from evaluation import batch_size_for
-from utils import UserError, complain, printable, run_program
+from utils import UserError, complain, named_path, print_result, printable, run_program
 
-Predictions = dict[Path, list[tuple[str, float]]]  # classes of files, with their probabilities
+Predictions = list[tuple[Path, list[tuple[str, float]]]]  # of a file: classes, probabilities
 
 
 @torch.inference_mode()
@@ -33,27 +33,30 @@ def predictions(
 ) -> tuple[Predictions, list[str]]:
     """The `top` most probable classes of each file, and the errors of files that cannot be read."""
     model, described = load_model(checkpoint, device)
-    top, found, errors = min(top, len(described.classes)), {}, []
+    top, found, errors = min(top, len(described.classes)), [], []
     preprocessing, notes = described.preprocessing.measured(files)
     flat: list[Path] = []
     with tqdm(total=len(files), unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(files), size := batch_size_for(model.config)):
-            images = {}
+            read, images = [], []
             for file in files[start : start + size]:
                 try:
-                    images[file] = preprocessing.read(file)
+                    images.append(preprocessing.read(file))
+                    read.append(file)
                 except UserError as error:
                     errors.append(str(error))
                 bar.update()
             if not images:
                 continue
-            batch = torch.stack([*images.values()])
-            flat += compress(images, nearly_constant(batch))
+            batch = torch.stack(images)
+            flat += compress(read, nearly_constant(batch))
             logits = model(preprocessing.normalize(batch.to(device)))
+            if not logits.isfinite().all():
+                raise UserError(f"the model of {checkpoint} computes no finite numbers")
             best = logits.softmax(dim=1).topk(top)  # (B, top)
-            for file, values, rows in zip(images, *map(torch.Tensor.tolist, best), strict=True):
+            for file, values, rows in zip(read, *map(torch.Tensor.tolist, best), strict=True):
                 names = (described.classes[row] for row in rows)
-                found[file] = list(zip(names, values, strict=True))
+                found.append((file, list(zip(names, values, strict=True))))
     if flat:
         notes.append(f"{len(flat)} of {len(files)} are nearly constant, such as {flat[0]}")
     for note in notes:
@@ -63,7 +66,7 @@ def predictions(
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="predict.py", description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE|FOLDER")
+    parser.add_argument("files", nargs="+", type=named_path, metavar="FILE|FOLDER")
     default = utils.ROOT / "checkpoints/vit_cifar10.pt"
     help_text = f"a checkpoint or a run's folder ({default.relative_to(utils.ROOT)})"
     parser.add_argument("--checkpoint", type=find_checkpoint, default=default, help=help_text)
@@ -84,12 +87,13 @@ def main(argv: list[str]) -> int:
     if arguments.json:
         rows = [
             {"file": str(file), "predictions": [{"class": c, "probability": p} for c, p in best]}
-            for file, best in found.items()
+            for file, best in found
         ]
-        print(json.dumps(rows, indent=2))
+        print_result(json.dumps(rows, indent=2))
     else:
-        for file, best in found.items():
-            print(printable(f"{file}: " + ", ".join(f"{name} {p:.1%}" for name, p in best)))
+        for file, best in found:
+            classes = ", ".join(f"{name} {p:.1%}" for name, p in best)
+            print_result(printable(f"{file}: {classes}"))
     for error in errors:
         complain(error)
     return 2 if errors else 0

@@ -26,7 +26,7 @@ from checkpoint import (
     save_model,
 )
 from data import Preprocessing
-from utils import UserError, first_line, write_torch
+from utils import UserError, first_line, read_file, write_torch
 from ViT import MODELS, ViT, ViTConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -244,10 +244,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         import safetensors.torch
     except ImportError as error:
         raise UserError(f"{path} needs safetensors: pip install safetensors") from error
+    content = read_file(path)
     try:
-        return safetensors.torch.load(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+        return safetensors.torch.load(content)
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(f"{path} is not a file of safetensors, or is damaged") from error
 

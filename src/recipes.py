@@ -17,7 +17,7 @@ class TrainConfig(Config):
 
     dataset: Annotated[str, f"data set: {', '.join(DATASETS)}, {FOLDER}PATH"] = "cifar10"
     validation_images: Annotated[
-        float, "training images held out, or below 1 the share of them; 0 trains on all", "[0, inf)"
+        float, "training images held out, or below 1 the share of them; 0 trains on all", "[0, 1e9]"
     ] = 0.1
     initialization: Annotated[
         Literal["paper", "mimetic"], "the reference code's, or mimetic initialization of attention"
@@ -31,49 +31,49 @@ class TrainConfig(Config):
     freeze: Annotated[
         bool, "train only the head, on features standardized over the training images"
     ] = False
-    epochs: Annotated[int, "times each training image is seen", "[1, inf)"] = 100
-    batch_size: Annotated[int, "images per step, over all devices", "[1, inf)"] = 500
+    epochs: Annotated[int, "times each training image is seen", "[1, 1e6]"] = 100
+    batch_size: Annotated[int, "images per step, over all devices", "[1, 1e7]"] = 500
     accumulate: Annotated[
-        int, "parts in which a batch goes through the model; their gradients add up", "[1, inf)"
+        int, "parts in which a batch goes through the model; their gradients add up", "[1, 1e7]"
     ] = 1
     optimizer: Annotated[
         Literal["adamw", "muon", "sgd"],
         "adamw or sgd for all, or muon for all matrices but the head's and adamw for the rest",
     ] = "adamw"
-    learning_rate: Annotated[float, "peak learning rate of AdamW or SGD", "[0, inf)"] = 1e-3
-    muon_learning_rate: Annotated[float, "Muon's peak learning rate", "[0, inf)"] = 0.02
+    learning_rate: Annotated[float, "peak learning rate of AdamW or SGD", "[0, 1000]"] = 1e-3
+    muon_learning_rate: Annotated[float, "Muon's peak learning rate", "[0, 1000]"] = 0.02
     layer_decay: Annotated[
         float, "learning rate of each block relative to the next one; 1: all alike", "(0, 1]"
     ] = 1.0
-    weight_decay: Annotated[float, "of the matrices; decoupled except for SGD", "[0, inf)"] = 0.05
-    warmup_epochs: Annotated[float, "epochs of linear warm-up", "[0, inf)"] = 5.0
+    weight_decay: Annotated[float, "of the matrices; decoupled except for SGD", "[0, 1000]"] = 0.05
+    warmup_epochs: Annotated[float, "epochs of linear warm-up", "[0, 1e6]"] = 5.0
     schedule: Annotated[Literal["cosine", "linear"], "decay to 0 after the warm-up"] = "cosine"
     schedule_over: Annotated[
         Literal["steps", "operations"],
         "what the decay advances by; operations: a step on whole images counts for more",
     ] = "steps"
-    gradient_clip: Annotated[float, "maximum gradient norm; 0: no clipping", "[0, inf)"] = 1.0
+    gradient_clip: Annotated[float, "maximum gradient norm; 0: no clipping", "[0, 1e6]"] = 1.0
     label_smoothing: Annotated[float, "label smoothing", "[0, 1)"] = 0.1
     balance: Annotated[bool, "weight the loss so that all classes count alike"] = False
     flip: Annotated[
         Literal["off", "random", "alternating"],
         "horizontal flip: with probability 1/2, or every other epoch",
     ] = "random"
-    crop_padding: Annotated[int, "pixels of padding for a random crop; 0: none", "[0, inf)"] = 4
+    crop_padding: Annotated[int, "pixels of padding for a random crop; 0: none", "[0, 1024]"] = 4
     resized_crop: Annotated[
         float, "least share of the image in a random resized crop; 0 disables", "[0, 1]"
     ] = 0.0
     policy: Annotated[Literal["off", "trivial"], "TrivialAugmentWide, as in torchvision"] = "off"
-    mixup: Annotated[float, "Mixup alpha; 0 disables", "[0, inf)"] = 0.0
+    mixup: Annotated[float, "Mixup alpha; 0 disables", "[0, 1000]"] = 0.0
     cutmix: Annotated[
-        float, "CutMix alpha; 0 disables; with Mixup, one of the two for each image", "[0, inf)"
+        float, "CutMix alpha; 0 disables; with Mixup, one of the two for each image", "[0, 1000]"
     ] = 0.0
     patch_dropout: Annotated[float, "share of patches left out in training", "[0, 1)"] = 0.0
     # What ends within a run is off in its last epochs.
-    whole_epochs: Annotated[int, "epochs at the end without patch dropout", "[0, inf)"] = 0
-    policy_off_epochs: Annotated[int, "epochs at the end without the policy", "[0, inf)"] = 0
-    mixing_off_epochs: Annotated[int, "epochs at the end without mixing", "[0, inf)"] = 0
-    validate_every: Annotated[int, "epochs between validations", "[1, inf)"] = 1
+    whole_epochs: Annotated[int, "epochs at the end without patch dropout", "[0, 1e6]"] = 0
+    policy_off_epochs: Annotated[int, "epochs at the end without the policy", "[0, 1e6]"] = 0
+    mixing_off_epochs: Annotated[int, "epochs at the end without mixing", "[0, 1e6]"] = 0
+    validate_every: Annotated[int, "epochs between validations", "[1, 1e6]"] = 1
     precision: Annotated[
         Literal["auto", "bf16", "fp32"], "auto is bf16 autocast where the hardware multiplies bf16"
     ] = "auto"
@@ -82,12 +82,10 @@ class TrainConfig(Config):
         "torch.compile; auto: for long runs; graphs: on, with CUDA graphs (not yet run on a GPU)",
     ] = "auto"
     deterministic: Annotated[bool, "deterministic CUDA kernels; a CPU's always are"] = False
-    seed: Annotated[int, "of initialization, order, augmentation and dropout", "[0, inf)"] = 0
+    seed: Annotated[int, "of initialization, order, augmentation and dropout", "[0, 1e18]"] = 0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.seed >= 2**63:
-            raise UserError(f"seed must be below 2^63, not {self.seed}")
         if self.init_from and (self.initialization != "paper" or self.whiten_patches):
             raise UserError(
                 "init_from gives the weights: initialization and whiten_patches are for a new model"
@@ -123,7 +121,10 @@ class RunOptions(Config):
     output_dir: Annotated[Path, "where the folders of runs are"] = ROOT / "checkpoints"
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = ROOT / "data"
     test: Annotated[bool, "--no-test skips the test set; use it while tuning"] = True
-    save_minutes: Annotated[float, "minutes between checkpoints; 0: every step", "[0, inf)"] = 1.0
+    save_minutes: Annotated[float, "minutes between checkpoints; 0: every step", "[0, 1e6]"] = 1.0
+    wait_minutes: Annotated[
+        float, "minutes that a process of torchrun waits for another, as for a download", "(0, 1e4]"
+    ] = 5.0
     keep_best: Annotated[bool, "keep the best epoch by validation accuracy in best.pt"] = False
     library: Annotated[
         Literal["timm", "torchvision"] | None, "of --export: write a state dict for it instead"

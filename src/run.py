@@ -30,7 +30,15 @@ from initialization import mimetic, standardize_features, whiten_patches
 from optimizers import learning_rate_factor, load_optimizers, make_optimizers
 from pretrained import load_pretrained
 from recipes import RunOptions, TrainConfig, patches_kept
-from utils import Diverged, UserError, generator_for, one_line, seed_default_generators, seed_for
+from utils import (
+    Diverged,
+    UserError,
+    generator_for,
+    one_line,
+    printable,
+    seed_default_generators,
+    seed_for,
+)
 from ViT import ViT, ViTConfig, parameters_of
 
 _STARTED = time.perf_counter()
@@ -245,10 +253,13 @@ class Run:
     def diverged(self, state: State, what: str) -> Diverged:
         """The error to raise for `what`, found after a step."""
         step = state.step - 1  # counted from 0
+        factor, muon = self.rate_factor(step), self.config.optimizer == "muon"
+        rate = f"learning rate {factor * self.config.learning_rate:.2g}"
+        rate += f", Muon's {factor * self.config.muon_learning_rate:.2g}" if muon else ""
         error = Diverged(
-            f"{what} by step {state.step} (epoch {step // self.steps_per_epoch + 1}, learning rate "
-            f"{self.rate_factor(step) * self.config.learning_rate:.2g}); try a lower "
-            "--learning-rate, more --warmup-epochs, --gradient-clip 1 or --precision fp32"
+            f"{what} by step {state.step} (epoch {step // self.steps_per_epoch + 1}, {rate}); try "
+            f"a lower {'--muon-learning-rate or ' if muon else ''}--learning-rate, more "
+            "--warmup-epochs, --gradient-clip 1 or --precision fp32"
         )
         error.__notes__ = self.folder.kept()
         return error
@@ -326,7 +337,7 @@ class Run:
 
     def say(self, line: str) -> None:
         if self.world.leads:
-            print(line, flush=True)
+            print(printable(line), flush=True)
 
     def headline(self, state: State) -> str:
         """What is about to be trained, on what."""

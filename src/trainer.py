@@ -11,7 +11,7 @@
 
 A run writes to checkpoints/<name>/: last.pt and metrics.csv (a row per epoch) every --save-minutes
 and at its end, then curves.png and result.json. The test set is evaluated once, at the end of a
-run. Ctrl-C and SIGTERM save first and say how to resume.
+run. Ctrl-C, SIGTERM and SIGHUP save first and say how to resume.
 """
 
 import utils  # noqa: F401  # isort: skip  # before torch: sets how its idle threads wait
@@ -39,7 +39,7 @@ from evaluation import evaluate, report
 from pretrained import export
 from recipes import Recipe, RunOptions, patches_kept
 from run import Place, Run, Seen, State, new_run, resumed_run
-from utils import Stopped, first_line, is_out_of_memory, run_program
+from utils import Stopped, UserError, first_line, is_out_of_memory, run_program
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # images and kept patches to logits
 LOOK_EVERY = 20  # steps between looks at the loss and at the other ranks, which wait
@@ -229,7 +229,7 @@ def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | No
     if run.device.type == "cpu" and sum(run.flops().values()) > FOR_A_GPU:
         run.say("this recipe targets a GPU; expect hours or days here (--recipe cpu: ten minutes)")
     commit = code_commit() if run.world.leads else None  # now, as the code may change meanwhile
-    with hints(run):
+    with hints(run, state):
         check_attention(run, state)
         model = compiled(run, state)
         began, resumed = time.perf_counter(), state.step > 0
@@ -309,8 +309,8 @@ def write_result(run: Run, state: State, result: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def hints(run: Run) -> Iterator[None]:
-    """Adds advice to an error on its way out."""
+def hints(run: Run, state: State) -> Iterator[None]:
+    """Adds advice to an error on its way out; saves where a file is gone."""
     try:
         yield
     except Stopped as stop:
@@ -318,6 +318,12 @@ def hints(run: Run) -> Iterator[None]:
             stop.add_note("the last steps could not be saved")
         hint = cli.resume_hint(run.folder.path, run.options)
         stop.add_note(hint if run.folder.saved_step else "nothing is saved")
+        raise
+    except UserError as error:  # of a file that was there when the run began
+        if run.world.size == 1:  # of several, others may not have met it
+            run.save(state, last=True)
+        if run.folder.saved_step:
+            error.add_note(cli.resume_hint(run.folder.path, run.options))
         raise
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -351,7 +357,7 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     """
     chosen, started = recipe.model.changed(), time.perf_counter()
     devices.keep_freed_memory()
-    with joined_world(options.device) as world:
+    with joined_world(options.device, options.wait_minutes) as world:
         device = devices.choose_device(options.device, world)
         with RunFolder(options.output_dir / (options.name or name)) as folder:
             place = Place(options, device, world, folder)
@@ -385,7 +391,8 @@ def main(argv: list[str]) -> int:
     command = cli.parse(argv, description=__doc__)
     options = command.options
     devices.keep_freed_memory()
-    with joined_world(options.device) as world:
+    with joined_world(options.device, options.wait_minutes) as world:
+        world.refuse_differing(argv)
         if command.task == "export":
             if world.leads:
                 export(command.path, options.library, options.overwrite)

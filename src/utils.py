@@ -1,5 +1,6 @@
 """Shared helpers that import nothing of ours: errors, how a program ends, files, seeds."""
 
+import argparse
 import csv
 import io
 import json
@@ -8,7 +9,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the current folder is
+
+# Until run_program, while modules are imported, an exception would be a traceback or lost.
+_program = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
+if _program.parent.parent == ROOT and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 
@@ -20,13 +28,14 @@ if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the current folder is
-
 # ---------------------------------------------------------------------------- errors
 
 
-class UserError(ValueError):
-    """What a user asks for cannot be done; the message is one line for the user."""
+class UserError(argparse.ArgumentTypeError, ValueError):
+    """What a user asks for cannot be done; the message is one line for the user.
+
+    An argparse.ArgumentTypeError, so that a flag's `type` may raise it.
+    """
 
     status = 2
 
@@ -77,20 +86,41 @@ def one_line(error: Exception) -> str:
 # ---------------------------------------------------------------------------- programs
 
 
+class Output(io.FileIO):
+    """Standard output or error. That its disk is full or its reader gone ends no program."""
+
+    lost: ClassVar[dict[int, OSError]] = {}  # the last error of each descriptor
+
+    def write(self, content: Any) -> int | None:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self.lost[self.fileno()] = error
+            return len(content)
+
+
 def run_program(main: Callable[[list[str]], int]) -> NoReturn:
     """Ends the process with the status of `main` for its command line."""
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None:  # closed by whoever started the program
             setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(stream, "reconfigure"):  # a notebook's has none
-            stream.reconfigure(errors="backslashreplace")  # of names that it cannot encode
-    try:
-        status = status_of(main, sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of the output is gone, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
-        status = 141
-    sys.exit(status)
+        elif isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+            output = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
+            # Names that it cannot encode are escaped.
+            kept = {"encoding": stream.encoding, "errors": "backslashreplace"}
+            setattr(sys, name, io.TextIOWrapper(output, **kept, line_buffering=True))
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(status_of(main, sys.argv[1:]))
+
+
+def print_result(text: str) -> None:
+    """Prints what is written nowhere else, so that a program ends where that cannot be."""
+    print(text, flush=True)
+    if error := Output.lost.get(1):
+        if isinstance(error, BrokenPipeError):  # the reader is gone, as after `| head`
+            sys.exit(141)
+        raise UserError(f"the output cannot be written: {error.strerror}") from error
 
 
 def status_of(main: Callable[[list[str]], int], argv: list[str]) -> int:
@@ -124,6 +154,31 @@ def complain(message: str) -> None:
 
 
 # ---------------------------------------------------------------------------- files
+
+
+def named_path(text: str | Path) -> Path:
+    """A path that a user names, which need not exist; UserError where none can be reached."""
+    try:
+        path = Path(text).expanduser()
+        if not str(text):
+            raise ValueError("it is empty")
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(text)!r:.300} cannot be a path: {reason}") from error
+    return path
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file, or UserError: of a pipe or a device, reading might never end."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a regular file")
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

@@ -213,7 +213,8 @@ def kill_all():
 
 
 def start_ranks(flags, folder, size, **options):
-    """Starts the processes that torchrun would, on the CPU of this host."""
+    """Starts the processes that torchrun would, on the CPU of this host; flags may be of each."""
+    each = [flags] * size if isinstance(flags, str) else flags
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -221,7 +222,7 @@ def start_ranks(flags, folder, size, **options):
     shared["GLOO_SOCKET_IFNAME"] = "lo"
     ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     return [
-        start(flags, folder, log=f"log{rank}", environment=environment, **options)
+        start(each[rank], folder, log=f"log{rank}", environment=environment, **options)
         for rank, environment in enumerate(ranks)
     ]
 

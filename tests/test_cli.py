@@ -1,11 +1,18 @@
-"""The command line: bad input in one line, help, flags that override a recipe."""
+"""Command lines: bad input of all programs in one line, help, flags that override a recipe."""
 
+import os
+import shlex
 from pathlib import Path
 
 import pytest
 
 import cli
+import datasets
+import predict
+import shapes
 import small
+import trainer
+import vis
 from recipes import RECIPES, RunOptions
 from utils import UserError, status_of
 from ViT import MODELS
@@ -13,46 +20,108 @@ from ViT import MODELS
 # ---------------------------------------------------------------------------- bad input
 
 
+# The program, its flags, and what its one line says. Places in braces are made by `brought`.
+BAD_INPUT = [
+    (trainer, "--epochs 0", "epochs must be in [1, 1e6], not 0"),
+    (trainer, "--width 30 --heads 4", "30"),
+    (trainer, "--library timm", "--library works only with --export"),
+    (trainer, "--init-from nowhere.pth", "nowhere.pth"),
+    (trainer, "--image-size 32x48x64", "32x48x64"),
+    (trainer, "--classes 100", "unrecognized arguments: --classes"),
+    (trainer, "--warmup-epochs 9", "9.0"),
+    (trainer, "--accumulate 41", "41"),
+    (trainer, "--flip sideways", "sideways"),
+    (trainer, "--recipe nonsense", "nonsense"),
+    (trainer, "--name ../outside", "../outside"),
+    (trainer, "--device tpu", "tpu"),
+    (trainer, "--epohcs 3", "--epochs"),
+    (trainer, "--resume nowhere --epochs 3", "nowhere"),
+    (trainer, "--evaluate nowhere.pt", "nowhere.pt"),
+    (trainer, "--evaluate nowhere.pt --width 8", "--width"),
+    (trainer, "--export nowhere.pt --seed=8", "--seed"),
+    (trainer, "--resume nowhere --overwrite", "--overwrite cannot be used with --resume, which"),
+    (trainer, "--evaluate nowhere --no-test", "--test cannot be used with --evaluate"),
+    (trainer, "--export nowhere --data-dir x", "with --export, which takes --library, --overwrite"),
+    (trainer, "--resume nowhere --evaluate nowhere", "not allowed with"),
+    (trainer, "--evaluate", "expected one argument"),
+    (trainer, "--seed 9223372036854775808", "seed must be in [0, 1e18]"),
+    (trainer, "--compile graphs", "--compile graphs needs one CUDA device"),
+    (trainer, "--compile graphs --accumulate 2", "accumulate 1"),
+    (trainer, "--dataset imagenet", "no data set 'imagenet'; choose from cifar10, cifar100, "),
+    # More than any machine holds.
+    (trainer, "--batch-size 10000000000000000000", "batch_size must be in [1, 1e7]"),
+    (trainer, "--muon-learning-rate 1e308", "muon_learning_rate must be in [0, 1000]"),
+    (trainer, "--crop-padding 1000000", "crop_padding must be in [0, 1024]"),
+    (trainer, "--image-size 100000 --patch-size 8", "100000x100000 is above 8192"),
+    (trainer, "--width 32768 --depth 1024", "13,194,139,533,312 weights"),
+    # Nothing.
+    (trainer, "''", "unrecognized arguments: ''"),
+    (trainer, "--init-from ''", "init_from must not be empty"),
+    (trainer, "--name ''", "name must not be empty"),
+    (trainer, "--resume ''", "it is empty"),
+    (predict, "''", "it is empty"),
+    (vis, "model --checkpoint ''", "it is empty"),
+    # Paths that lead nowhere, or to what is no file.
+    (trainer, "--resume {long}", "File name too long"),
+    (trainer, "--output-dir {long}", "File name too long"),
+    (trainer, "--name {stem}", "File name too long"),
+    (trainer, "--output-dir {text}", "cannot write to {text}"),
+    (trainer, "--init-from ~nosuch/x", "Could not determine home directory"),
+    (trainer, "--init-from {loop}", "Too many levels of symbolic links"),
+    (trainer, "--init-from {pipe}.safetensors", "not a regular file"),
+    (trainer, "--dataset folder:~nosuch", "Could not determine home directory"),
+    (trainer, "--dataset folder:{dangling}", "No such file or directory"),
+    (trainer, "--evaluate {text}/last.pt", "Not a directory"),
+    (predict, "{long}", "File name too long"),
+    (predict, "{pipe}.safetensors", "not a regular file"),
+    (predict, "{deer} --checkpoint {long}", "File name too long"),
+    (predict, "{deer} --checkpoint nowhere.pt", "nowhere.pt"),
+    (predict, "{deer} --top 0", "--top must be at least 1, not 0"),
+    (predict, "nowhere.png", "nowhere.png"),
+    (predict, "{lines}", "two\\nlines\\x1b[0m"),
+    (predict, "{empty}", "holds no image files"),
+    (vis, "image --dir {loop}", "Too many levels of symbolic links"),
+    (vis, "model --checkpoint {long}", "File name too long"),
+    (vis, "model --out {long}", "File name too long"),
+]
+
+
+@pytest.fixture
+def brought(tmp_path):
+    """What a row of `BAD_INPUT` names, in a folder."""
+    folder = tmp_path / "brought"
+    names = ("long", "loop", "dangling", "text", "pipe", "empty", "lines")
+    there = {name: folder / name for name in names}
+    there |= {"long": folder / ("x" * 300), "lines": folder / "two\nlines\x1b[0m"}
+    there["empty"].mkdir(parents=True)
+    there["loop"].symlink_to(there["loop"])
+    there["dangling"].symlink_to(folder / "nowhere")
+    there["text"].write_text("of another kind")
+    os.mkfifo(f"{there['pipe']}.safetensors")
+    return {name: shlex.quote(str(path)) for name, path in there.items()} | {
+        "deer": small.ROOT / "docs/deer.png",
+        "stem": "x" * 300,
+    }
+
+
 @pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--epochs 0", "epochs must be in [1, inf), not 0"),
-        ("--width 30 --heads 4", "30"),
-        ("--library timm", "--library works only with --export"),
-        ("--init-from nowhere.pth", "nowhere.pth"),
-        ("--image-size 32x48x64", "32x48x64"),
-        ("--classes 100", "unrecognized arguments: --classes"),
-        ("--warmup-epochs 9", "9.0"),
-        ("--accumulate 41", "41"),
-        ("--flip sideways", "sideways"),
-        ("--recipe nonsense", "nonsense"),
-        ("--name ../outside", "../outside"),
-        ("--device tpu", "tpu"),
-        ("--epohcs 3", "--epochs"),
-        ("--resume nowhere --epochs 3", "nowhere"),
-        ("--evaluate nowhere.pt", "nowhere.pt"),
-        ("--evaluate nowhere.pt --width 8", "--width"),
-        ("--export nowhere.pt --seed=8", "--seed"),
-        ("--resume nowhere --overwrite", "--overwrite cannot be used with --resume, which"),
-        ("--evaluate nowhere --no-test", "--test cannot be used with --evaluate"),
-        ("--export nowhere --data-dir x", "with --export, which takes --library, --overwrite"),
-        ("--resume nowhere --evaluate nowhere", "not allowed with"),
-        ("--evaluate", "expected one argument"),
-        ("--seed 9223372036854775808", "2^63"),
-        ("--compile graphs", "--compile graphs needs one CUDA device"),
-        ("--compile graphs --accumulate 2", "accumulate 1"),
-        ("--dataset imagenet", "no data set 'imagenet'; choose from cifar10, cifar100, "),
-    ],
+    ("program", "flags", "named"), BAD_INPUT, ids=lambda value: getattr(value, "__name__", value)
 )
-def test_bad_input_is_one_line_and_exit_status_2(tmp_path, capsys, flags, named):
+def test_bad_input_is_one_line_and_exit_status_2(
+    tmp_path, brought, capsys, monkeypatch, program, flags, named
+):
+    monkeypatch.setattr(datasets, "draw_shapes", lambda n, seed: shapes.draw_shapes(200, seed))
+    argv = shlex.split(flags.format(**brought))
+    if program is trainer and not flags.startswith(("--resume", "--evaluate", "--export")):
+        argv = [*small.arguments("--name a --epochs 1", tmp_path), *argv]
     try:
-        task = any(name in flags for name in ("--resume", "--evaluate", "--export"))
-        status = small.status_of(flags if task else f"--name a --epochs 1 {flags}", tmp_path)
+        status = status_of(program.main, argv)
     except SystemExit as stop:
         status = stop.code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert status == 2 and line.startswith("trainer.py: ") and named in line
-    assert not list(tmp_path.iterdir())
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert status == 2 and line.isprintable() and named.format(**brought) in line
+    assert captured.out == "" and [each.name for each in tmp_path.iterdir()] == ["brought"]
 
 
 def test_an_error_of_a_user_is_one_line_with_the_program_and_the_rank(monkeypatch, capsys):

@@ -41,6 +41,7 @@ class Outer(Config):
         ({"count": 1, "rate": [0.5]}, "rate must be a finite number, not a list"),
         ({"kind": "c"}, "kind must be 'a' or 'b', not 'c'"),
         ({"size": (1, 2, 3)}, "size must be int | tuple[int, int], not (1, 2, 3)"),
+        ({"note": ""}, "note must not be empty"),
         ({"note": 3}, "note must be str | None, not 3"),
     ],
     ids=str,
@@ -62,9 +63,9 @@ def test_fields_have_their_type_help_and_range():
 
 
 @pytest.mark.parametrize("config", [ViTConfig, TrainConfig])
-def test_every_number_of_a_recipe_has_a_range(config):
+def test_every_number_of_a_recipe_has_a_range_with_two_ends(config):
     for name, (kind, _, limits) in config.fields().items():
-        assert bool(limits) == (kind in (int, float)), name
+        assert bool(limits) == (kind in (int, float)) and "inf" not in limits, name
 
 
 @pytest.mark.parametrize(

@@ -296,6 +296,21 @@ def test_oxford_pets_is_read(tmp_path, monkeypatch):
     assert dataset.classes == ("A", "B", "C") and dataset.train.labels.tolist() == LABELS
     expected = WANTED.read(base / "images/a_3.jpg")
     assert torch.equal(images_of(dataset.test)[3], expected)
+    damage(base / "images/a_3.jpg", "cut off")
+    dataset = load_dataset("oxford_pets", WANTED, validation_images=0, data_dir=tmp_path)
+    assert len(dataset.test) == 11 and "2 of 24 images left out" in dataset.notes[0]
+
+
+def test_files_of_a_data_set_that_hold_something_else_are_a_line(tmp_path):
+    for part in ("train", "t10k"):
+        for name in ("images-idx3", "labels-idx1"):
+            file = tmp_path / f"FashionMNIST/raw/{part}-{name}-ubyte"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"something else")
+    with pytest.raises(
+        UserError, match=r"no usable FashionMNIST in .*; put its files into .* yours"
+    ):
+        load_dataset("fashion_mnist", WANTED, validation_images=0, data_dir=tmp_path)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("svhn", tv.SVHN), ("flowers102", tv.Flowers102)])

@@ -20,7 +20,7 @@ import run
 import small
 import trainer
 from augment import Augmentation
-from checkpoint import load_checkpoint, load_model
+from checkpoint import RunFolder, load_checkpoint, load_model
 from run import Run
 from small import ROOT, differing, finished, result_of, rows_of, start, start_ranks, wait_for
 
@@ -59,13 +59,13 @@ def test_a_run_stopped_within_epochs_resumes_to_the_same_end(train, signal_at, t
     assert differing(tmp_path / "whole", tmp_path / "parts") == 0
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
-    train, signal_at, tmp_path, capsys, number, status
+    train, signal_at, tmp_path, capsys, number
 ):
     before = signal.getsignal(number)
     signal_at(number, 7)
-    assert train("--name a --epochs 3 --no-test --save-minutes 5") == status
+    assert train("--name a --epochs 3 --no-test --save-minutes 5") == 128 + number
     (line,) = capsys.readouterr().err.splitlines()
     hint = f"resume with --resume {tmp_path / 'a'} --no-test --save-minutes 5.0 --device cpu"
     assert line.endswith(hint)
@@ -114,14 +114,15 @@ def test_a_signal_that_was_ignored_stays_ignored(monkeypatch):
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_second_signal_ends_the_process_at_once(tmp_path):
-    source = "import os, signal, distributed\n"
-    source += "with distributed.StopSignals():\n"
-    source += "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-c", source]
-    done = subprocess.run(command, env=environment, timeout=small.PATIENCE)
-    assert done.returncode == -signal.SIGTERM
+def test_a_second_signal_ends_the_process_at_once_but_not_within_a_second(monkeypatch):
+    ended, clock = [], itertools.count()
+    monkeypatch.setattr(signal, "raise_signal", lambda number: ended.append(number))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock) * 0.9)
+    with pytest.raises(distributed.Stopped) as stopped, distributed.StopSignals():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            assert ended == []
+            os.kill(os.getpid(), number)
+    assert ended == [signal.SIGTERM] and stopped.value.status == 130
 
 
 # ---------------------------------------------------------------------------- SIGKILL
@@ -175,6 +176,37 @@ def test_a_second_run_is_refused_until_the_first_is_killed(train, tmp_path, caps
     done = len(load_checkpoint(folder / "last.pt").history)
     assert train(f"--resume {folder} --epochs {done + 1}") == 0
     assert not stray.exists()
+
+
+def test_a_run_whose_folder_was_removed_leaves_alone_what_another_makes_there(
+    train, tmp_path, capsys, monkeypatch
+):
+    save, other = Run.save, RunFolder(tmp_path / "a")
+
+    def replacing(run, state, **options):
+        if state.epoch == 2:
+            shutil.rmtree(run.folder.path)
+            other.make(overwrite=False)
+        save(run, state, **options)
+
+    monkeypatch.setattr(Run, "save", replacing)
+    with other:
+        assert train("--name a --epochs 3") == 1
+    out, error = capsys.readouterr()
+    assert "cannot save step 10" in out and "in use by another run" in out + error
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_not_resumed(train, tmp_path, monkeypatch, capsys):
+    assert train("--name a --epochs 1") == 0
+
+    def read_only(**_):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(checkpoint.tempfile, "TemporaryFile", read_only)
+    assert train(f"--resume {tmp_path / 'a'} --epochs 2") == 2
+    said = f"cannot write to {tmp_path / 'a'}: Read-only file system"
+    assert capsys.readouterr().err == f"trainer.py: {said}\n"
 
 
 def test_where_there_are_no_locks_a_run_says_so_and_trains(train, monkeypatch, capsys):
@@ -397,6 +429,37 @@ def test_bad_input_ends_every_rank_with_2_and_its_line(tmp_path, flags, named):
         (line,) = (tmp_path / f"log{rank}").read_text().splitlines()
         assert line.startswith(prefix) and named in line
     assert not (tmp_path / "a").exists()
+
+
+def test_ranks_that_were_started_differently_say_how(tmp_path):
+    ranks = start_ranks(["--epochs 1", "--epochs 1 --seed 3"], tmp_path, 2)
+    assert [finished(rank) for rank in ranks] == [2, 2]
+    for rank in range(2):
+        (line,) = (tmp_path / f"log{rank}").read_text().splitlines()
+        assert "rank 1 was started with --recipe demo" in line
+        assert "--seed 3, rank 0 with --recipe demo" in line
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"WORLD_SIZE": "abc", "RANK": "0", "LOCAL_RANK": "0"}, "'abc'"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"}, "RANK 2 is not below WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "2"}, "'RANK'"),
+    ],
+)
+def test_a_world_that_cannot_be_is_a_line(train, tmp_path, monkeypatch, capsys, environment, named):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train("--name a --epochs 1") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line and not list(tmp_path.iterdir())
+
+
+def test_a_rank_waits_for_absent_ones_as_long_as_it_was_told(tmp_path):
+    rank, _ = start_ranks(["--epochs 1 --wait-minutes 0.02", "--help"], tmp_path, 2)
+    assert finished(rank) == 1
+    assert "Timed out" in (tmp_path / "log0").read_text().splitlines()[-1]
 
 
 @pytest.mark.slow

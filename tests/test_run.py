@@ -57,13 +57,6 @@ def test_drop_path_waits_for_the_whole_images(train, monkeypatch, whole_epochs, 
     assert seen == drops
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_training(train, tmp_path, capsys):
-    (tmp_path / "a").write_text("a file is in the way")
-    assert train("--name a --epochs 1") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert str(tmp_path / "a") in line
-
-
 def test_a_finished_run_says_so_and_resumes_when_epochs_are_raised(train, tmp_path, capsys):
     assert train("--name a --epochs 1") == 0
     assert train(f"--resume {tmp_path / 'a'}") == 0
@@ -131,7 +124,7 @@ def test_the_best_epoch_is_kept(train, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------- what it refuses
 
 
-@pytest.mark.parametrize("name", ["", ".", "../a", "a/b", "a b", "-"])
+@pytest.mark.parametrize("name", [".", "../a", "a/b", "a b", "-"])
 def test_a_name_that_is_no_folder_of_its_own_is_refused(name):
     with pytest.raises(UserError, match="must be letters"):
         RunOptions(name=name)

@@ -301,8 +301,8 @@ def test_what_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
     assert train(f"--name a --epochs 2 --validation-images {images}") == 1
     (line,) = capsys.readouterr().err.splitlines()
     # The loss is looked at where the epoch ends: a step before the linear decay of 10.
-    assert f"{named} by step 10 (epoch 2, learning rate 0.00038)" in line
-    assert "--learning-rate" in line and "holds step 5" in line
+    assert f"{named} by step 10 (epoch 2, learning rate 0.00038, Muon's 0.0025)" in line
+    assert "a lower --muon-learning-rate or --learning-rate" in line and "holds step 5" in line
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
 
 
@@ -394,6 +394,22 @@ def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
     signal_at(signal.SIGTERM, -1)
     assert small.status_of(f"--resume {tmp_path}/cut", tmp_path) == 0
     assert small.differing(tmp_path / "whole", tmp_path / "cut") == 0
+    capsys.readouterr()
+
+    there, aside = tmp_path / "pets/b10/14.png", tmp_path / "aside.png"
+
+    def vanishes(run, state):  # all batches of an epoch are decoded when it begins
+        if state.step == 2 and there.exists():
+            there.rename(aside)
+        return False
+
+    monkeypatch.setattr(Run, "save_is_due", vanishes)
+    assert small.status_of(f"{flags} gone", tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(there) in line and f"resume with --resume {tmp_path}/gone" in line
+    aside.rename(there)
+    assert small.status_of(f"--resume {tmp_path}/gone", tmp_path) == 0
+    assert small.differing(tmp_path / "whole", tmp_path / "gone") == 0
     capsys.readouterr()
     assert small.status_of(f"--evaluate {tmp_path}/whole", tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()

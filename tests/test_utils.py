@@ -31,7 +31,7 @@ def test_default_generators_are_seeded_as_torch_does():
 def test_a_program_ends_silently_when_the_reader_of_its_output_is_gone():
     reading, writing = os.pipe()
     os.close(reading)
-    code = "import utils; utils.run_program(lambda argv: print('lost') or 0)"
+    code = "import utils; utils.run_program(lambda argv: utils.print_result('lost') or 0)"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     pipes = {"stdout": writing, "stderr": subprocess.PIPE, "text": True, "env": environment}
     done = subprocess.run([sys.executable, "-c", code], **pipes, timeout=PATIENCE)
@@ -39,16 +39,25 @@ def test_a_program_ends_silently_when_the_reader_of_its_output_is_gone():
     assert done.returncode == 141 and done.stderr == ""
 
 
+def when_torch_is_imported(statement, program):
+    """A program that executes a statement when it begins to import torch."""
+    return f"""
+import os, runpy, signal, sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == 'torch': {statement}
+sys.meta_path.insert(0, Watch())
+sys.path.insert(0, {str(ROOT / "src")!r})
+runpy.run_path({str(ROOT / program)!r}, run_name='__main__')
+"""
+
+
 @pytest.mark.parametrize("program", ["src/trainer.py", "src/predict.py", "visualization/vis.py"])
 def test_idle_threads_sleep_unless_the_user_has_set_how_they_wait(program):
     """The setting is there when torch, which reads it, begins to be imported."""
-    source = "import os, runpy, sys\n"
-    source += "class Watch:\n"
-    source += "    def find_spec(self, name, *_):\n"
-    source += "        if name == 'torch': sys.exit(os.environ.get('GOMP_SPINCOUNT', 'not set'))\n"
-    source += "sys.meta_path.insert(0, Watch())\n"
-    source += f"sys.path.insert(0, {str(ROOT / 'src')!r})\n"
-    source += f"runpy.run_path({str(ROOT / program)!r})\n"
+    source = when_torch_is_imported(
+        "sys.exit(os.environ.get('GOMP_SPINCOUNT', 'not set'))", program
+    )
     for setting, expected in (({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, "not set")):
         plain = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
         command = [sys.executable, "-c", source]
@@ -75,8 +84,36 @@ def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, name, encodin
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and printed in done.stderr
 
 
-def test_output_that_is_closed_is_no_traceback(tmp_path):
-    command = f"{sys.executable} {ROOT}/src/predict.py {ROOT}/docs/deer.png --device cpu"
-    for closed, status in ((">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)):
-        done = subprocess.run(["bash", "-c", f"{command} {closed}"], timeout=PATIENCE)
-        assert done.returncode == status
+MAIN = """
+import pathlib, utils
+def main(argv):
+    print('progress')
+    utils.complain('a warning')
+    pathlib.Path(argv[0]).touch()
+    utils.print_result('a result')
+    return 0
+utils.run_program(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("output", "status"),
+    [(">&-", 0), (">&- 2>&-", 0), ("2>/dev/full", 0), (">/dev/full", 2), ("&>/dev/full", 2)],
+)
+def test_output_that_cannot_be_written_ends_no_program_and_is_no_traceback(
+    tmp_path, output, status
+):
+    """Only where a result is written nowhere else, the program says that it is lost."""
+    command = f'{sys.executable} -c "{MAIN}" {tmp_path}/file {output}'
+    pipes = {"capture_output": True, "env": os.environ | {"PYTHONPATH": str(ROOT / "src")}}
+    done = subprocess.run(["bash", "-c", command], **pipes, timeout=PATIENCE)
+    assert done.returncode == status and (tmp_path / "file").exists()
+    said = b"the output cannot be written: No space left on device"
+    assert b"Traceback" not in done.stderr and (said in done.stderr) == (output == ">/dev/full")
+
+
+def test_ctrl_c_while_modules_are_imported_ends_the_program_with_130_and_no_word():
+    hook = "os.kill(os.getpid(), signal.SIGINT)"
+    command = [sys.executable, "-c", when_torch_is_imported(hook, "src/predict.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -65,7 +65,7 @@ class EpochRecord(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class Checkpoint(Config):
     """The configs of a run and its `State.to_dict()`; a field with a default may be missing.
 
     No random state is kept: every seed follows from `training.seed` and the step (`seed_for`).
@@ -88,6 +88,7 @@ class Checkpoint:
     seconds: dict[str, float] = field(default_factory=dict)  # as in `State`
 
     def __post_init__(self):
+        super().__post_init__()
         K, (H, W) = self.model.classes, self.model.image_size
         if len(self.classes) != K:
             raise UserError(f"classes has {len(self.classes)} names, but the model has {K} classes")
@@ -100,6 +101,11 @@ class Checkpoint:
         if self.trained is not None and self.trained.dtype != torch.int64:
             raise UserError("trained must be of int64")
         check_weights(self.model, self.weights)
+        for kept in (kept for each in self.optimizers or () for kept in each.values()):
+            check_numbers(kept)
+        missing = self.sums and {"loss", "correct"} - self.sums.keys()
+        if missing or any(each.numel() != 1 for each in self.sums.values()):
+            raise UserError("sums must hold loss and correct, a number each")
 
 
 def check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
@@ -112,10 +118,15 @@ def check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
             ViT(config).load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise UserError(one_line(error)) from error
-    for name, weight in weights.items():
-        if weight.untyped_storage().nbytes() < weight.numel() * weight.element_size():
+    check_numbers(weights)
+
+
+def check_numbers(tensors: dict[str, Tensor]) -> None:
+    """Raises UserError for a tensor that is not made of finite numbers, each of them there."""
+    for name, tensor in tensors.items():
+        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise UserError(f"{name} is larger than what the file holds of it")
-        if not (weight.is_floating_point() and weight.isfinite().all()):
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
             raise UserError(f"{name} has values that are not finite numbers")
 
 

@@ -28,7 +28,7 @@ class Config:
                 raise UserError(f"{name} must be {_spelled(kind)}, not {_shown(value)}")
             if isinstance(value, Path):
                 object.__setattr__(self, name, named_path(value))  # it is frozen
-            if value == "":
+            if value == "" and is_a(None, kind):
                 raise UserError(f"{name} must not be empty")
             if interval and not _contains(interval, value):
                 raise UserError(f"{name} must be in {interval}, not {value}")
@@ -60,6 +60,9 @@ def is_a(value: Any, kind: Any) -> bool:
         return any(is_a(value, each) for each in inner)
     if container is typing.Literal:
         return type(value) is str and value in inner
+    if container is dict:
+        pairs = value.items() if type(value) is dict else [(None, None)]
+        return all(is_a(key, inner[0]) and is_a(each, inner[1]) for key, each in pairs)
     if container in (list, tuple):
         if type(value) is not container:
             return False

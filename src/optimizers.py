@@ -113,6 +113,13 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # of parameter 
 }
 
 
+REMEMBERED = {  # of each weight, by the name of the class
+    "AdamW": ("step", "exp_avg", "exp_avg_sq"),
+    "Muon": ("momentum_buffer",),
+    "SGD": ("momentum_buffer",),
+}
+
+
 class Rule(NamedTuple):
     """How to update the weights whose full name matches; the first matching rule wins."""
 
@@ -173,9 +180,13 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict])
     if len(states) != len(optimizers):
         raise UserError(f"optimizers has {len(states)} entries, not {len(optimizers)}")
     for optimizer, state in zip(optimizers, states, strict=True):
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        if state.keys() != set(range(count)):
-            raise UserError(
-                f"the state of {type(optimizer).__name__} is not that of {count} weights"
-            )
+        kind = type(optimizer).__name__
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        shapes = [
+            {name: () if name == "step" else weight.shape for name in REMEMBERED[kind]}
+            for weight in weights
+        ]
+        found = {n: {name: x.shape for name, x in kept.items()} for n, kept in state.items()}
+        if found != dict(enumerate(shapes)):
+            raise UserError(f"the state of {kind} is not that of {len(weights)} weights")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

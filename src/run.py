@@ -81,7 +81,7 @@ class State:
         added = {"loss": loss.detach(), "correct": hits.sum()}
         # A sum that the checkpoint of a begun epoch lacks is not begun within it.
         sums = self.sums or dict.fromkeys(added, 0)
-        self.sums = {name: sums[name] + added[name] for name in sums}
+        self.sums = {name: sums[name] + each for name, each in added.items() if name in sums}
 
     def set_learning_rates(self, factor: float) -> None:
         """Sets each group of weights to a share of its peak rate."""

@@ -320,7 +320,7 @@ def hints(run: Run, state: State) -> Iterator[None]:
         stop.add_note(hint if run.folder.saved_step else "nothing is saved")
         raise
     except UserError as error:  # of a file that was there when the run began
-        if run.world.size == 1:  # of several, others may not have met it
+        if run.world.size == 1 and state.step:  # of several, others may not have met it
             run.save(state, last=True)
         if run.folder.saved_step:
             error.add_note(cli.resume_hint(run.folder.path, run.options))

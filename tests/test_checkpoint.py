@@ -127,14 +127,20 @@ INVALID = [
     ("history.0.train_loss", GONE, "'train_loss'"),
     ("step", 11, "step 6 of 5"),
     ("step", 4, "step -1 of 5"),
-    ("step", "8", "cannot be resumed"),
-    ("sums", {"loss": "low"}, "cannot be resumed"),
+    ("step", "8", "step must be int, not '8'"),
+    ("sums", {"loss": "low"}, "sums must be dict[str, torch.Tensor], not a dict"),
+    ("sums", {"loss": torch.zeros(3)}, "sums must hold loss and correct"),
+    ("seconds", {"epoch": math.inf}, "seconds must be dict[str, float], not a dict"),
     ("classes", ["cat"], "1 names, but the model has 10 classes"),
     ("classes", [f"class {n}" for n in range(10)], "'disc' instead of 'class 0'"),
     ("preprocessing.size", (16, 16), "preprocessing is not that of 3 x 32 x 32 pixels"),
     ("optimizers", [], "without its optimizers"),
     ("optimizers", [{}], "optimizers has 1 entries, not 2"),
     ("optimizers.0", {}, "the state of AdamW is not that of"),
+    ("optimizers.0.0", {}, "the state of AdamW is not that of"),
+    ("optimizers.0.0.step", torch.zeros(3), "the state of AdamW is not that of"),
+    ("optimizers.1.0.momentum_buffer", torch.zeros(()), "the state of Muon is not that of"),
+    ("optimizers.0.0.step", torch.tensor(math.nan), "step has values that are not finite"),
 ]
 
 

@@ -81,7 +81,9 @@ def _contains(interval: str, value: float) -> bool:
 def _spelled(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(map(repr, typing.get_args(kind)))
-    return "a finite number" if kind is float else getattr(kind, "__name__", str(kind))
+    if typing.get_args(kind):
+        return str(kind)
+    return "a finite number" if kind is float else kind.__name__
 
 
 def _shown(value: Any) -> str:

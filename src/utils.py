@@ -13,9 +13,10 @@ from typing import Any, ClassVar, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the current folder is
 
-# Until run_program, while modules are imported, an exception would be a traceback or lost.
-_program = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve()
-if _program.parent.parent == ROOT and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+# Of our programs, Ctrl-C ends the import of modules: an exception would be a traceback, or lost.
+_folder = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent
+_ours = _folder in [ROOT / name for name in ("src", "visualization", "experiments")]
+if _ours and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np

@@ -112,7 +112,7 @@ INVALID = [
     ("surprise", 1, "'surprise'"),
     ("model.width", 32, "size mismatch"),
     ("model.width", 10**30, "not a usable checkpoint"),
-    ("model.depth", 10**9, "depth is 1000000000"),
+    ("model.depth", 1000, "depth is 1000, but there are"),
     ("training.epochs", 10**12, "epochs must be in [1, 1e6]"),
     ("model.color", "red", "ViTConfig.__init__() got an unexpected keyword argument 'color'"),
     ("model.image_size", (32, 32, 32), "image_size must be"),

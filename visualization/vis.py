@@ -28,14 +28,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))  # the model's modules, from whatever folder this is run
 
 import utils  # isort: skip  # before torch, for its threads
+import matplotlib
+import numpy as np
+from tqdm import tqdm
+
 import evidence
 import explain
 import image_figures

@@ -354,8 +354,8 @@ class StreamedSplit(Split):
         def attempt(row: int) -> Tensor | None:
             try:
                 return self.read(self.items[row])
-            except UserError as error:
-                self.broken[row] = str(error)
+            except Exception as error:  # ours or a library's, as above
+                self.broken[row] = one_line(error)
 
         images = torch.zeros(len(self), 1, dtype=torch.uint8)
         for row, image in enumerate(read_all(attempt, range(len(self)), "decoding")):

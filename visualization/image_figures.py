@@ -175,7 +175,7 @@ def explanations(model: Model, subject: Subject) -> Picture:
         "No map proves a cause."
     )
     H, W = subject.picture.shape[:2]
-    height = len(targets) * (1.15 * min(H / W, 2.5) + 0.45) + 0.75
+    height = len(targets) * (1.45 * min(H / W, 2.5) + 0.55) + 0.85
     figure = new_figure(WIDEST, height, model.describe(subject), caption)
     grid = figure.subplots(len(targets), len(maps) + 1, squeeze=False)
     gray = in_color(subject.picture) @ np.array([0.299, 0.587, 0.114])  # its luma

@@ -90,8 +90,8 @@ def mistakes(model: Model) -> Picture:
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    shown = model.split.take(chosen).images, labels[chosen], predictions, confidence
-    for axes, image, label, prediction, share in zip(grid.flat, *shown, strict=False):
+    parts = model.split.take(chosen).images, labels[chosen], predictions, confidence
+    for axes, image, label, prediction, share in zip(grid.flat, *parts, strict=False):
         true, other = (shown(model.classes[k], 18) for k in (label, prediction))
         name = f"{true} as\n{other} {share:.1%}"
         show_picture(axes, to_picture(image), name)

@@ -16,6 +16,7 @@ from PIL import Image
 import augment
 import data
 import explain
+import run_figures
 import small
 import steps
 import style
@@ -306,6 +307,24 @@ def test_faithfulness_has_a_table_of_all_maps(draw, readable, tmp_path, removal,
         low, high = values["deletion_interval"]
         assert low <= values["deletion"] <= high
     assert load(tmp_path, "faithfulness/heads")["lost"].shape == (2, 2)
+
+
+def test_above_20_classes_the_most_frequent_confusions_are_named(
+    draw, readable, monkeypatch, tmp_path
+):
+    names = tuple(f"number {k}" for k in range(25))
+    images = [whole(split).images for split in (SHAPES.train, SHAPES.validation, SHAPES.test)]
+    splits = [data.Split(each, torch.arange(len(each)) % 25) for each in images]
+    dataset = data.Dataset("shapes", names, SHAPES.preprocessing, *splits)
+    monkeypatch.setattr("model.load_dataset", lambda *_, **__: dataset)
+    write_checkpoint(tmp_path / "run/last.pt", dataset, classes=25)
+    for group, name in (("run", "confusion"), ("data", "class-tokens")):
+        only(monkeypatch, group, name)
+        assert draw(group) == 0
+    counts = 9 * np.eye(25, dtype=int)
+    counts[3, 7], counts[4, 1] = 5, 2
+    lines = run_figures.confusions(model_of(tmp_path), counts)
+    assert lines == ["number 3 as\n    number 7: 5", "number 4 as\n    number 1: 2"]
 
 
 def test_non_square_images_have_a_wide_grid(draw, readable, monkeypatch, tmp_path):

@@ -116,7 +116,8 @@ class Preprocessing(Config):
     def flat(self, image: Image.Image, enough: int) -> Image.Image:
         """An image upright, on white, in RGB or gray; a JPEG of about `enough` pixels each way."""
         image.draft(None, (enough, enough))
-        flat = _upright(self._eight_bit(image))
+        image.load()  # turns a TIFF, and then drops its orientation
+        flat = self._eight_bit(_upright(image))
         if flat.has_transparency_data:
             flat = flat.convert("RGBA")
             flat = Image.alpha_composite(Image.new("RGBA", flat.size, "white"), flat)

@@ -331,17 +331,22 @@ def test_any_kind_of_image_is_read_as_rgb_at_the_models_size(kind, tmp_path):
         assert (image[:, :7] == 255).all()
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", "deep.png", "deep.tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_each_orientation_is_undone_as_pillow_does(orientation, suffix, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5
+    picture = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3) * 5).resize((16, 16))
+    if suffix.startswith("deep"):
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
     path = tmp_path / f"turned{suffix}"
-    Image.fromarray(pixels).resize((16, 16)).save(path, exif=exif, quality=95)
+    picture.save(path, exif=exif, quality=95)
     with Image.open(path) as image:
-        expected = ImageOps.exif_transpose(image).convert("RGB")
-    assert np.array_equal(expecting((16, 16)).read(path).permute(1, 2, 0), np.asarray(expected))
+        expected = ImageOps.exif_transpose(image)
+    if suffix.startswith("deep"):
+        expected = Image.fromarray((np.asarray(expected) // 257).astype(np.uint8))
+    expected = np.asarray(expected.convert("RGB"))
+    assert np.array_equal(expecting((16, 16)).read(path).permute(1, 2, 0), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

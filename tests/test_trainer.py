@@ -398,8 +398,8 @@ def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
 
     there, aside = tmp_path / "pets/b10", tmp_path / "aside"
 
-    def vanishes(run, state):  # all batches of an epoch are decoded when it begins
-        if state.step == 2 and there.exists():
+    def vanishes(run, state):
+        if state.epoch == 1 and there.exists():
             there.rename(aside)
         return False
 

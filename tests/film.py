@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage"]  # for root, and for a small /dev/shm
 MOST, AT_ONCE, AFTER = 16, 2, 2  # steps, patches of a step, steps for which a flip must last
-WIDTH, HEIGHT = 920, 500
+WIDTH, HEIGHT = 920, 462
 
 
 PREDICTED = "() => result.shares.at(-1).indexOf(Math.max(...result.shares.at(-1)))"

@@ -1,13 +1,10 @@
 """All that a run leaves on disk: checkpoints that describe themselves, the run log, its folder."""
 
-import io
 import math
 import os
 import subprocess
 import tempfile
 import time
-import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
@@ -28,20 +25,30 @@ from utils import (
     complain,
     named_path,
     one_line,
-    read_file,
     write_json,
     write_table,
     write_torch,
 )
 from ViT import ViT, ViTConfig
+from weight_files import read_torch
 
 try:
     import fcntl
 except ImportError:  # Windows has no flock
     fcntl = None
 
-EXPORTED = {None: "model.pt", "timm": "model_timm.pth", "torchvision": "model_torchvision.pth"}
-RUN_FILES = "last.pt", "best.pt", "metrics.csv", "curves.png", "result.json", *EXPORTED.values()
+EXPORTED = {
+    None: "model.pt",
+    "timm": "model_timm.pth",
+    "torchvision": "model_torchvision.pth",
+    "onnx": "model.onnx",
+}
+TIMM_CONFIG = "config.json"  # beside an exported state dict
+RUN_FILES = (
+    *("last.pt", "best.pt", "metrics.csv", "curves.png", "result.json"),
+    *EXPORTED.values(),
+    TIMM_CONFIG,
+)
 
 # ---------------------------------------------------------------------------- checkpoints
 
@@ -117,17 +124,19 @@ def check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
         with torch.device("meta"):
             ViT(config).load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise UserError(one_line(error)) from error
+        raise UserError(one_line(error).partition(": ")[2][:300]) from error
     check_numbers(weights)
 
 
 def check_numbers(tensors: dict[str, Tensor]) -> None:
-    """Raises UserError for a tensor that is not made of finite numbers, each of them there."""
+    """Raises UserError unless all tensors are dense, on the CPU, and finite numbers, all there."""
     for name, tensor in tensors.items():
-        if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if dense and tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
             raise UserError(f"{name} is larger than what the file holds of it")
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise UserError(f"{name} has values that are not finite numbers")
+        if not (dense and tensor.is_floating_point() and tensor.isfinite().all()):
+            kind = f"{tensor.layout}, {tensor.dtype}, {tensor.device}".replace("torch.", "")
+            raise UserError(f"{name} has values that are not finite numbers ({kind})")
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -157,21 +166,6 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         UserError: there is no such file, it is damaged, or its content makes no sense.
     """
     return as_checkpoint(path, read_torch(Path(path)))
-
-
-def read_torch(path: Path) -> Any:
-    """What a file of torch.save holds, on the CPU; nothing in it is executed."""
-    content = io.BytesIO(read_file(path))
-    try:
-        if zipfile.is_zipfile(content):  # not what torch wrote before 1.6
-            with zipfile.ZipFile(content) as archive:
-                if damaged := archive.testzip():  # torch.load compares no checksum
-                    raise zipfile.BadZipFile(damaged)
-        content.seek(0)
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(content, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can fail in any way inside zipfile and torch.load
-        raise UserError(f"{path} is not a file of weights, or is damaged") from error
 
 
 def as_checkpoint(path: str | Path, content: Any) -> Checkpoint:

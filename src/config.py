@@ -130,6 +130,8 @@ def add_flags(
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is typing.Literal:
             options |= {"choices": inner, "type": str}
+        elif typing.get_origin(kind) is tuple:
+            options |= {"type": _numbers, "metavar": "NUMBERS"}
         elif len(inner) > 1:  # int | tuple[int, int]
             options |= {"type": _height_and_width, "metavar": "PIXELS"}
         else:
@@ -156,3 +158,11 @@ def _height_and_width(text: str) -> tuple[int, int]:
     if not (sides := re.fullmatch(r"(\d+)(?:x(\d+))?", text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 32 or 32x48")
     return int(sides[1]), int(sides[2] or sides[1])
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    """'0.5' or '0.485,0.456,0.406'."""
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0.5,0.4,0.3") from None

@@ -28,6 +28,10 @@ class TrainConfig(Config):
     init_from: Annotated[
         str | None, "weights to start from: a file, timm:NAME or torchvision:NAME[:WEIGHTS]"
     ] = None
+    # What those weights expect of images, where that is assumed.
+    mean: Annotated[tuple[float, ...] | None, "of all channels of --init-from, or of each"] = None
+    std: Annotated[tuple[float, ...] | None, "standard deviation of the same"] = None
+    crop: Annotated[float | None, "share of an image file that is kept, of the same"] = None
     freeze: Annotated[
         bool, "train only the head, on features standardized over the training images"
     ] = False
@@ -90,6 +94,11 @@ class TrainConfig(Config):
             raise UserError(
                 "init_from gives the weights: initialization and whiten_patches are for a new model"
             )
+        for name in ("mean", "std", "crop"):
+            if (value := getattr(self, name)) is not None and not self.init_from:
+                raise UserError(
+                    f"{name} {value} is what --init-from expects; without it, there is none"
+                )
         if self.accumulate > self.batch_size:
             raise UserError(f"accumulate {self.accumulate} is above batch_size {self.batch_size}")
         if self.compile == "graphs" and self.accumulate > 1:
@@ -127,7 +136,7 @@ class RunOptions(Config):
     ] = 5.0
     keep_best: Annotated[bool, "keep the best epoch by validation accuracy in best.pt"] = False
     library: Annotated[
-        Literal["timm", "torchvision"] | None, "of --export: write a state dict for it instead"
+        Literal["timm", "torchvision", "onnx"] | None, "of --export: write the model for it instead"
     ] = None
     split: Annotated[
         Literal["test", "val"], "of --evaluate: val for the images held out for validation"

@@ -457,7 +457,8 @@ def new_run(
     start = None
     if config.init_from:
         heads = model_config.heads if "heads" in chosen else None
-        start = load_pretrained(config.init_from, heads)
+        start = load_pretrained(config.init_from, heads, config.mean, config.std, config.crop)
+        start = start.for_channels(datasets.preprocessing_for(config.dataset).channels)
         model_config = start.adapted(model_config, chosen)
     expected = start.preprocessing if start else datasets.preprocessing_for(config.dataset)
     preprocessing = dataclasses.replace(expected, size=model_config.image_size, ranges={})

@@ -36,7 +36,7 @@ from checkpoint import RunFolder, code_commit
 from device import autocast
 from distributed import World, joined_world, without_averaging
 from evaluation import evaluate, report
-from pretrained import export
+from export import export
 from recipes import Recipe, RunOptions, patches_kept
 from run import Place, Run, Seen, State, new_run, resumed_run
 from utils import Stopped, UserError, first_line, is_out_of_memory, run_program

@@ -12,7 +12,7 @@ from torch import nn
 
 import benchmark
 import ViT as vit_module
-from pretrained import state_dict_for
+from export import state_dict_for
 from utils import UserError
 from ViT import (
     MLP,

@@ -1,9 +1,14 @@
 """Weights of other libraries: timm's and torchvision's own models, at random weights, decide."""
 
+import argparse
 import dataclasses
+import math
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,8 +20,17 @@ import small
 import trainer
 from checkpoint import load_checkpoint, load_model
 from data import Preprocessing
-from pretrained import FREE, from_state_dict, load_pretrained, resize_positions, state_dict_for
-from utils import UserError, status_of
+from export import state_dict_for
+from pretrained import (
+    FREE,
+    _config_of,
+    _of_model,
+    _renamed,
+    from_state_dict,
+    load_pretrained,
+    resize_positions,
+)
+from utils import UserError, status_of, write_json
 from ViT import ViT, ViTConfig
 
 CLASSES = tuple("abcdefghij")
@@ -62,6 +76,7 @@ TIMMS = {
 def test_a_timm_model_gives_the_same_logits_in_both_directions(name):
     theirs = randomized(timm.create_model(name, **TIMMS[name]))
     start = from_state_dict(name, theirs.state_dict())
+    assert start.notes[0].startswith(f"assumed: {start.config.heads} heads, mean and std 0.5, crop")
     assert start.config.heads == theirs.blocks[0].attn.num_heads
     assert_same_logits(start, theirs)
     back = state_dict_for("timm", checkpoint_of(start))
@@ -100,7 +115,6 @@ def test_timms_model_without_a_position_for_its_class_token():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"init_values": 1e-5}, "layer scale"),
         ({"reg_tokens": 4}, "register tokens"),
         ({"qk_norm": True}, "norm of queries and keys"),
         ({"pre_norm": True}, "norm before the blocks"),
@@ -108,15 +122,68 @@ def test_timms_model_without_a_position_for_its_class_token():
         (MEAN | {"fc_norm": False}, "pools tokens after the last norm"),
         ({"img_size": (32, 48)}, "not of square images"),
         ({"depth": 0}, "no weight for"),
-        (None, "is no state dict of timm's or torchvision's ViT"),
+        ("deit_tiny_distilled_patch16_224", "a distillation token"),
+        ("vit_small_patch16_rope_ape_224", "layer scale under the name of models with rotary"),
+        ("beit_base_patch16_224", "relative positions"),
+        ("vit_base_patch16_siglip_224", "attention pooling"),
+        ("vit_small_patch16_18x2_224", "parallel blocks"),
+        (
+            "resnet18",
+            "is no ViT of timm, torchvision, transformers or Google, but has conv1.weight",
+        ),
     ],
 )
 def test_what_has_no_place_here_is_refused_by_name(options, named):
-    model = torchvision.models.resnet18()
-    if options:
+    if isinstance(options, str):
+        with torch.device("meta"):
+            model = timm.create_model(options, **({} if "resnet" in options else {"depth": 1}))
+    else:
         model = timm.create_model("vit_tiny_patch16_224", **{"img_size": 32, **options})
     with pytest.raises(UserError, match=f"x.*{named}"):
         from_state_dict("x", model.state_dict())
+
+
+def test_what_only_the_code_of_a_model_shows_is_refused_by_its_logits(monkeypatch):
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "pretrained": False}
+    create = timm.create_model
+    for name, options, right in (
+        ("vit_tiny_patch16_224", {}, True),
+        ("vit_tiny_patch16_224", {"init_values": 0.1, "no_embed_class": True}, True),
+        ("vit_tiny_patch16_224", {"act_layer": "quick_gelu"}, False),
+        ("vit_base_patch16_rpn_224", {"embed_dim": 64, "num_heads": 4}, False),
+    ):
+        theirs = randomized(create(name, **sizes, **options))
+        theirs.pretrained_cfg["input_size"] = (3, 32, 32)
+        monkeypatch.setattr(timm, "create_model", lambda *_, model=theirs, **__: model)
+        if right:
+            start = load_pretrained(f"timm:{name}", mean=(0.3,))
+            assert not start.notes and start.preprocessing.mean == (0.3,) * 3
+            assert_same_logits(start, theirs)
+        else:
+            with pytest.raises(UserError, match=f"timm:{name} computes something else"):
+                load_pretrained(f"timm:{name}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_the_table_of_docs_names_the_models_of_timm_that_load():
+    """With two blocks each: what a model computes differently, it does in every block."""
+    listed = re.findall(
+        r"^\| timm \| (.*) \|$", (small.ROOT / "docs/finetuning.md").read_text(), re.M
+    )
+    loaded = set()
+    for name in timm.list_models(module="vision_transformer") + timm.list_models(module="deit"):
+        try:
+            with torch.device("meta"):
+                state = timm.create_model(name, depth=2).state_dict()
+            ours = _renamed(state)[1]  # without memory for those that are refused by their names
+            _config_of(ours, {}, "fc_norm.weight" in state)
+            model = randomized(timm.create_model(name, depth=2))
+            _of_model(name, model, {})
+            loaded.add(name)
+        except (KeyError, UserError) as error:
+            print(name, error)
+    assert sorted(loaded) == sorted(re.findall(r"`(\w+)`", listed))
 
 
 # ---------------------------------------------------------------------------- positions
@@ -150,43 +217,184 @@ def tiny():
     return randomized(timm.create_model("vit_tiny_patch16_224", **options))
 
 
-@pytest.mark.parametrize("kind", ["a.pth", "a.bin", "a.safetensors", "wrapped.pth", "old.pth"])
+WRAPPED = {  # around a state dict: what training scripts save
+    "a.pth": lambda state: state,
+    "a.bin": lambda state: state,
+    "old.pth": lambda state: {"model": state, "args": argparse.Namespace(lr=1, steps=[1])},
+    "ddp.pth": lambda state: {f"module.{name}": weight for name, weight in state.items()},
+    "lightning.ckpt": lambda state: {
+        "state_dict": {f"model.{name}": weight for name, weight in state.items()},
+        "hyper_parameters": argparse.Namespace(accuracy=np.float64(0.5), path=Path("x")),
+    },
+    "ema.pth": lambda state: {"model": {}, "model_ema": {"module": state}, "loss": np.ones(2)},
+    "pretrained.pth": lambda state: state | {"mask_token": torch.ones(1), "decoder_pos_embed": ONE},
+}
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize("kind", [*WRAPPED, "a.safetensors", "model-00001-of-00002.safetensors"])
 def test_files_of_weights_are_read(kind, tiny, tmp_path):
     path, state = tmp_path / kind, tiny.state_dict()
-    if path.suffix == ".safetensors":
+    if kind == "a.safetensors":
         save_file(state, path)
+    elif path.suffix == ".safetensors":  # a part: the others are found by the index
+        parts = {kind: list(state)[::2], "model-00002-of-00002.safetensors": list(state)[1::2]}
+        index = {name: part for part, names in parts.items() for name in names}
+        write_json(tmp_path / "model.safetensors.index.json", {"weight_map": index})
+        for part, names in parts.items():
+            save_file({name: state[name] for name in names}, tmp_path / part)
     else:
-        content = {"model": state, "epoch": 3} if kind == "wrapped.pth" else state
-        torch.save(content, path, _use_new_zipfile_serialization=kind != "old.pth")
+        torch.save(WRAPPED[kind](state), path, _use_new_zipfile_serialization=kind != "old.pth")
     assert_same_logits(load_pretrained(str(path)), tiny)
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("a.pth", "is not a file of weights, or is damaged"),
-        ("list.pth", "holds no state dict"),
-        ("missing.pth", "No such file"),
-        ("a.safetensors", "is not a file of safetensors, or is damaged"),
-        ("cut.safetensors", "is not a file of safetensors, or is damaged"),
-        ("missing.safetensors", "No such file"),
-        ("timm:nonsense", "cannot load"),
-    ],
-)
-def test_what_is_no_file_of_weights_is_refused(name, said, tmp_path):
-    (tmp_path / "a.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{nonsense")
-    (tmp_path / "cut.safetensors").write_bytes(save({"a": torch.ones(9)})[:-1])
-    (tmp_path / "a.pth").write_bytes(b"nonsense")
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match=said) as caught:
-        load_pretrained(name if ":" in name else str(tmp_path / name))
+def test_google_s_files_are_read_as_timm_reads_them(tmp_path):
+    D, h, random = 48, 3, np.random.default_rng(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": D, "depth": 2, "num_classes": 5}
+    shapes = {"embedding/kernel": (8, 8, 3, D), "embedding/bias": (D,), "cls": (1, 1, D)}
+    shapes |= {"Transformer/posembed_input/pos_embedding": (1, 17, D)}
+    shapes |= {"head/kernel": (D, 5), "head/bias": (5,)}
+    norms = ["Transformer/encoder_norm"]
+    for block in ("Transformer/encoderblock_0", "Transformer/encoderblock_1"):
+        norms += [f"{block}/LayerNorm_0", f"{block}/LayerNorm_2"]
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        for name in ("query", "key", "value"):
+            shapes |= {f"{attention}/{name}/kernel": (D, h, D // h)}
+            shapes |= {f"{attention}/{name}/bias": (h, D // h)}
+        shapes |= {f"{attention}/out/kernel": (h, D // h, D), f"{attention}/out/bias": (D,)}
+        for name, shape in {"Dense_0": (D, 4 * D), "Dense_1": (4 * D, D)}.items():
+            shapes |= {f"{block}/MlpBlock_3/{name}/kernel": shape}
+            shapes |= {f"{block}/MlpBlock_3/{name}/bias": shape[1:]}
+    shapes |= {f"{norm}/{name}": (D,) for norm in norms for name in ("scale", "bias")}
+    path = tmp_path / "a.npz"
+    np.savez(path, **{n: random.normal(0, 0.3, s).astype("f") for n, s in shapes.items()})
+    theirs = timm.models.VisionTransformer(**sizes, num_heads=h).eval()
+    theirs.load_pretrained(str(path))
+    start = load_pretrained(str(path), heads=4)  # which `adapted` refuses: the file tells
+    assert start.config.heads == h
+    assert_same_logits(start, theirs)
+
+
+@pytest.mark.parametrize("kind", ["folder", "model.safetensors", "names of modules"])
+@pytest.mark.parametrize("name", ["ViT", "ViTMSN"])
+def test_transformers_models_give_the_same_logits(name, kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32}
+    labels = {0: "cat", 1: "dog", 2: "cow"}
+    config = getattr(transformers, f"{name}Config")(**sizes, patch_size=8, id2label=labels)
+    theirs = randomized(getattr(transformers, f"{name}ForImageClassification")(config))
+    theirs.save_pretrained(tmp_path)
+    if kind == "names of modules":
+        torch.save(theirs.state_dict(), tmp_path / kind)
+    start = load_pretrained(str(tmp_path if kind == "folder" else tmp_path / kind))
+    assert start.config.heads == 4 and start.classes == ("cat", "dog", "cow")
+    assert_same_logits(start, lambda images: theirs(images).logits)
+    write_json(tmp_path / "config.json", config.to_dict() | {"hidden_act": "quick_gelu"})
+    with pytest.raises(UserError, match="hidden_act 'quick_gelu'"):
+        load_pretrained(str(tmp_path))
+
+
+class Whole(nn.Module):
+    """Pickled whole by torch.save."""
+
+
+BYTES = {
+    "empty.pth": (b"", "is empty"),
+    "nonsense.pth": (b"nonsense", "is not a file of weights"),
+    "page.pth": (b"\n<!DOCTYPE html>", "is a web page"),
+    "lfs.pth": (b"version https://git-lfs.github.com/spec/v1", "is a git-lfs pointer"),
+    "a.safetensors": (b"nonsense", "is not a file of safetensors"),
+    "cut.safetensors": (save({"a": torch.ones(9)})[:-1], "is damaged or cut off"),
+}
+SAVED = {
+    "list.pth": ([1, 2], "holds no state dict, but: list"),
+    "whole.pth": (Whole(), "is a whole pickled model; where it was made"),
+    "inside.pth": ({"model": Whole(), "epoch": 1}, "is a whole pickled model"),
+    "optimizer.pth": ({"optimizer": {}, "epoch": 1}, "but: optimizer, epoch"),
+    "two.pth": (
+        {"a.patch_embed.proj.weight": ONE, "b.patch_embed.proj.weight": ONE},
+        "several models, 'a.', 'b.'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*BYTES, *SAVED, "cut.pth", "b.npz", "no.pth", "timm:nonsense"])
+def test_what_is_no_file_of_weights_is_refused(name, tmp_path):
+    said = {"no.pth": "No such file", "timm:nonsense": "cannot load", "b.npz": "but has w, v"}
+    path = tmp_path / name
+    if name in BYTES:
+        content, said[name] = BYTES[name]
+        path.write_bytes(content)
+    elif name in SAVED:
+        content, said[name] = SAVED[name]
+        torch.save(content, path)
+    elif name == "b.npz":
+        np.savez(path, w=np.ones(2), v=np.ones(2))
+    elif name == "cut.pth":
+        torch.save({"a": torch.ones(999)}, path)
+        path.write_bytes(path.read_bytes()[:-100])
+        said[name] = "is damaged or cut off"
+    with pytest.raises(UserError, match=said[name]) as caught:
+        load_pretrained(name if ":" in name else str(path))
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("origin", ["a.safetensors", "timm:vit_tiny_patch16_224"])
-def test_a_package_that_is_missing_is_asked_for(origin, monkeypatch):
-    package = "timm" if ":" in origin else "safetensors"
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("norm.weight", lambda w: w.to_sparse(), "norm.weight has values.*sparse"),
+        ("norm.weight", lambda w: w.to(torch.complex64), "norm.weight has values.*complex64"),
+        ("blocks.0.mlp.fc1.weight", lambda w: w.to(torch.int8), "fc1.weight has values.*int8"),
+        ("norm.bias", lambda w: w * math.nan, "norm.bias has values that are not finite"),
+        ("norm.bias", lambda w: w.to("meta"), "norm.bias has values.*meta"),
+        ("norm.bias", lambda w: w[:-1], "size mismatch for norm.bias"),
+        ("pos_embed", lambda w: w[0, 0, 0], "other shapes than a ViT"),
+        ("patch_embed.proj.weight", lambda w: w.flatten(1), r"through \(192, 192\), not"),
+        ("blocks.0.mlp.fc2.weight", lambda w: w[:, ::2], "gated MLP"),
+        ("blocks.1.norm1.bias", None, 'Missing key.*"blocks.1.norm1.bias"'),
+        ("y" * 999, lambda _: ONE, "Unexpected key.*yyy"),
+    ],
+)
+def test_every_tensor_is_checked(name, change, said, tiny):
+    state = tiny.state_dict()
+    weight = state.pop(name, None)
+    with pytest.raises(UserError, match=said) as caught:
+        from_state_dict("x", state | ({name: change(weight)} if change else {}))
+    assert len(str(caught.value)) < 320
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["head.1.weight", "heads.0.weight", "pre_logits.fc.weight", "pooler.dense.bias", "no bias"],
+)
+def test_another_head_is_left_out_with_a_note(other, tiny):
+    state = {name: weight for name, weight in tiny.state_dict().items() if name != "head.bias"}
+    if other == "no bias":  # the same as one of zeros
+        assert torch.equal(from_state_dict("x", state).weights["head.weight"], state["head.weight"])
+        return
+    start = from_state_dict("x", state | {other: ONE}, {"classes": CLASSES})
+    assert start.notes[0].startswith("left out: head") and start.classes is None
+    assert start.weights["head.weight"].shape == (1, 192)
+
+
+@pytest.mark.parametrize(("before", "channels"), [(3, 1), (3, 5), (1, 3), (4, 3)])
+def test_channels_are_adapted_as_timm_does(before, channels):
+    from timm.models import adapt_input_conv
+
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, in_chans=before)
+    adapted = from_state_dict("x", theirs.state_dict()).for_channels(channels)
+    kernel = theirs.patch_embed.proj.weight.detach()
+    expected = adapt_input_conv(channels, kernel, before)
+    found = adapted.weights["embed.proj.weight"].reshape(expected.shape)
+    torch.testing.assert_close(found, expected)
+    assert adapted.config.channels == adapted.preprocessing.channels == channels
+
+
+@pytest.mark.parametrize("package", ["safetensors", "timm"])
+def test_a_package_that_is_missing_is_asked_for(package, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
+    save_file({"a": ONE}, tmp_path / "a.safetensors")
+    origin = "timm:vit_tiny_patch16_224" if package == "timm" else f"{tmp_path}/a.safetensors"
     with pytest.raises(UserError, match=f"{origin} needs {package}: pip install {package}$"):
         load_pretrained(origin)
 
@@ -199,22 +407,25 @@ def test_a_run_with_a_frozen_backbone(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("datasets.load_dataset", small.load_small)
     common = f"--recipe finetune --init-from {tmp_path}/weights.safetensors --dataset shapes"
     flags = f"{common} --epochs 1 --warmup-epochs 0 --output-dir {tmp_path} --no-test"
-    flags += " --device cpu --name"
+    flags += " --std 0.3,0.2,0.1 --crop 0.8 --device cpu --name"
     assert trainer.main([*flags.split(), "frozen", "--freeze"]) == 0
     out = capsys.readouterr().out
-    assert "loaded, a new head for 10 classes" in out
+    assert "loaded, a new head for 10 classes; assumed: 3 heads, mean 0.5, bicubic" in out
     saved = load_checkpoint(tmp_path / "frozen/last.pt")
-    half = (0.5,) * 3
-    assert saved.preprocessing == Preprocessing(size=(32, 32), mean=half, std=half, crop=0.9)
+    stated = {"mean": (0.5,) * 3, "std": (0.3, 0.2, 0.1), "crop": 0.8}
+    assert saved.preprocessing == Preprocessing(size=(32, 32), **stated)
     start = load_pretrained(f"{tmp_path}/weights.safetensors")
     for name, weight in saved.weights.items():
         moved = not torch.equal(weight, start.weights[name])
         assert moved == name.startswith(("head.", "norm.")), name
 
 
-@pytest.mark.parametrize("flags", ["--width 96", "--depth 3", "--patch-size 16", "--pooling mean"])
+@pytest.mark.parametrize(
+    "flags", ["--heads 4", "--width 96", "--depth 3", "--patch-size 16", "--pooling mean"]
+)
 def test_a_flag_that_contradicts_the_weights_is_refused(flags, tiny, tmp_path, monkeypatch, capsys):
     torch.save(tiny.state_dict(), tmp_path / "weights.pth")
+    write_json(tmp_path / "config.json", {"architecture": "x", "model_args": {"num_heads": 3}})
     monkeypatch.setattr("datasets.load_dataset", small.load_small)
     command = f"--recipe finetune --init-from {tmp_path}/weights.pth --dataset shapes {flags}"
     command += f" --output-dir {tmp_path} --device cpu"
@@ -228,7 +439,7 @@ def test_the_same_classes_keep_their_head_and_positions_go_to_a_larger_grid(tiny
     config = start.adapted(ViTConfig(image_size=(48, 64)), ("image_size",))
     model = ViT(config)
     line = start.initialize(model, CLASSES)
-    assert line == "weights of x: loaded, positions interpolated from 4x4 to 6x8"
+    assert line.startswith("weights of x: loaded, positions interpolated from 4x4 to 6x8; assumed")
     assert torch.equal(model.head.weight, tiny.head.weight)
     assert model.embed.pos_embed.shape == (1, 1 + 6 * 8, 192)
     model = ViT(config)
@@ -250,7 +461,7 @@ def test_a_state_dict_without_a_head_gets_a_new_one():
     start = from_state_dict("x", theirs.state_dict())
     model = ViT(dataclasses.replace(start.config, classes=2))
     line = start.initialize(model, ("cat", "dog"))
-    assert line.endswith("a new head for 2 classes")
+    assert "a new head for 2 classes" in line
 
 
 def test_an_exported_state_dict_is_what_the_library_loads(tmp_path, capsys):
@@ -260,17 +471,35 @@ def test_an_exported_state_dict_is_what_the_library_loads(tmp_path, capsys):
     export = ["--export", str(tmp_path), "--library"]
     assert status_of(trainer.main, [*export, "timm"]) == 0
     ours, checkpoint = load_model(tmp_path / "last.pt")
-    config = checkpoint.model
-    sizes = {"patch_size": config.patch_size, "embed_dim": config.width, "depth": config.depth}
-    sizes |= {"img_size": 32, "num_heads": config.heads, "num_classes": 10}
-    theirs = timm.models.VisionTransformer(**sizes, **MEAN).eval()
-    theirs.load_state_dict(torch.load(tmp_path / "model_timm.pth"), strict=True)
+    printed = capsys.readouterr().out
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    (line,) = (line for line in printed.splitlines() if line.startswith("timm.create_model("))
+    assert_same_logits(load_pretrained(f"{tmp_path}/model_timm.pth"), eval(line).eval())
+    start = load_pretrained(f"{tmp_path}/model_timm.pth")
+    assert start.classes == tuple(checkpoint.classes)
+    assert (start.config.heads, start.preprocessing) == (8, checkpoint.preprocessing)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), ours(images), rtol=0, atol=1e-4)
     capsys.readouterr()
     assert status_of(trainer.main, [*export, "torchvision"]) == 2
     assert "torchvision has no ViT with mean pooling" in capsys.readouterr().err
+
+
+def test_onnx_runtime_computes_the_same_for_any_number_of_images(tmp_path, monkeypatch, capsys):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    (tmp_path / "last.pt").write_bytes((small.ROOT / "checkpoints/vit_cifar10.pt").read_bytes())
+    export = ["--export", str(tmp_path), "--library", "onnx"]
+    assert status_of(trainer.main, export) == 0
+    session, images = runtime.InferenceSession(tmp_path / "model.onnx"), torch.randn(3, 3, 32, 32)
+    (logits,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = load_model(tmp_path / "last.pt")[0](images)
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert status_of(trainer.main, [*export, "--overwrite"]) == 2
+    assert "pip install onnx onnxscript" in capsys.readouterr().err
 
 
 LACKS = {"no biases": {"qkv_bias": False}, "1 channels": {"channels": 1}}

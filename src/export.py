@@ -1,0 +1,139 @@
+"""Trained models for others: model.pt, state dicts of timm and torchvision, ONNX."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint import EXPORTED, TIMM_CONFIG, Checkpoint, load_checkpoint, load_model, save_model
+from pretrained import TIMM, TORCHVISION, renamed
+from utils import UserError, write_json, write_torch, write_whole
+from ViT import ViT
+
+
+def state_dict_for(library: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights of a checkpoint as timm's or torchvision's model loads them."""
+    config = checkpoint.model
+    if library == "torchvision":
+        H, W = config.image_size
+        for other, lacks in (
+            ("mean pooling", config.pooling == "mean"),
+            ("no biases of queries, keys and values", not config.qkv_bias),
+            (f"{config.channels} channels", config.channels != 3),
+            (f"images of {H}x{W}", H != W),
+        ):
+            if lacks:
+                raise UserError(f"torchvision has no ViT with {other}; timm has")
+    weights = dict(checkpoint.weights)
+    shape = (config.width, config.channels, config.patch_size, config.patch_size)
+    weights["embed.proj.weight"] = weights["embed.proj.weight"].reshape(shape)
+    if "embed.pos_embed" not in weights:  # fixed ones, which are learned ones there
+        weights["embed.pos_embed"] = ViT(config).embed.pos_embed
+    pairs = TIMM if library == "timm" else TORCHVISION
+    if config.pooling == "class":
+        pairs = tuple(pair for pair in pairs if pair[0] != "fc_norm.")
+    back = tuple((ours, theirs) for theirs, ours in reversed(pairs))
+    return {renamed(name, back): weight for name, weight in weights.items()}
+
+
+def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What timm's config.json holds; `load_pretrained` reads it beside any weights."""
+    config, expected = checkpoint.model, checkpoint.preprocessing
+    exact = math.nextafter(config.hidden / config.width, math.inf)  # timm rounds the width down
+    return {
+        "architecture": "vit_base_patch16_224",  # which the arguments make this model
+        "num_classes": config.classes,
+        "label_names": list(checkpoint.classes),
+        "model_args": {
+            "img_size": config.image_size,
+            "patch_size": config.patch_size,
+            "in_chans": config.channels,
+            "embed_dim": config.width,
+            "depth": config.depth,
+            "num_heads": config.heads,
+            "mlp_ratio": config.mlp_ratio if config.mlp_ratio.is_integer() else exact,
+            "qkv_bias": config.qkv_bias,
+            "class_token": config.pooling == "class",
+            "global_pool": "token" if config.pooling == "class" else "avg",
+        },
+        "pretrained_cfg": {
+            "input_size": (config.channels, *config.image_size),
+            "mean": expected.mean,
+            "std": expected.std,
+            "interpolation": expected.interpolation,
+            "crop_pct": expected.crop,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def onnx_bytes(path: Path) -> bytes:
+    """The model of a checkpoint for ONNX: normalized images (B, C, H, W) to logits (B, K).
+
+    Raises:
+        UserError: a package is missing, or onnxruntime, where it is there, gives other logits.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--library onnx needs {error.name}: pip install onnx onnxscript"
+        ) from error
+    model = load_model(path)[0]
+    images = torch.randn(2, model.config.channels, *model.config.image_size)
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.onnx.export(
+            model,
+            (images,),
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: "batch"}},
+            verbose=False,
+        )
+    content = program.model_proto.SerializeToString()
+    try:
+        import onnxruntime
+    except ImportError:
+        print("not checked, since onnxruntime is missing: pip install onnxruntime")
+        return content
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    for batch in (images, images[:1]):
+        (logits,) = session.run(None, {"images": batch.numpy()})
+        difference = (torch.from_numpy(logits) - model(batch)).abs().max().item()
+        if not difference <= 1e-4:
+            raise UserError(f"onnxruntime's logits differ by {difference:.1g} from this model's")
+    return content
+
+
+def export(path: Path, library: str | None, overwrite: bool) -> None:
+    """--export: writes model.pt beside a checkpoint, or the model for a library, for sharing."""
+    target = path.with_name(EXPORTED[library])
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} exists; --overwrite replaces it")
+    checkpoint, then = load_checkpoint(path), "--evaluate checks it"
+    config = timm_config(checkpoint)
+    try:
+        if library == "onnx":
+            write_whole(target, onnx_bytes(path))
+            mean, std = checkpoint.preprocessing.mean, checkpoint.preprocessing.std
+            then = f"it takes any number of images, of mean {mean} and std {std}"
+        elif library:
+            write_torch(target, state_dict_for(library, checkpoint))
+            write_json(target.with_name(TIMM_CONFIG), config)
+            then = f"{library} loads it strictly; {TIMM_CONFIG} beside it states what it does not"
+        else:
+            save_model(target, checkpoint)
+    except OSError as error:
+        raise UserError(f"cannot write {target}: {error.strerror}") from error
+    print(f"wrote {target}, {target.stat().st_size / 1e6:.1f} MB; {then}")
+    if library == "timm":
+        arguments = config["model_args"] | {"num_classes": config["num_classes"]}
+        listed = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        print(
+            f"timm.create_model({config['architecture']!r}, {listed}, checkpoint_path='{target}')"
+        )

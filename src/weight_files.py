@@ -1,0 +1,170 @@
+"""Files of weights: what one holds, with nothing in it run, or what was found in its place."""
+
+import io
+import json
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import UserError, one_line, read_file
+
+SAVED_AS = (  # in a folder: ours, then a library's, or the index of one that is in several files
+    "last.pt",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+NOT_WEIGHTS = {  # how files begin that are taken for weights
+    b"version https://git-lfs": "a git-lfs pointer; `git lfs pull` fetches the file itself",
+    b"<": "a web page; download the file that it shows",
+    b"\x89HDF": "an HDF5 file, as Keras writes them, not weights of PyTorch",
+}
+DAMAGED = "is damaged or cut off; copy or download it again"
+STATE_DICT = "where it was made, torch.save(model.state_dict(), 'weights.pth') writes what is read"
+TORCH_BEGINS = b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # since torch 1.6, and before
+
+
+def read_weights(path: Path) -> Any:
+    """What a file of torch.save, of safetensors or of numpy (.npz) holds, or a library's folder.
+
+    Objects beside the weights, such as an argparse.Namespace, are left out.
+
+    Raises:
+        UserError: it cannot be read, or is something else.
+    """
+    if re.search(r"-\d+-of-\d+\.", path.name):  # a part of a model: its folder has the index
+        path = path.parent
+    if path.is_dir():
+        names = [name for name in SAVED_AS if (path / name).exists()]
+        if not names:
+            raise UserError(f"{path} has none of {', '.join(SAVED_AS)}")
+        path = path / names[0]
+    if not path.name.endswith(".index.json"):
+        return _read_file(path)
+    weights, index = {}, read_json(path).get("weight_map")
+    for name in sorted(set(index.values())) if isinstance(index, dict) else ():
+        weights |= _read_file(path.with_name(Path(name).name))
+    return weights
+
+
+def read_torch(path: Path) -> Any:
+    """What a file of torch.save holds, on the CPU: containers and tensors, nothing else."""
+    return _load_torch(path, read_bytes(path), known=None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(read_bytes(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not an object of JSON")
+    return content
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, unless that shows that it is no file of weights."""
+    content = read_file(path)
+    if not content:
+        raise UserError(f"{path} is empty; copy or download it again")
+    for beginning, what in NOT_WEIGHTS.items():
+        if content[:512].lstrip().startswith(beginning):
+            raise UserError(f"{path} is {what}")
+    return content
+
+
+def _read_file(path: Path) -> Any:
+    content = read_bytes(path)
+    if content[8:9] == b"{" or path.suffix == ".safetensors":
+        return _read_safetensors(path, content)
+    if zipfile.is_zipfile(io.BytesIO(content)) and b".npy" in content[:200]:
+        return _read_npz(path, content)
+    return _load_torch(path, content, known=[])
+
+
+def _read_safetensors(path: Path, content: bytes) -> dict[str, Tensor]:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise UserError(f"{path} needs safetensors: pip install safetensors") from error
+    try:
+        return safetensors.torch.load(content)
+    except Exception as error:  # a damaged file can fail in any way
+        wrong = DAMAGED if content[8:9] == b"{" else "is not a file of safetensors"
+        raise UserError(f"{path} {wrong}") from error
+
+
+def _read_npz(path: Path, content: bytes) -> dict[str, Tensor]:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except (TypeError, ValueError) as error:  # an array of objects or of texts
+        raise UserError(f"{path} holds more than weights: {one_line(error)}") from error
+    except Exception as error:
+        raise UserError(f"{path} {DAMAGED}") from error
+
+
+class _Object:
+    """Stands for a class that torch does not know; none of its code is needed, or run."""
+
+    def __new__(cls, *_: Any) -> OrderedDict:
+        return OrderedDict()  # which torch fills with the entries and attributes of the object
+
+
+class _NumpyObject:
+    """The same for numpy's scalars and arrays, whose state is no dict."""
+
+    def __new__(cls, *_: Any) -> "_NumpyObject":
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+def _load_torch(path: Path, content: bytes, known: list[tuple[type, str]] | None) -> Any:
+    """What torch.save wrote.
+
+    `known` are classes, by name, of objects that may be there; one that is missing is added. Where
+    it is None, only containers and tensors may be.
+    """
+    file = io.BytesIO(content)
+    try:
+        if zipfile.is_zipfile(file):  # not what torch wrote before 1.6
+            with zipfile.ZipFile(file) as archive:
+                if damaged := archive.testzip():  # torch.load compares no checksum
+                    raise zipfile.BadZipFile(damaged)
+        file.seek(0)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals(known or []),
+        ):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can fail in any way inside zipfile and torch.load
+        unknown = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        if not unknown or known is None:
+            raise UserError(f"{path} {_what_failed(content, error)}") from error
+    name = unknown[1] if "." in unknown[1] else f"builtins.{unknown[1]}"
+    stands_for_it = _NumpyObject if name.startswith("numpy") else _Object
+    return _load_torch(path, content, [*known, (stands_for_it, name)])
+
+
+def _what_failed(content: bytes, error: Exception) -> str:
+    unread = {
+        "TorchScript": "is a TorchScript program",
+        "Only persistent_load": "is a whole pickled model",
+    }
+    if content.startswith(b"PK"):
+        unread["Unsupported operand"] = "is pickled in another protocol than torch's"
+    if objects := re.search(r"GLOBAL (\S+)", str(error)):
+        unread["GLOBAL"] = f"holds {objects[1]}, which is not read since it could run code"
+    for said, what in unread.items():
+        if said in str(error):
+            return f"{what}; {STATE_DICT}"
+    return DAMAGED if content.startswith(TORCH_BEGINS) else "is not a file of weights"

@@ -408,6 +408,7 @@ def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
     error = capsys.readouterr().err
     assert f"{there}/" in error and f"resume with --resume {tmp_path}/gone" in error
     aside.rename(there)
+    monkeypatch.setattr(Run, "save_is_due", small.after_each_epoch)
     assert small.status_of(f"--resume {tmp_path}/gone", tmp_path) == 0
     assert small.differing(tmp_path / "whole", tmp_path / "gone") == 0
     capsys.readouterr()

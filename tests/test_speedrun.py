@@ -58,7 +58,7 @@ def test_the_sequence_of_the_half_hour(measure, monkeypatch, tmp_path, capsys):
     said = ["demo, eager", "compiling the model ...", "demo, plain"]
     assert begins == ["default", *said, "curve", *runs[1:]]
     for name in runs:
-        assert (tmp_path / name / "output.txt").read_text().count("epoch ") >= 2
+        assert "epoch   1/" in (tmp_path / name / "output.txt").read_text()
         assert str(tmp_path) not in result_of(tmp_path / name)["command"]
         load_model(tmp_path / name / "model.pt")
         assert not (tmp_path / name / "unfinished").exists()
@@ -86,6 +86,7 @@ def test_a_part_that_fails_does_not_end_the_others(measure, monkeypatch, capsys)
     assert "a has failed: CUDA error" in error and out
 
 
+@pytest.mark.timeout(300)
 def test_a_kernel_of_attention_is_the_one_that_runs(measure, monkeypatch, tmp_path, capsys):
     """A CPU has one fused kernel, flash."""
     monkeypatch.setattr(speedrun, "DRY_PLAN", DRY._replace(steps={"demo": speedrun.MODES[2:]}))

@@ -254,7 +254,7 @@ FOLDER = "folder:"
 
 def anchored(name: str) -> str:
     """A data set's name, of a folder with its absolute path."""
-    path = Path(name.removeprefix(FOLDER)).expanduser().absolute()
+    path = named_path(name.removeprefix(FOLDER)).absolute()
     return f"{FOLDER}{path}" if name.startswith(FOLDER) else name
 
 

@@ -112,7 +112,7 @@ def test_bad_input_is_one_line_and_exit_status_2(
 ):
     monkeypatch.setattr(datasets, "draw_shapes", lambda n, seed: shapes.draw_shapes(200, seed))
     argv = shlex.split(flags.format(**brought))
-    if program is predict:
+    if program is predict or flags.startswith(("--resume", "--evaluate")):
         argv += ["--device", "cpu"]
     if program is trainer and not flags.startswith(("--resume", "--evaluate", "--export")):
         argv = [*small.arguments("--name a --epochs 1", tmp_path), *argv]

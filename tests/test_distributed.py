@@ -437,7 +437,7 @@ def test_ranks_that_were_started_differently_say_how(tmp_path):
     for rank in range(2):
         (line,) = (tmp_path / f"log{rank}").read_text().splitlines()
         assert "rank 1 was started with --recipe demo" in line
-        assert "--seed 3, rank 0 with --recipe demo" in line
+        assert "--seed 3 --device cpu, rank 0 with --recipe demo" in line
 
 
 @pytest.mark.parametrize(

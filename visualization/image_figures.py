@@ -46,7 +46,7 @@ def patches(model: Model, subject: Subject) -> Picture:
     y_step = x_step + round(0.15 / cell * x_step) * numbered
     caption = (
         f"{by(g_h, g_w)} patches of {by(P, P)} pixels, row by row; each is flattened and mapped to "
-        f"one token. The numbers are token positions{'.' if numbered else ', one for each row.'}"
+        f"one token. Numbers are token positions{'' if numbered else ', of the first in a row'}."
         + " cls is the learned class token, which shows no pixels."
         * class_token
     )

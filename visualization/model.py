@@ -158,7 +158,8 @@ class Model:
         self.path, self.device, self.options = path, device, options
         if options.weights:
             self.vit, self.checkpoint = load_weights(options, device)
-            self.run = path.stem if path.is_file() else path.name.rpartition(":")[2]
+            name = options.weights.partition(":")[2].replace(":", "-").replace("/", "-")
+            self.run = path.stem if path.is_file() else name
         else:
             try:
                 self.vit, self.checkpoint = load_model(path, device)

@@ -486,7 +486,7 @@ def queries(scene: Scene) -> Figure:
     title = f"5. Queries, keys and values: {scene.where}"
     caption = (
         f"Three linear maps turn each token into a query, a key and a value of {D_h} numbers. Step "
-        "6 compares the marked query with all keys."
+        "6 compares the marked query with all keys. The darkest colors are at the values after ±."
     )
     figure, axes = _row(title, [1, 1, 1], 1.7, caption)
     for axis, values, name in zip(axes, parts, ("queries q", "keys k", "values v"), strict=True):
@@ -554,7 +554,8 @@ def mlp(scene: Scene) -> Figure:
     active = np.sort(np.argsort(-np.abs(after).mean(axis=0))[:MOST_COLUMNS])
     caption = (
         "Left: GELU, and in gray the histogram of its inputs for this image. Right: its outputs, "
-        f"most of them near 0; the {len(active)} columns with the largest mean magnitude are shown."
+        f"most of them near 0; the {len(active)} columns with the largest mean magnitude, the "
+        "darkest colors at the values after ±."
     )
     figure, axes = _row(title, [1, 2.6], 1.7, caption)
     x = np.linspace(-4, 4, 200)

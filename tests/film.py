@@ -16,8 +16,6 @@ from playwright.sync_api import sync_playwright
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage"]  # for root, and for a small /dev/shm
 MOST, AT_ONCE, AFTER = 16, 2, 2  # steps, patches of a step, steps for which a flip must last
 WIDTH, HEIGHT = 920, 462
-
-
 PREDICTED = "() => result.shares.at(-1).indexOf(Math.max(...result.shares.at(-1)))"
 
 
@@ -32,7 +30,7 @@ def steps(page, picture: int) -> tuple[list[Image.Image], bool]:
         top = page.locator("#stage").bounding_box()["y"] - 8
         clip = {"x": 0, "y": top, "width": WIDTH, "height": HEIGHT}
         frames.append(Image.open(io.BytesIO(page.screenshot(clip=clip))).convert("RGB"))
-        page.evaluate(f"() => {{ removeBy(1, {AT_ONCE}); state.target = {classes[0]}; }}")
+        page.evaluate(f"() => {{ state.target = {classes[0]}; removeBy(1, {AT_ONCE}); }}")
         flips = classes[0] not in classes[-AFTER:]
     return frames, flips
 
@@ -56,4 +54,6 @@ def main(page_file: str, out: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("pass the page and the file to write, as in docs/figures.md")
     main(*sys.argv[1:])

@@ -120,7 +120,7 @@ def run_of(recipe: Recipe, setting: Setting, steps: int) -> tuple[Run, State]:
     endless |= {"precision": setting.precision, "compile": compiling}
     config = replace(recipe.train, **endless)
     dataset = random_dataset(steps * config.batch_size, setting.device)
-    options = RunOptions(save_minutes=1e9)
+    options = RunOptions(save_minutes=1e6)
     return assemble(ViT(recipe.model), config, dataset, setting.device, options=options)
 
 

@@ -60,7 +60,10 @@ class Options(Config):
     weights: Annotated[
         str | None, "instead: timm:NAME, torchvision:NAME or a file of either's weights"
     ] = None
-    heads: Annotated[int | None, "of such a file, which does not tell (width / 64)"] = None
+    heads: Annotated[int | None, "attention heads of such a file, which does not tell"] = None
+    mean: Annotated[tuple[float, ...] | None, "of its images: of all channels, or of each"] = None
+    std: Annotated[tuple[float, ...] | None, "standard deviation, likewise"] = None
+    crop: Annotated[float | None, "share of an image file that is kept, likewise"] = None
     image_size: Annotated[
         int | tuple[int, int] | None, "of weights: show pictures at another size"
     ] = None
@@ -110,7 +113,8 @@ def load_weights(options: Options, device: torch.device) -> tuple[ViT, Checkpoin
     Raises:
         UserError: they cannot be had, or are not of a model of this kind.
     """
-    found = load_pretrained(options.weights, options.heads)
+    stated = options.heads, options.mean, options.std, options.crop
+    found = load_pretrained(options.weights, *stated)
     config, expected, names = found.config, found.preprocessing, found.classes
     if options.image_size:
         config = replace(config, image_size=options.image_size)
@@ -121,10 +125,6 @@ def load_weights(options: Options, device: torch.device) -> tuple[ViT, Checkpoin
     names = tuple(names or (f"class {number}" for number in range(config.classes)))
     model = ViT(config)
     print(replace(found, classes=names).initialize(model, names))
-    print(
-        f"{config.heads} heads; pictures of {by(*expected.size)} pixels, crop {expected.crop:.3g}, "
-        f"{expected.interpolation}, mean {expected.mean}, std {expected.std}"
-    )
     checkpoint = Checkpoint(
         recipe="",
         model=config,

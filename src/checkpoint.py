@@ -91,6 +91,7 @@ class Checkpoint(Config):
     optimizers: list[dict[int, dict[str, Tensor]]] | None = None  # parameter's number to its state
     step: int = 0  # done
     history: list[EpochRecord]
+    scaler: dict[str, float] = field(default_factory=dict)  # of the loss, in float16
     sums: dict[str, Tensor] = field(default_factory=dict)  # of the epoch under way, over all ranks
     seconds: dict[str, float] = field(default_factory=dict)  # as in `State`
 
@@ -287,6 +288,7 @@ class RunFolder:
         self.saved_step = 0  # of the checkpoint that can be resumed; 0: there is none
         self.save_failed = False  # the last time it was tried
         self.saved_at = time.perf_counter()
+        self.best_from = 0  # the first epoch that best.pt is chosen from
         self._lock: int | None = None
         self.replaces: set[str] = set()  # files of an earlier run, until this one is saved
 

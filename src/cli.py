@@ -21,7 +21,8 @@ TASKS = {
 DATA_FLAGS = ("data_dir", "device", "wait_minutes")
 TASK_FLAGS = {  # that each task takes
     "resume": (
-        *(*DATA_FLAGS, "dataset", "test", "save_minutes", "keep_best", "epochs", "accumulate"),
+        *DATA_FLAGS,
+        *"dataset test save_minutes keep_best tensorboard epochs accumulate".split(),
     ),
     "evaluate": (*DATA_FLAGS, "dataset", "split"),
     "export": ("library", "overwrite"),
@@ -84,7 +85,9 @@ def parse(argv: list[str], description: str) -> Command:
         for flag, its_task in (("library", "export"), ("split", "evaluate")):
             if flag in arguments:
                 raise UserError(f"--{flag} works only with --{its_task}")
-        configs = replace(recipe.model, **model_changes), replace(recipe.train, **changes)
+        length = dict.fromkeys(("epochs", "steps"), 0)  # the recipe's, which either flag replaces
+        training = length | changes if length.keys() & changes else changes
+        configs = replace(recipe.model, **model_changes), replace(recipe.train, **training)
     else:
         _refuse_other_flags(arguments, task)
         configs = recipe.model, recipe.train

@@ -126,7 +126,9 @@ def add_flags(
         if types.NoneType in typing.get_args(kind):
             kind, inner = inner[0], [*typing.get_args(inner[0])]
         options: dict[str, Any] = {"type": kind}
-        if kind is bool:
+        if inner == [bool, int]:
+            options = {"type": int, "nargs": "?", "const": True, "metavar": "N"}
+        elif kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is typing.Literal:
             options |= {"choices": inner, "type": str}

@@ -63,11 +63,11 @@ def use_deterministic_kernels() -> None:
 
 
 def resolve_precision(choice: str, device: torch.device) -> str:
-    """Replaces "auto": "bf16" where the device has instructions that multiply it, else "fp32"."""
+    """Replaces "auto": "bf16" where the device multiplies it, else "fp16" on CUDA, else "fp32"."""
     if choice != "auto":
         return choice
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu":
         flags = torch.cpu.get_capabilities()
         return "bf16" if flags.get("avx512_bf16") or flags.get("amx_bf16") else "fp32"
@@ -75,8 +75,9 @@ def resolve_precision(choice: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """A forward pass in bfloat16, where autocast finds it safe, or in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """A forward pass in bfloat16 or float16, where autocast finds it safe, or in float32."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def device_name(device: torch.device) -> str:

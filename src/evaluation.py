@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import datasets
 from checkpoint import check_fit, load_model
@@ -28,7 +28,9 @@ class Evaluation(NamedTuple):
     loss: float  # cross-entropy in nats
     top1: float
     top5: float
-    of_class: list[float]  # top-1 within each class; nan where a class has no images
+    of_class: list[float]  # top-1 within each class, its recall; nan where it has no images
+    precision: list[float]  # right among the answers of each class; nan where it has none
+    f1: list[float]  # 2 right / (images + answers) of each class; nan where it has neither
 
 
 def batch_size_for(config: ViTConfig, kind: str = "cpu") -> int:
@@ -57,6 +59,15 @@ def predict(
     return torch.cat(logits).to(torch.get_default_dtype())
 
 
+def features_of(model: ViT, split: Split, preprocessing: Preprocessing) -> Tensor:
+    """The head's inputs (n, D) for a split."""
+    head, model.head = model.head, nn.Identity()
+    try:
+        return predict(model, split, preprocessing)
+    finally:
+        model.head = head
+
+
 def evaluate(
     model: ViT,
     split: Split,
@@ -77,11 +88,15 @@ def evaluate(
     found = world.sum(hits.sum(dim=0))  # (5,): as the first answer, as the second, ...
     hits_of_class = world.sum(hits[:, 0] @ classes)  # (K,)
     images_of_class = world.sum(classes.sum(dim=0))
+    answers = F.one_hot(best[:, 0], logits.shape[1]).double()  # (n, K)
+    answers_of_class = world.sum(answers.sum(dim=0))
     return Evaluation(
         loss=summed.item() / len(split),
         top1=found[0].item() / len(split),
         top5=found.sum().item() / len(split),
         of_class=(hits_of_class / images_of_class).tolist(),
+        precision=(hits_of_class / answers_of_class).tolist(),
+        f1=(2 * hits_of_class / (images_of_class + answers_of_class)).tolist(),
     )
 
 
@@ -92,7 +107,7 @@ def report(
     world: World = ALONE,
     name: str | None = None,
 ) -> None:
-    """--evaluate: prints loss, top-1, top-5 and the accuracy of each class on a split.
+    """--evaluate: prints loss, accuracy, and what each class has, on a split.
 
     It is of the data set that the model was trained on, or of the one with the name.
     """
@@ -119,10 +134,13 @@ def report(
 
 def table(result: Evaluation, classes: Sequence[str]) -> list[str]:
     """The figures of an evaluation, a line each."""
-    width = max(10, *map(len, classes))
-    class_mean = statistics.fmean(filter(math.isfinite, result.of_class))
-    lines = [f"{'loss':12}{result.loss:8.4f}"]
-    shares = {"top-1": result.top1, "top-5": result.top5, "class mean": class_mean}
-    lines += [f"{name:12}{share:8.2%}" for name, share in shares.items()]
-    of_class = zip(classes, result.of_class, strict=True)
-    return lines + [f"  {name:{width}}{share:8.2%}" for name, share in of_class]
+    columns = {"recall": result.of_class, "precision": result.precision, "F1": result.f1}
+    means = [statistics.fmean(filter(math.isfinite, column)) for column in columns.values()]
+    of_class = zip((f"  {name}" for name in classes), *columns.values(), strict=True)
+    width = max(12, *(len(name) + 2 for name in classes))
+    lines = [f"{'loss':{width}}{result.loss:8.4f}"]
+    lines += [f"{'top-1':{width}}{result.top1:8.2%}", f"{'top-5':{width}}{result.top5:8.2%}"]
+    lines.append(" " * width + "".join(f"{name:>11}" for name in columns))
+    for name, *shares in (("class mean", *means), *of_class):
+        lines.append(f"{name:{width}}" + "".join(f"{share:11.2%}" for share in shares))
+    return [line.replace("nan%", "   -") for line in lines]

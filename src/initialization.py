@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Preprocessing, Split
-from evaluation import predict
+from evaluation import features_of
 from ViT import ViT, patchify
 
 
@@ -64,9 +64,7 @@ def standardize_features(model: ViT, split: Split, preprocessing: Preprocessing)
     last LayerNorm's own weights take it in, so that the model stays a plain ViT. The head is
     rescaled too, so that the logits stay as they are.
     """
-    head, model.head = model.head, nn.Identity()
-    features = predict(model, split, preprocessing)  # (n, D)
-    model.head = head
+    features = features_of(model, split, preprocessing)  # (n, D)
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     model.norm.weight /= std
     model.norm.bias.sub_(mean).div_(std)

@@ -156,7 +156,7 @@ def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[tor
     """The optimizers that `rules` name, sorted by name, of all weights that are not frozen.
 
     A weight below the head has the rate of its rule times `layer_decay` for each layer above it
-    (BEiT, arXiv 2106.08254). Muon's iteration is in the precision, "bf16" or "fp32".
+    (BEiT, arXiv 2106.08254). Muon's iteration is in float32, or in bfloat16 where that is chosen.
     """
     top = model.config.depth + 1
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -171,7 +171,7 @@ def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[tor
             rate = rule.options["lr"] * config.layer_decay ** (top - layer)
             group = rule.options | {"params": layers[layer], "lr": rate, "peak_lr": rate}
             groups[rule.optimizer].append(group)
-    in_float32 = {"muon": {"dtype": torch.float32}} if precision == "fp32" else {}
+    in_float32 = {} if precision == "bf16" else {"muon": {"dtype": torch.float32}}
     return [OPTIMIZERS[name](groups[name], **in_float32.get(name, {})) for name in sorted(groups)]
 
 

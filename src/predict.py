@@ -1,20 +1,27 @@
-"""Classes of image files, from a checkpoint.
+"""Classes of image files, or features, from a checkpoint.
 
     python src/predict.py photo.jpg                 by the model in checkpoints/vit_cifar10.pt
     python src/predict.py FOLDER --checkpoint checkpoints/NAME --top 3
     python src/predict.py a.jpg b.jpg --json        [{"file": ..., "predictions": [...]}, ...]
+    python src/predict.py FOLDER --features out.npz for numpy.load: names (n,), features (n, D),
+                                                    logits (n, K) and classes (K,)
 
 A file is read as the checkpoint's preprocessing says: resized, cropped and normalized as in
-training. Of a folder, every image file in it and in its subfolders is classified. A file that
+training. Features are what the head sees: the last norm of the class token or of the patches' mean,
+in float32. Of a folder, every image file in it and in its subfolders is classified. A file that
 cannot be read gets a line on standard error and, in the end, exit status 2.
 """
 
 import utils  # isort: skip  # before torch, for its threads
+import io
 import json
+from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import device as devices
@@ -22,18 +29,34 @@ from checkpoint import find_checkpoint, load_model
 from config import Parser
 from data import by_kind, image_files, nearly_constant
 from evaluation import batch_size_for
-from utils import UserError, complain, named_path, print_result, printable, run_program
+from utils import (
+    UserError,
+    complain,
+    named_path,
+    print_result,
+    printable,
+    run_program,
+    write_whole,
+)
 
 Predictions = list[tuple[Path, list[tuple[str, float]]]]  # of a file: classes, probabilities
 
 
 @torch.inference_mode()
 def predictions(
-    files: list[Path], checkpoint: Path, device: torch.device, top: int
+    files: list[Path],
+    checkpoint: Path,
+    device: torch.device,
+    top: int,
+    features: Path | None = None,
 ) -> tuple[Predictions, list[str]]:
-    """The `top` most probable classes of each file, and the errors of files that cannot be read."""
+    """The `top` most probable classes of each file, and the errors of files that cannot be read.
+
+    The file `features` gets what `write_features` writes.
+    """
     model, described = load_model(checkpoint, device)
-    top, found, errors = min(top, len(described.classes)), [], []
+    head, model.head = model.head, nn.Identity()
+    top, found, errors, outputs = min(top, len(described.classes)), [], [], []
     preprocessing, notes = described.preprocessing.measured(files)
     flat: list[Path] = []
     with tqdm(total=len(files), unit=" images", disable=None, leave=False) as bar:
@@ -50,9 +73,11 @@ def predictions(
                 continue
             batch = torch.stack(images)
             flat += compress(read, nearly_constant(batch))
-            logits = model(preprocessing.normalize(batch.to(device)))
+            pooled = model(preprocessing.normalize(batch.to(device)))  # (B, D)
+            logits = head(pooled)  # (B, K)
             if not logits.isfinite().all():
                 raise UserError(f"the model of {checkpoint} computes no finite numbers")
+            outputs.append((pooled.cpu(), logits.cpu()))
             best = logits.softmax(dim=1).topk(top)  # (B, top)
             for file, values, rows in zip(read, *map(torch.Tensor.tolist, best), strict=True):
                 names = (described.classes[row] for row in rows)
@@ -61,7 +86,28 @@ def predictions(
         notes.append(f"{len(flat)} of {len(files)} are nearly constant, such as {flat[0]}")
     for note in notes:
         complain(note)
+    if features and found:
+        write_features(
+            features, [file for file, _ in found], described.classes, *zip(*outputs, strict=True)
+        )
     return found, errors
+
+
+def write_features(
+    path: Path,
+    files: list[Path],
+    classes: list[str],
+    features: Sequence[Tensor],
+    logits: Sequence[Tensor],
+) -> None:
+    """Writes what the module's docstring says, of batches of features (B, D) and logits (B, K)."""
+    arrays = {"features": torch.cat(features).numpy(), "logits": torch.cat(logits).numpy()}
+    buffer = io.BytesIO()
+    np.savez(buffer, names=[str(file) for file in files], **arrays, classes=classes)
+    try:
+        write_whole(path, buffer.getbuffer())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def main(argv: list[str]) -> int:
@@ -72,10 +118,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--checkpoint", type=find_checkpoint, default=default, help=help_text)
     parser.add_argument("--top", type=int, default=1, help="classes of each file (1)")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
+    help_text = "also write names, features, logits and classes to this .npz file"
+    parser.add_argument("--features", type=named_path, metavar="FILE", help=help_text)
     parser.add_argument("--device", help="cuda, mps or cpu (the best available)")
     arguments = parser.parse_args(argv)
     if arguments.top < 1:
         raise UserError(f"--top must be at least 1, not {arguments.top}")
+    if (features := arguments.features) and features.suffix != ".npz":
+        raise UserError(f"--features {features} must end in .npz")
     files = []
     for path in arguments.files:
         found, others = image_files(path) if path.is_dir() else ([path], None)
@@ -83,7 +133,7 @@ def main(argv: list[str]) -> int:
         if others:
             complain(f"left out of {path}: {by_kind(others)}")
     device = devices.choose_device(arguments.device)
-    found, errors = predictions(files, arguments.checkpoint, device, arguments.top)
+    found, errors = predictions(files, arguments.checkpoint, device, arguments.top, features)
     if arguments.json:
         rows = [
             {"file": str(file), "predictions": [{"class": c, "probability": p} for c, p in best]}

@@ -1,5 +1,6 @@
 """How to train: the options, and named sets of them with the accuracy to expect."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,10 +34,15 @@ class TrainConfig(Config):
     std: Annotated[tuple[float, ...] | None, "standard deviation of the same"] = None
     crop: Annotated[float | None, "share of an image file that is kept, of the same"] = None
     freeze: Annotated[
-        bool, "train only the head, on features standardized over the training images"
+        bool | int,
+        "train only the head, on standardized features; with N: all but the embedding and N blocks",
+        "[0, 1e6]",
     ] = False
-    epochs: Annotated[int, "times each training image is seen", "[1, 1e6]"] = 100
-    batch_size: Annotated[int, "images per step, over all devices", "[1, 1e7]"] = 500
+    epochs: Annotated[int, "times each training image is seen", "[0, 1e6]"] = 100
+    steps: Annotated[int, "steps in place of epochs; 5 epochs at least", "[0, 1e9]"] = 0
+    batch_size: Annotated[
+        int, "images per step, over all devices; 0: a fifth of the set, at most 50", "[0, 1e7]"
+    ] = 500
     accumulate: Annotated[
         int, "parts in which a batch goes through the model; their gradients add up", "[1, 1e7]"
     ] = 1
@@ -79,7 +85,8 @@ class TrainConfig(Config):
     mixing_off_epochs: Annotated[int, "epochs at the end without mixing", "[0, 1e6]"] = 0
     validate_every: Annotated[int, "epochs between validations", "[1, 1e6]"] = 1
     precision: Annotated[
-        Literal["auto", "bf16", "fp32"], "auto is bf16 autocast where the hardware multiplies bf16"
+        Literal["auto", "bf16", "fp16", "fp32"],
+        "auto: bf16 where the hardware multiplies it, else fp16 on a GPU of CUDA (not yet run)",
     ] = "auto"
     compile: Annotated[
         Literal["auto", "on", "graphs", "off"],
@@ -99,17 +106,25 @@ class TrainConfig(Config):
                 raise UserError(
                     f"{name} {value} is what --init-from expects; without it, there is none"
                 )
-        if self.accumulate > self.batch_size:
+        if bool(self.epochs) == bool(self.steps):
+            raise UserError(f"give epochs or steps, not {self.epochs} and {self.steps}")
+        if self.batch_size and self.accumulate > self.batch_size:
             raise UserError(f"accumulate {self.accumulate} is above batch_size {self.batch_size}")
         if self.compile == "graphs" and self.accumulate > 1:
             raise UserError(
                 "compile graphs needs accumulate 1: a graph has one place for gradients"
             )
-        if self.warmup_epochs >= self.epochs:
+        if self.epochs and self.warmup_epochs >= self.epochs:
             raise UserError(
                 f"warmup_epochs {self.warmup_epochs} must be below the {self.epochs} epochs "
                 "(--warmup-epochs, --epochs)"
             )
+
+    def for_images(self, count: int) -> "TrainConfig":
+        """This config with a batch size and epochs for `count` training images, if it has none."""
+        batch_size = self.batch_size or min(50, max(1, count // 5))
+        epochs = self.epochs or max(5, math.ceil(self.steps / math.ceil(count / batch_size)))
+        return replace(self, batch_size=batch_size, epochs=epochs, steps=0)
 
     def patch_dropout_in(self, epoch: int) -> float:
         """The share of patches that are left out in an epoch, counted from 0."""
@@ -135,6 +150,7 @@ class RunOptions(Config):
         float, "minutes that a process of torchrun waits for another, as for a download", "(0, 1e4]"
     ] = 5.0
     keep_best: Annotated[bool, "keep the best epoch by validation accuracy in best.pt"] = False
+    tensorboard: Annotated[bool, "also write metrics.csv and a batch of images for it"] = False
     library: Annotated[
         Literal["timm", "torchvision", "onnx"] | None, "of --export: write the model for it instead"
     ] = None
@@ -184,15 +200,8 @@ _STRONG = replace(
 
 _SHIPPED = ViTConfig(patch_size=4, width=256, depth=6, heads=8, pooling="mean", positions="sincos")
 
-# The layer-wise decay is BEiT's and MAE's; not yet tuned here.
-_FINETUNE = TrainConfig(
-    init_from="checkpoints/vit_cifar10.pt",
-    epochs=10,
-    batch_size=50,
-    layer_decay=0.75,
-    warmup_epochs=1.0,
-    crop_padding=0,
-    resized_crop=0.5,
+_SGD = TrainConfig(
+    init_from="checkpoints/vit_cifar10.pt", optimizer="sgd", weight_decay=0.0, label_smoothing=0.0
 )
 
 # A command that is not given is `python src/trainer.py --recipe NAME`. Times are of two cores of an
@@ -247,7 +256,16 @@ RECIPES = {
         Expect    depends on the data; not tuned, but three rates were compared (docs/finetuning.md)
         """,
         model=ViTConfig(),
-        train=_FINETUNE,
+        train=TrainConfig(
+            init_from="checkpoints/vit_cifar10.pt",
+            epochs=0,
+            steps=200,
+            batch_size=0,
+            layer_decay=0.75,
+            warmup_epochs=1.0,
+            patch_dropout=0.5,
+            validate_every=5,
+        ),
     ),
     "finetune-paper": Recipe(
         about="""Fine-tune as the paper does (B.1.1): SGD, cosine, no weight decay.
@@ -257,17 +275,7 @@ RECIPES = {
         Expect    not known: not run yet
         """,
         model=ViTConfig(),
-        train=replace(
-            _FINETUNE,
-            epochs=114,
-            batch_size=512,
-            optimizer="sgd",
-            learning_rate=0.01,
-            layer_decay=1.0,
-            weight_decay=0.0,
-            warmup_epochs=5.7,
-            label_smoothing=0.0,
-        ),
+        train=replace(_SGD, epochs=114, batch_size=512, learning_rate=0.01, warmup_epochs=5.7),
     ),
     "linear-probe": Recipe(
         about="""A linear classifier on the frozen weights' features, which it standardizes as MAE.
@@ -277,17 +285,17 @@ RECIPES = {
         """,
         model=ViTConfig(),
         train=replace(
-            _FINETUNE,
-            batch_size=250,
+            _SGD,
+            epochs=0,
+            steps=400,
+            batch_size=0,
             freeze=True,
-            optimizer="sgd",
             learning_rate=0.02,
-            layer_decay=1.0,
-            weight_decay=0.0,
             warmup_epochs=0.0,
             gradient_clip=0,
-            label_smoothing=0.0,
-            resized_crop=0.0,
+            flip="off",
+            crop_padding=0,
+            validate_every=20,
         ),
     ),
     "demo": Recipe(

@@ -9,25 +9,26 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import datasets
 import device as devices
-from augment import Augmentation, Seen
+from augment import OPERATIONS, Augmentation, Seen
 from base import DropPath
 from checkpoint import Checkpoint, EpochRecord, RunFolder, check_fit, load_checkpoint, versions
-from data import Dataset, Preprocessing, shuffled_batches
+from data import Dataset, Preprocessing, Split, shuffled_batches
 from datasets import FOLDER
 from distributed import ALONE, StopSignals, World, without_averaging
+from evaluation import features_of
 from initialization import mimetic, standardize_features, whiten_patches
-from optimizers import learning_rate_factor, load_optimizers, make_optimizers
+from optimizers import layer_of, learning_rate_factor, load_optimizers, make_optimizers
 from pretrained import load_pretrained
 from recipes import RunOptions, TrainConfig, patches_kept
 from utils import (
@@ -53,6 +54,7 @@ class State:
 
     model: ViT
     optimizers: list[torch.optim.Optimizer]
+    scaler: torch.amp.GradScaler  # of the loss in float16; in other precisions it does nothing
     step: int = 0  # done since the run began
     history: list[EpochRecord] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)  # over the epoch so far, of one number
@@ -97,6 +99,7 @@ class State:
         return {
             "weights": dict(self.model.state_dict()),
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
             "history": list(self.history),
             "sums": totals,
@@ -111,6 +114,8 @@ class State:
         """The inverse of `to_dict`, for a fresh state; rank 0 is credited with the sums of all."""
         self.model.load_state_dict(saved.weights)
         load_optimizers(self.optimizers, saved.optimizers)
+        if saved.scaler:
+            self.scaler.load_state_dict(saved.scaler)
         self.step, self.history = saved.step, list(saved.history)
         device = next(self.model.parameters()).device
         self.sums = {name: (value * world.leads).to(device) for name, value in saved.sums.items()}
@@ -133,9 +138,9 @@ class Run:
     device: torch.device
     world: World
     folder: RunFolder
-    precision: str  # "bf16" or "fp32"
+    precision: str  # "bf16", "fp16" or "fp32"
     model_config: ViTConfig
-    parallel: nn.Module  # the model of the state, over all ranks
+    parallel: Callable[..., Tensor]  # the model of the state, over all ranks
     augment: Augmentation
     class_weights: Tensor | None  # (K,)
     stop: StopSignals = field(default_factory=StopSignals)
@@ -143,6 +148,24 @@ class Run:
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(len(self.dataset.train) / self.config.batch_size)
+
+    @property
+    def features_once(self) -> bool:
+        """Whether a frozen model sees each image alike in every epoch."""
+        config, model = self.config, self.model_config
+        varying = [getattr(config, name) for name in (*OPERATIONS, "patch_dropout")]
+        varying += [model.dropout, model.attention_dropout, model.drop_path]
+        return config.freeze is True and not any(value and value != "off" for value in varying)
+
+    def on_features(self, state: State) -> "Run":
+        """The run of only the head, on the other layers' outputs, where those are the same."""
+        if not self.features_once:
+            return self
+        train = self.dataset.train
+        features = features_of(state.model, train, self.dataset.preprocessing)  # (n, D)
+        dataset = dataclasses.replace(self.dataset, train=Split(features, train.labels))
+        head = self.world.parallel(state.model.head)
+        return dataclasses.replace(self, dataset=dataset, parallel=lambda z, kept: head(z))
 
     def steps_done(self, state: State) -> int:
         """Steps of the current epoch that are done."""
@@ -171,6 +194,10 @@ class Run:
         """Floating-point operations of the training, by the share of patches left out."""
         epochs = Counter(map(self.config.patch_dropout_in, range(self.config.epochs)))
         frozen, images = self.config.freeze, len(self.dataset.train)
+        if self.features_once:
+            of_head = 6 * self.model_config.width * self.model_config.classes
+            once = training_flops(self.model_config, frozen=True)
+            return {0.0: images * (once + (self.config.epochs - 1) * of_head)}
         return {
             dropout: training_flops(self.model_config, dropout, frozen=frozen) * images * count
             for dropout, count in epochs.items()
@@ -215,7 +242,9 @@ class Run:
                 module.train(not waits)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) as the model takes them."""
+        """uint8 images (B, C, H, W) as the model takes them; features (B, D) stay as they are."""
+        if images.is_floating_point():
+            return images
         return self.dataset.preprocessing.normalize(images)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -284,6 +313,7 @@ class Run:
     def save_best(self, state: State) -> None:
         """Keeps the model of the last epoch if no other was better on the validation images."""
         accuracies = [row.validation_accuracy or 0 for row in state.history]
+        accuracies = accuracies[self.folder.best_from :]
         if self.world.leads and accuracies[-1] == max(accuracies):
             self.folder.save_best(self.checkpoint(state, {}))
 
@@ -349,19 +379,20 @@ class Run:
         )
 
 
-def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: bool = False) -> int:
+def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: int = False) -> int:
     """Floating-point operations of a training step for each image, as the scaling papers count.
 
     2 per weight and token in the forward pass, twice that in the backward pass, and the two
     products of attention; norms, softmax and GELU are left out (Kaplan et al., arXiv 2001.08361;
-    PaLM, arXiv 2204.02311, B). Of a frozen model, only the head has a backward pass.
+    PaLM, arXiv 2204.02311, B). What is `frozen` (`TrainConfig.freeze`) has no backward pass.
     """
     D, N = config.width, config.patches
     kept = patches_kept(N, patch_dropout)
     T = config.tokens - N + kept
     block = T * (4 * D * D + 2 * D * config.hidden) + 2 * T * T * D
     patches = kept * config.channels * config.patch_size**2 * D
-    return (2 if frozen else 6) * (config.depth * block + patches) + 6 * D * config.classes
+    trained = 0 if frozen is True else (config.depth - frozen) * block + (not frozen) * patches
+    return 2 * (config.depth * block + patches) + 4 * trained + 6 * D * config.classes
 
 
 # ---------------------------------------------------------------------------- starting a run
@@ -412,9 +443,11 @@ def assemble(
             f"the last batch of an epoch has {last} images, too few for {world.size} processes; "
             f"choose another --batch-size than {config.batch_size}"
         )
-    if config.freeze:
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(name.startswith("head."))
+    if config.freeze > (depth := model.config.depth):
+        raise UserError(f"--freeze {config.freeze} is above the model's {depth} blocks")
+    for name, weight in model.named_parameters() if config.freeze else ():
+        trained = layer_of(name, depth + 1) > config.freeze
+        weight.requires_grad_(name.startswith("head.") if config.freeze is True else trained)
     class_weights = None
     if config.balance:
         counts = dataset.train.labels.bincount(minlength=len(dataset.classes))  # (K,)
@@ -435,7 +468,8 @@ def assemble(
         augment=Augmentation(config, model.config, count, device),
         class_weights=class_weights,
     )
-    return run, State(model, make_optimizers(model, config, precision))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return run, State(model, make_optimizers(model, config, precision), scaler)
 
 
 def new_run(
@@ -466,15 +500,20 @@ def new_run(
     model_config = dataclasses.replace(
         model_config, channels=dataset.preprocessing.channels, classes=len(dataset.classes)
     )
+    sized = config.for_images(count := len(dataset.train))
     torch.manual_seed(config.seed)
     model, notes = ViT(model_config), [*dataset.notes]
+    if sized != config:
+        by = f"{sized.epochs} epochs in batches of {sized.batch_size}"
+        notes.append(f"chosen for {count:,} training images: {by}")
+        config = sized
     if start:
         notes.append(start.initialize(model, dataset.classes))
     if config.initialization == "mimetic":
         mimetic(model)
     if config.whiten_patches:
         whiten_patches(model, dataset.train, preprocessing)
-    if config.freeze:
+    if config.freeze is True:
         standardize_features(model.to(device), dataset.train, preprocessing)
     run, state = assemble(model, config, dataset, recipe=recipe, **place._asdict())
     if world.leads:
@@ -515,6 +554,7 @@ def resumed_run(path: Path, changes: dict[str, Any], place: Place) -> tuple[Run,
     except (UserError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{path} cannot be resumed: {one_line(error)}") from error
     run.folder.saved_step = state.step
+    run.folder.best_from = 0 if (path.parent / "best.pt").exists() else state.epoch
     if state.step > config.epochs * run.steps_per_epoch:
         raise UserError(
             f"--epochs {config.epochs} is less than {run.folder.path} has done: epoch {state.epoch}"

@@ -22,7 +22,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -69,7 +69,8 @@ def train_epoch(run: Run, state: State, model: Forward) -> None:
                 with autocast(run.precision, run.device):
                     logits = model(run.normalize(part.images), part.kept)  # (b, K)
                 loss = run.loss(logits, part.targets) / len(rows)  # adds up to the batch's mean
-                (loss * world.size).backward()  # the ranks' gradients are averaged, not added
+                # The ranks' gradients are averaged, not added; float16 needs a scaled loss.
+                state.scaler.scale(loss * world.size).backward()
                 state.count(loss, logits, part.targets)
             update(run, state)
             state.epoch_seconds = time.perf_counter() - started
@@ -82,12 +83,15 @@ def train_epoch(run: Run, state: State, model: Forward) -> None:
 
 def update(run: Run, state: State) -> None:
     """Moves the weights against their gradients, at the learning rate of the step."""
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
     if run.config.gradient_clip:
         nn.utils.clip_grad_norm_(state.model.parameters(), run.config.gradient_clip)
     state.set_learning_rates(run.rate_factor(state.step))
     for optimizer in state.optimizers:
-        optimizer.step()
+        state.scaler.step(optimizer)  # in float16, a step whose gradients overflow is left out
         optimizer.zero_grad()
+    state.scaler.update()
     state.step += 1
 
 
@@ -231,10 +235,12 @@ def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | No
     commit = code_commit() if run.world.leads else None  # now, as the code may change meanwhile
     with hints(run, state):
         check_attention(run, state)
+        writer = tensorboard(run, state)
+        run = run.on_features(state)
         model = compiled(run, state)
         began, resumed = time.perf_counter(), state.step > 0
         with run.stop:
-            train_epochs(run, state, model)
+            train_epochs(run, state, model, writer)
         started, test = time.perf_counter(), None
         if run.options.test and run.dataset.test:
             test = evaluate(state.model, run.dataset.test, run.dataset.preprocessing, run.world)
@@ -254,7 +260,7 @@ def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | No
     return result if write_result(run, state, result) else None
 
 
-def train_epochs(run: Run, state: State, model: Forward) -> None:
+def train_epochs(run: Run, state: State, model: Forward, writer: Any = None) -> None:
     """The epochs that are left, each validated where that is due, saved and reported."""
     while state.epoch < run.config.epochs:
         train_epoch(run, state, model)
@@ -267,6 +273,10 @@ def train_epochs(run: Run, state: State, model: Forward) -> None:
         if validated and run.options.keep_best:
             run.save_best(state)
         record = state.history[-1]
+        for name, value in asdict(record).items() if writer else ():
+            if value is not None:
+                writer.add_scalar(name, value, record.epoch)
+                writer.flush()
         line = f"epoch {record.epoch:3}/{run.config.epochs}   train loss {record.train_loss:.4f}"
         if record.validation_loss is not None:
             line += f"   validation loss {record.validation_loss:.4f}"
@@ -276,6 +286,22 @@ def train_epochs(run: Run, state: State, model: Forward) -> None:
         run.save(state)
     if any(run.world.any(bool(run.stop.received))):  # all ranks, also where one has the signal
         raise Stopped(run.stop.received or signal.SIGTERM)
+
+
+def tensorboard(run: Run, state: State) -> Any:
+    """The writer for --tensorboard, if that is asked for, with a batch as the model sees it."""
+    if not (run.options.tensorboard and run.world.leads):
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from error
+    writer = SummaryWriter(run.folder.path, purge_step=state.epoch + 1)  # later ones are redone
+    rows = torch.arange(min(64, len(run.dataset.train)), device=run.device)
+    seen = run.augment(*run.dataset.train.take(rows), rows, state.epoch, 0)
+    if seen.images.shape[1] in (1, 3):
+        writer.add_images("augmented batch", seen.images, state.epoch + 1)
+    return writer
 
 
 def validate(run: Run, state: State) -> bool:

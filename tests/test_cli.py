@@ -22,7 +22,11 @@ from ViT import MODELS
 
 # The program, its flags, and what its one line says. Places in braces are made by `brought`.
 BAD_INPUT = [
-    (trainer, "--epochs 0", "epochs must be in [1, 1e6], not 0"),
+    (trainer, "--epochs 0", "give epochs or steps, not 0 and 0"),
+    (trainer, "--steps 9", "give epochs or steps, not 1 and 9"),
+    (trainer, "--freeze 3", "--freeze 3 is above the model's 2 blocks"),
+    (predict, "{deer} --features {deer}", "deer.png must end in .npz"),
+    (predict, "{deer} --features {deer}/x.npz", "cannot write"),
     (trainer, "--width 30 --heads 4", "30"),
     (trainer, "--library timm", "--library works only with --export"),
     (trainer, "--init-from nowhere.pth", "nowhere.pth"),
@@ -49,7 +53,7 @@ BAD_INPUT = [
     (trainer, "--compile graphs --accumulate 2", "accumulate 1"),
     (trainer, "--dataset imagenet", "no data set 'imagenet'; choose from cifar10, cifar100, "),
     # More than any machine holds.
-    (trainer, "--batch-size 10000000000000000000", "batch_size must be in [1, 1e7]"),
+    (trainer, "--batch-size 10000000000000000000", "batch_size must be in [0, 1e7]"),
     (trainer, "--muon-learning-rate 1e308", "muon_learning_rate must be in [0, 1000]"),
     (trainer, "--crop-padding 1000000", "crop_padding must be in [0, 1024]"),
     (trainer, "--image-size 100000 --patch-size 8", "100000x100000 is above 8192"),
@@ -164,6 +168,9 @@ def test_flags_have_their_types_and_override_a_model_size():
         name="a", output_dir=Path("x"), test=False, overwrite=True, save_minutes=2.0
     )
     assert cli.parse("--recipe demo --image-size 40".split(), "").model.image_size == (40, 40)
+    by_steps = cli.parse("--recipe demo --steps 9 --freeze".split(), "").training
+    assert (by_steps.epochs, by_steps.steps, by_steps.freeze) == (0, 9, True)
+    assert cli.parse("--recipe demo --freeze 3".split(), "").training.freeze == 3
 
 
 @pytest.mark.parametrize(

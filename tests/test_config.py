@@ -65,7 +65,8 @@ def test_fields_have_their_type_help_and_range():
 @pytest.mark.parametrize("config", [ViTConfig, TrainConfig])
 def test_every_number_of_a_recipe_has_a_range_with_two_ends(config):
     for name, (kind, _, limits) in config.fields().items():
-        assert bool(limits) == (kind in (int, float)) and "inf" not in limits, name
+        numbers = (int, float, bool | int)
+        assert bool(limits) == (kind in numbers) and "inf" not in limits, name
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,12 @@ def test_auto_is_bf16_on_a_cpu_that_multiplies_it(monkeypatch, feature):
     assert [devices.resolve_precision(name, cpu) for name in ("bf16", "fp32")] == ["bf16", "fp32"]
 
 
+@pytest.mark.parametrize(("has", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_auto_is_float16_on_a_gpu_without_bfloat16(has, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
+    assert devices.resolve_precision("auto", torch.device("cuda")) == expected
+
+
 def test_a_device_has_a_name_and_a_memory():
     cpu = torch.device("cpu")
     assert devices.device_name(cpu).endswith(f", {torch.get_num_threads()} threads")

@@ -24,6 +24,7 @@ from checkpoint import RunFolder, load_checkpoint, load_model
 from run import Run
 from small import ROOT, differing, finished, result_of, rows_of, start, start_ranks, wait_for
 
+ON_FEATURES = "--freeze --flip off --crop-padding 0"
 DROPOUT = "--dropout 0.2 --attention-dropout 0.1 --drop-path 0.2"
 
 
@@ -37,6 +38,8 @@ DROPOUT = "--dropout 0.2 --attention-dropout 0.1 --drop-path 0.2"
         f"{DROPOUT} --optimizer adamw --precision bf16",
         f"{DROPOUT} --optimizer muon --precision fp32",
         f"{DROPOUT} --optimizer muon --precision bf16",
+        f"{DROPOUT} --optimizer muon --precision fp16",
+        ON_FEATURES,
         f"{DROPOUT} --batch-size 45 --accumulate 2",  # with a short last batch
         "--flip alternating --policy trivial --resized-crop 0.5 "
         "--mixup 0.4 --cutmix 1 --mixing-off-epochs 1",
@@ -369,7 +372,7 @@ def greatest_difference(*folders):
 JOINT = "--epochs 4 --batch-size 45 --precision fp32 --optimizer adamw --gradient-clip 1"
 
 
-@pytest.mark.parametrize("flags", ["", "--accumulate 3", "--mixup 0.8 --cutmix 1"])
+@pytest.mark.parametrize("flags", ["", "--accumulate 3", "--mixup 0.8 --cutmix 1", ON_FEATURES])
 def test_two_ranks_train_as_one_does(train, tmp_path, flags):
     """20 steps in float64; neither 45 nor the last batch's 20 images, nor 50, divide evenly."""
     with small.default_dtype(torch.float64):

@@ -43,6 +43,8 @@ def test_evaluation_counts_each_image_once_and_each_class_apart():
     assert result.loss == pytest.approx(sum(losses) / 4, abs=1e-6)
     assert result.top1 == 0.75 and result.top5 == 1.0
     assert result.of_class == [1.0, 0.5, 1.0]
+    assert result.precision == [0.5, 1.0, 1.0]
+    assert result.f1 == pytest.approx([2 / 3, 2 / 3, 1.0])  # 2 right / (images + answers)
 
 
 def test_ranks_without_a_share_of_a_small_split_add_nothing(monkeypatch):
@@ -59,6 +61,16 @@ def test_top5_is_of_the_first_five_answers_and_a_class_without_images_has_no_acc
     result = evaluate(Table(logits), numbered(labels), UNSCALED)
     assert (result.top1, result.top5) == (0.25, 0.75)
     assert [share for share in result.of_class if not math.isnan(share)] == [0, 0, 0, 1]
+    assert [share for share in result.precision if not math.isnan(share)] == [0.25]
+    assert [share for share in result.f1 if not math.isnan(share)] == [0, 0, 0, 0.4]
+    lines = [line.split() for line in evaluation.table(result, "abcdefgh")]
+    assert lines[3:6] == [
+        ["recall", "precision", "F1"],
+        ["class", "mean", "25.00%", "25.00%", "10.00%"],  # of the classes that have the figure
+        ["a", "-", "-", "-"],
+    ]
+    assert lines[7:9] == [["c", "0.00%", "-", "0.00%"], ["d", "0.00%", "-", "0.00%"]]
+    assert lines[-1] == ["h", "100.00%", "25.00%", "40.00%"]
 
 
 def test_predict_gives_the_logits_of_the_wanted_rows_whatever_the_batches(monkeypatch):

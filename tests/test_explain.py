@@ -183,7 +183,9 @@ def test_relevance_points_at_the_object_of_its_class_and_rollout_cannot():
     cells = draw_cells(classes, 4000, seed=0)
     for step in range(500):
         pictures, labels = compose(cells, present=torch.rand(50, 6) < 0.3)
-        State(model, optimizers).set_learning_rates(learning_rate_factor(step, 500, 50, "linear"))
+        State(model, optimizers, None).set_learning_rates(
+            learning_rate_factor(step, 500, 50, "linear")
+        )
         logits = model(normalize(pictures))
         F.binary_cross_entropy_with_logits(logits, presence(labels, 3)).mul(3).backward()
         for optimizer in optimizers:

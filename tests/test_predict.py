@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -53,6 +54,28 @@ def test_json_has_each_file_that_is_named_with_its_most_probable_classes(
         ]
         found = torch.tensor([each["probability"] for each in row["predictions"]])
         torch.testing.assert_close(found, best.values, rtol=0, atol=1e-5)
+
+
+def test_features_and_logits_of_each_file_are_written_for_numpy(files, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "batch_size_for", lambda config: 1)
+    out = files / "new/out.npz"
+    command = [str(files), str(DEER), str(DEER), "--features", str(out), "--device", "cpu"]
+    assert predict.main(command) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    model, checkpoint = load_model(SHIPPED)
+    seen = []
+    model.head.register_forward_pre_hook(lambda head, inputs: seen.append(inputs[0][0]))
+    with np.load(out, allow_pickle=False) as found:
+        expected = [files / "a.png", files / "b.jpg", DEER, DEER]
+        assert found["names"].tolist() == [*map(str, expected)]
+        assert tuple(found["classes"]) == tuple(checkpoint.classes)
+        assert found["features"].dtype == found["logits"].dtype == np.float32
+        for name, features, logits in zip(*(found[k] for k in list(found)[:3]), strict=True):
+            images = checkpoint.preprocessing.read(name)[None]
+            with torch.no_grad():
+                expected = model(checkpoint.preprocessing.normalize(images))[0]
+            torch.testing.assert_close(torch.tensor(logits), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(torch.tensor(features), seen[-1], rtol=0, atol=1e-5)
 
 
 def test_a_line_for_each_file_by_the_model_of_a_run(files, capsys):

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import math
+import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from distributed import ALONE
 from evaluation import Evaluation
 from recipes import RunOptions, TrainConfig
 from run import Place, Run, State, assemble, new_run, training_flops
-from small import SHAPES, rows_of
+from small import SHAPES, result_of, rows_of, weights_of
 from utils import UserError
 from ViT import ViT, ViTConfig
 
@@ -34,7 +37,7 @@ def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tm
 
 def test_a_sum_that_a_begun_epochs_checkpoint_lacks_is_not_begun_within_it():
     """A metric of newer code, in an epoch that older code began."""
-    state = State(None, [])
+    state = State(None, [], None)
     logits, targets = torch.eye(3), torch.eye(3)
     state.count(torch.tensor(0.5), logits, targets)
     assert {name: float(value) for name, value in state.sums.items()} == {"loss": 0.5, "correct": 3}
@@ -110,12 +113,17 @@ def test_the_best_epoch_is_kept(train, tmp_path, monkeypatch):
     accuracies = iter([0.2, 0.5, 0.5, 0.4])
 
     def validated(*_):
-        return Evaluation(loss=1.0, top1=next(accuracies), top5=1.0, of_class=[])
+        return Evaluation(1.0, next(accuracies), 1.0, [], [], [])
 
     monkeypatch.setattr("trainer.evaluate", validated)
     assert train("--name a --epochs 4 --keep-best --no-test") == 0
     best = load_checkpoint(tmp_path / "a/best.pt")
     assert [row.validation_accuracy for row in best.history] == [0.2, 0.5, 0.5]
+    accuracies = iter([0.5, 0.3, 0.4, 0.2])  # the first of a run that keeps none
+    assert train("--name b --epochs 1 --no-test") == 0
+    assert train(f"--resume {tmp_path}/b --epochs 4 --keep-best --no-test") == 0
+    best = load_checkpoint(tmp_path / "b/best.pt")
+    assert [row.validation_accuracy for row in best.history] == [0.5, 0.3, 0.4]
     assert best.optimizers is None and best.sums == {}
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 4
     assert train("--name b --keep-best --validation-images 0") == 2
@@ -145,19 +153,20 @@ def test_the_model_has_the_channels_and_classes_of_the_data_set(tmp_path, monkey
 # ---------------------------------------------------------------------------- its operations
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [False, 1, 2, True])
 @pytest.mark.parametrize(
     ("pooling", "dropped", "kept"), [("class", 0.0, 16), ("mean", 0.0, 16), ("class", 0.7, 5)]
 )
 def test_the_operations_of_a_step_are_those_that_torch_counts(pooling, dropped, kept, frozen):
     config = ViTConfig(patch_size=8, width=32, depth=3, heads=4, pooling=pooling, mlp_ratio=3)
     numbers = torch.arange(kept).expand(2, kept) if dropped else None
-    model = ViT(config).requires_grad_(not frozen)
-    model.head.requires_grad_(True)
+    free, model = TrainConfig(freeze=frozen), ViT(config)
+    assemble(model, free, SHAPES, torch.device("cpu"))  # which freezes it
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 3, 32, 32), numbers).sum().backward()
     # What a trained layer sees first gets no gradient, so its third product is not made.
-    first = 2 * 32 * 10 if frozen else 2 * kept * 3 * 8**2 * 32
+    first = {False: 2 * kept * 3 * 8**2 * 32, True: 2 * 32 * 10}
+    first = 0 if type(frozen) is int else first[frozen]  # a block's is a norm
     assert counter.get_total_flops() == 2 * (training_flops(config, dropped, frozen=frozen) - first)
 
 
@@ -182,3 +191,78 @@ def test_over_operations_a_step_on_whole_images_counts_for_what_it_costs():
     expected = [0.5, 1.0] + [1 - each / (6 + 8 * cost) for each in done]
     assert [over_operations.rate_factor(step) for step in range(17)] == pytest.approx(expected)
     assert cost > 3 and over_operations.rate_factor(8) > 1.3 * over_steps.rate_factor(8)
+
+
+# ---------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "epochs"),
+    [(1, 1, 200), (200, 40, 40), (500, 50, 20), (20_000, 50, 5), (999, 50, 10)],
+)
+def test_a_recipe_by_steps_suits_the_number_of_images(images, batch_size, epochs):
+    recipe = TrainConfig(epochs=0, steps=200, batch_size=0, warmup_epochs=0.0)
+    assert recipe.for_images(images) == TrainConfig(
+        epochs=epochs, batch_size=batch_size, warmup_epochs=0.0
+    )
+    own = TrainConfig(epochs=7, batch_size=500)
+    assert own.for_images(images) == own
+
+
+def test_a_step_whose_gradients_overflow_in_float16_is_left_out():
+    options = {"optimizer": "sgd", "gradient_clip": 0.0, "weight_decay": 0.0, "warmup_epochs": 0.0}
+    config = TrainConfig(precision="fp16", learning_rate=1.0, **options)
+    begun, state = assemble(ViT(ViTConfig(depth=1)), config, SHAPES, torch.device("cpu"))
+    before = state.model.head.weight.detach().clone()
+    scale = state.scaler.scale(torch.ones(())).item()
+    for gradient in (math.inf, 2.0):
+        for weight in state.model.parameters():
+            weight.grad = torch.full_like(weight, gradient)
+        trainer.update(begun, state)
+        assert torch.equal(before, state.model.head.weight) == (gradient == math.inf)
+    assert state.scaler.get_scale() == scale / 2 and state.step == 2
+    moved = before - state.model.head.weight  # by a gradient of 2 over the scale
+    expected = torch.full_like(moved, 4 / scale * begun.rate_factor(1))
+    torch.testing.assert_close(moved, expected)
+
+
+def test_tensorboard_has_the_rows_and_a_batch_or_is_asked_for(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # not installed
+    assert train("--name a --epochs 1 --tensorboard") == 2
+    assert "--tensorboard needs tensorboard: pip install tensorboard" in capsys.readouterr().err
+    library = MagicMock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", library)
+    assert train("--name a --epochs 2 --tensorboard --no-test") == 0
+    library.SummaryWriter.assert_called_once_with(tmp_path / "a", purge_step=1)
+    writer = library.SummaryWriter.return_value
+    (_, images, epoch), _ = writer.add_images.call_args
+    assert (images.shape, images.dtype, epoch) == ((64, 3, 32, 32), torch.uint8, 1)
+    calls = [call.args for call in writer.add_scalar.call_args_list]
+    written = {(name, f"{value:.6g}", str(epoch)) for name, value, epoch in calls}
+    rows = rows_of(tmp_path / "a/metrics.csv")
+    assert {(n, value, row["epoch"]) for row in rows for n, value in row.items()} <= written
+
+
+@pytest.mark.parametrize("flags", ["--freeze 1", "--freeze 2", "--freeze", "--freeze 0"])
+def test_frozen_blocks_stay_as_they_are(flags, train, tmp_path):
+    for epochs in (1, 2):  # of one seed
+        assert train(f"--name e{epochs} --epochs {epochs} --positions learned {flags}") == 0
+    before, after = (weights_of(tmp_path / f"e{epochs}/last.pt") for epochs in (1, 2))
+    moved = {".".join(n.split(".")[:2]) for n in before if not before[n].equal(after[n])}
+    blocks = {"--freeze 1": {"blocks.1"}, "--freeze 0": {"blocks.0", "blocks.1"}}.get(flags, set())
+    top = {"head.weight", "head.bias", "norm.weight", "norm.bias"}
+    embed = {"embed.proj", "embed.pos_embed"} if flags == "--freeze 0" else set()
+    assert moved == blocks | embed | ({"head.weight", "head.bias"} if flags == "--freeze" else top)
+
+
+def test_a_head_on_features_that_are_computed_once_is_that_on_images(train, tmp_path, monkeypatch):
+    flags = "--freeze --flip off --crop-padding 0 --epochs 2 --precision fp32"
+    assert train(f"--name once {flags}") == 0
+    result = result_of(tmp_path / "once/result.json")
+    monkeypatch.setattr(Run, "features_once", False)
+    assert train(f"--name each {flags}") == 0
+    once, each = (weights_of(tmp_path / name / "last.pt") for name in ("once", "each"))
+    for name, weight in once.items():
+        torch.testing.assert_close(weight, each[name], rtol=0, atol=1e-5)
+    repeated = result_of(tmp_path / "each/result.json")["training_flops"]
+    assert result["training_flops"] < 0.6 * repeated

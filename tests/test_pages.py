@@ -111,6 +111,15 @@ def test_the_table_of_transfer_is_that_of_the_runs(capsys):
     assert capsys.readouterr().out in RECORDS.read_text()
 
 
+@pytest.mark.parametrize("recipe", ["finetune", "linear-probe"])
+def test_the_accuracy_to_expect_of_fine_tuning_is_that_of_its_records(recipe):
+    files = (ROOT / "results/finetune/draws").glob(f"{recipe}-50-?/result.json")
+    found = [100 * json.loads(file.read_text())["validation_accuracy"] for file in files]
+    stated = f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}%"
+    assert len(found) == 3 and stated in (ROOT / "docs/finetuning.md").read_text()
+    assert f"{statistics.mean(found):.1f}% validation accuracy" in RECIPES[recipe].about
+
+
 def rows_of_records():
     """Rows whose first cell links to a record, in tables of accuracies: page, folder, cells."""
     for page in PAGES:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 import re
 import warnings
 import zipfile
@@ -11,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from utils import UserError, one_line, read_file
 
@@ -27,7 +27,6 @@ NOT_WEIGHTS = {  # how files begin that are taken for weights
     b"<": "a web page; download the file that it shows",
     b"\x89HDF": "an HDF5 file, as Keras writes them, not weights of PyTorch",
 }
-DAMAGED = "is damaged or cut off; copy or download it again"
 STATE_DICT = "where it was made, torch.save(model.state_dict(), 'weights.pth') writes what is read"
 TORCH_BEGINS = b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # since torch 1.6, and before
 
@@ -49,10 +48,27 @@ def read_weights(path: Path) -> Any:
         path = path / names[0]
     if not path.name.endswith(".index.json"):
         return _read_file(path)
-    weights, index = {}, read_json(path).get("weight_map")
-    for name in sorted(set(index.values())) if isinstance(index, dict) else ():
+    weights = {}
+    for name in sorted(set(read_json(path).get("weight_map", {}).values())):
         weights |= _read_file(path.with_name(Path(name).name))
     return weights
+
+
+def _read_file(path: Path) -> Any:
+    content = read_bytes(path)
+    try:
+        if content[8:9] == b"{" or path.suffix == ".safetensors":
+            import safetensors.torch
+
+            return safetensors.torch.load(content)
+        if zipfile.is_zipfile(io.BytesIO(content)) and b".npy" in content[:200]:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except ImportError as error:
+        raise UserError(f"{path} needs safetensors: pip install safetensors") from error
+    except Exception as error:  # a damaged file can fail in any way
+        raise UserError(f"{path} is not a whole file of weights: {one_line(error)}") from error
+    return _load_torch(path, content, known=[])
 
 
 def read_torch(path: Path) -> Any:
@@ -61,13 +77,11 @@ def read_torch(path: Path) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    content = read_bytes(path)
     try:
-        content = json.loads(read_bytes(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not an object of JSON")
-    return content
+        return dict(json.loads(content))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} is not an object of JSON: {one_line(error)}") from error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -81,37 +95,6 @@ def read_bytes(path: Path) -> bytes:
     return content
 
 
-def _read_file(path: Path) -> Any:
-    content = read_bytes(path)
-    if content[8:9] == b"{" or path.suffix == ".safetensors":
-        return _read_safetensors(path, content)
-    if zipfile.is_zipfile(io.BytesIO(content)) and b".npy" in content[:200]:
-        return _read_npz(path, content)
-    return _load_torch(path, content, known=[])
-
-
-def _read_safetensors(path: Path, content: bytes) -> dict[str, Tensor]:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise UserError(f"{path} needs safetensors: pip install safetensors") from error
-    try:
-        return safetensors.torch.load(content)
-    except Exception as error:  # a damaged file can fail in any way
-        wrong = DAMAGED if content[8:9] == b"{" else "is not a file of safetensors"
-        raise UserError(f"{path} {wrong}") from error
-
-
-def _read_npz(path: Path, content: bytes) -> dict[str, Tensor]:
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (TypeError, ValueError) as error:  # an array of objects or of texts
-        raise UserError(f"{path} holds more than weights: {one_line(error)}") from error
-    except Exception as error:
-        raise UserError(f"{path} {DAMAGED}") from error
-
-
 class _Object:
     """Stands for a class that torch does not know; none of its code is needed, or run."""
 
@@ -122,10 +105,9 @@ class _Object:
 class _NumpyObject:
     """The same for numpy's scalars and arrays, whose state is no dict."""
 
-    def __new__(cls, *_: Any) -> "_NumpyObject":
-        return super().__new__(cls)
+    def __init__(self, *_: Any): ...
 
-    def __setstate__(self, _: Any) -> None: ...
+    def __setstate__(self, _: Any): ...
 
 
 def _load_torch(path: Path, content: bytes, known: list[tuple[type, str]] | None) -> Any:
@@ -156,15 +138,8 @@ def _load_torch(path: Path, content: bytes, known: list[tuple[type, str]] | None
 
 
 def _what_failed(content: bytes, error: Exception) -> str:
-    unread = {
-        "TorchScript": "is a TorchScript program",
-        "Only persistent_load": "is a whole pickled model",
-    }
-    if content.startswith(b"PK"):
-        unread["Unsupported operand"] = "is pickled in another protocol than torch's"
-    if objects := re.search(r"GLOBAL (\S+)", str(error)):
-        unread["GLOBAL"] = f"holds {objects[1]}, which is not read since it could run code"
-    for said, what in unread.items():
-        if said in str(error):
-            return f"{what}; {STATE_DICT}"
-    return DAMAGED if content.startswith(TORCH_BEGINS) else "is not a file of weights"
+    if not content.startswith(TORCH_BEGINS):
+        return "is not a file of weights"
+    if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
+        return f"holds more than tensors in plain containers; {STATE_DICT}"
+    return "is damaged or cut off; copy or download it again"

@@ -303,8 +303,8 @@ BYTES = {
     "nonsense.pth": (b"nonsense", "is not a file of weights"),
     "page.pth": (b"\n<!DOCTYPE html>", "is a web page"),
     "lfs.pth": (b"version https://git-lfs.github.com/spec/v1", "is a git-lfs pointer"),
-    "a.safetensors": (b"nonsense", "is not a file of safetensors"),
-    "cut.safetensors": (save({"a": torch.ones(9)})[:-1], "is damaged or cut off"),
+    "a.safetensors": (b"nonsense", "is not a whole file of weights"),
+    "cut.safetensors": (save({"a": torch.ones(9)})[:-1], "is not a whole file of weights"),
 }
 SAVED = {
     "list.pth": ([1, 2], "holds no state dict, but: list"),

@@ -314,8 +314,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
-        self.take()
         self.refuse_existing(overwrite)
+        self.take()
         self.replaces = {name for name in RUN_FILES if (self.path / name).exists()}
 
     def take(self) -> None:
@@ -326,35 +326,28 @@ class RunFolder:
         """
         try:
             tempfile.TemporaryFile(dir=self.path).close()
-            lock = os.open(self.path, os.O_RDONLY) if fcntl else None
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
-        if lock is None:
-            print(f"cannot lock {self.path} on this platform; do not start a second run in it")
-            return
+        lock = None
         try:
+            lock = os.open(self.path, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise UserError(
-                f"{self.path} is in use by another run; wait for it, or stop it"
-            ) from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"cannot lock {self.path} ({error.strerror}); do not start a second run in it")
+            in_use = f"{self.path} is in use by another run; wait for it, or stop it"
+            raise UserError(in_use) from None
+        except (OSError, AttributeError):  # as on Windows, and some network file systems
+            print(f"cannot lock {self.path} here; do not start a second run in it")
         self._lock = lock
 
     def _hold(self) -> None:
         """Makes the folder again where it was removed, or raises UserError: another run has."""
-        if (lock := self._lock) is None:
-            return
         try:
-            if os.path.samestat(os.fstat(lock), os.stat(self.path)):
-                return
+            held = self._lock is None or os.path.samestat(os.fstat(self._lock), os.stat(self.path))
         except OSError:
-            self.path.mkdir(parents=True, exist_ok=True)
-        self.refuse_existing(False)
-        self.take()
-        os.close(lock)
+            held = False
+        if not held:
+            self.make(overwrite=False)
 
     def save(self, checkpoint: Checkpoint, *, last: bool = False) -> None:
         """Writes last.pt and metrics.csv; if that fails, says so and keeps the last good ones."""

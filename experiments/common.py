@@ -26,7 +26,7 @@ from checkpoint import load_checkpoint, save_model
 from data import CIFAR10_MEAN, CIFAR10_STD, Dataset, Preprocessing, Split
 from device import autocast
 from recipes import Recipe, RunOptions
-from run import Run, State, assemble
+from run import Place, Run, State, assemble
 from trainer import Forward, compiled, update
 from utils import UserError
 from ViT import ViT
@@ -120,8 +120,8 @@ def run_of(recipe: Recipe, setting: Setting, steps: int) -> tuple[Run, State]:
     endless |= {"precision": setting.precision, "compile": compiling}
     config = replace(recipe.train, **endless)
     dataset = random_dataset(steps * config.batch_size, setting.device)
-    options = RunOptions(save_minutes=1e6)
-    return assemble(ViT(recipe.model), config, dataset, setting.device, options=options)
+    place = Place(device=setting.device, options=RunOptions(save_minutes=1e6))
+    return assemble(ViT(recipe.model), config, dataset, place)
 
 
 def forward_of(run: Run, state: State, mode: str) -> Forward:

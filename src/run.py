@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,7 @@ class State:
     epoch_seconds: float = 0.0  # of the epoch so far
     compiled: str | bool = False  # or how the model is: "default", or "graphs" for CUDA graphs
     compile_seconds: float = 0.0
-    earlier_seconds: float = 0.0  # of earlier processes of the run
-    started: float = _STARTED  # of this process, on the clock of `time.perf_counter`
+    started: float = _STARTED  # on the clock of `time.perf_counter`, less what came before
 
     @property
     def epoch(self) -> int:
@@ -72,7 +71,7 @@ class State:
     @property
     def total_seconds(self) -> float:
         """Of all processes of the run, each from when torch is imported."""
-        return self.earlier_seconds + time.perf_counter() - self.started
+        return time.perf_counter() - self.started
 
     def count(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Adds a part of a batch to the sums; a new metric is one more, and a column of the record.
@@ -121,23 +120,29 @@ class State:
         self.sums = {name: (value * world.leads).to(device) for name, value in saved.sums.items()}
         seconds = {"epoch": 0.0, "compile": 0.0, "total": 0.0} | saved.seconds
         self.epoch_seconds, self.compile_seconds = seconds["epoch"], seconds["compile"]
-        self.earlier_seconds = seconds["total"]
+        self.started -= seconds["total"]
 
 
 # ---------------------------------------------------------------------------- what it works with
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Place:
+    """Where a run is trained and kept."""
+
+    device: torch.device
+    options: RunOptions = field(default_factory=RunOptions)
+    world: World = ALONE
+    folder: RunFolder = field(default_factory=lambda: RunFolder(Path()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Place):
     """What stays fixed in training; only its folder and its signals have a state of their own."""
 
     recipe: str  # the name that checkpoints and result.json state
     config: TrainConfig
-    options: RunOptions
     dataset: Dataset
-    device: torch.device
-    world: World
-    folder: RunFolder
     precision: str  # "bf16", "fp16" or "fp32"
     model_config: ViTConfig
     parallel: Callable[..., Tensor]  # the model of the state, over all ranks
@@ -398,15 +403,6 @@ def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: int
 # ---------------------------------------------------------------------------- starting a run
 
 
-class Place(NamedTuple):
-    """Where a run is trained and kept."""
-
-    options: RunOptions
-    device: torch.device
-    world: World
-    folder: RunFolder
-
-
 def load_data(config: TrainConfig, preprocessing: Preprocessing, place: Place) -> Dataset:
     """The data set of a run. What needs deterministic kernels comes after it."""
     if config.deterministic and place.device.type == "cuda":
@@ -422,21 +418,13 @@ def load_data(config: TrainConfig, preprocessing: Preprocessing, place: Place) -
 
 
 def assemble(
-    model: ViT,
-    config: TrainConfig,
-    dataset: Dataset,
-    device: torch.device,
-    world: World = ALONE,
-    *,
-    recipe: str = "",
-    folder: RunFolder | None = None,
-    options: RunOptions | None = None,
+    model: ViT, config: TrainConfig, dataset: Dataset, place: Place, recipe: str = ""
 ) -> tuple[Run, State]:
     """A run and its first state, of a model on the CPU as initialized."""
-    count, options = len(dataset.train), options or RunOptions()
+    count, device, world = len(dataset.train), place.device, place.world
     if config.compile == "graphs" and (device.type != "cuda" or world.size > 1):
         raise UserError("--compile graphs needs one CUDA device; use --compile on")
-    if options.keep_best and not dataset.validation:
+    if place.options.keep_best and not dataset.validation:
         raise UserError("--keep-best needs validation images; see --validation-images")
     if (last := count % config.batch_size or config.batch_size) < world.size:
         raise UserError(
@@ -455,13 +443,10 @@ def assemble(
     precision = devices.resolve_precision(config.precision, device)
     model = model.to(device)
     run = Run(
+        **vars(place),
         recipe=recipe,
         config=config,
-        options=options,
         dataset=dataset,
-        device=device,
-        world=world,
-        folder=folder or RunFolder(Path()),
         precision=precision,
         model_config=model.config,
         parallel=world.parallel(model),
@@ -484,10 +469,9 @@ def new_run(
     Weights to start from must agree with the `chosen` fields of the model's config, and set the
     others. Where anything cannot be used, nothing was changed.
     """
-    options, device, world, folder = place
     config = dataclasses.replace(config, dataset=datasets.anchored(config.dataset))
-    if world.leads:
-        folder.refuse_existing(options.overwrite)  # before what may be a long download
+    if place.world.leads:
+        place.folder.refuse_existing(place.options.overwrite)  # before what may be a long download
     start = None
     if config.init_from:
         heads = model_config.heads if "heads" in chosen else None
@@ -514,11 +498,11 @@ def new_run(
     if config.whiten_patches:
         whiten_patches(model, dataset.train, preprocessing)
     if config.freeze is True:
-        standardize_features(model.to(device), dataset.train, preprocessing)
-    run, state = assemble(model, config, dataset, recipe=recipe, **place._asdict())
-    if world.leads:
-        folder.make(options.overwrite)
-    world.wait()
+        standardize_features(model.to(place.device), dataset.train, preprocessing)
+    run, state = assemble(model, config, dataset, place, recipe)
+    if run.world.leads:
+        run.folder.make(run.options.overwrite)
+    run.world.wait()
     for note in notes:
         run.say(note)
     return run, state
@@ -539,8 +523,7 @@ def resumed_run(path: Path, changes: dict[str, Any], place: Place) -> tuple[Run,
     config = dataclasses.replace(checkpoint.training, **changes)
     dataset = load_data(config, checkpoint.preprocessing, place)
     check_fit(checkpoint, dataset)
-    model, where = ViT(checkpoint.model), place._asdict()
-    run, state = assemble(model, config, dataset, recipe=checkpoint.recipe, **where)
+    run, state = assemble(ViT(checkpoint.model), config, dataset, place, checkpoint.recipe)
     try:
         if not checkpoint.optimizers:
             raise UserError("it holds a model without its optimizers, for sharing")

@@ -38,7 +38,7 @@ from distributed import World, joined_world, without_averaging
 from evaluation import evaluate, report
 from export import export
 from recipes import Recipe, RunOptions, patches_kept
-from run import Place, Run, Seen, State, new_run, resumed_run
+from run import Place, Run, State, new_run, resumed_run
 from utils import Stopped, UserError, first_line, is_out_of_memory, run_program
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # images and kept patches to logits
@@ -141,24 +141,26 @@ def compiled(run: Run, state: State) -> Forward:
     This does not depend on the progress, so that a resumed run computes exactly as before. A batch
     that was not compiled for, such as a short last one, goes through the model as it is.
     """
-    epochs, rows = range(run.config.epochs), torch.arange(run.config.batch_size, device=run.device)
-    chosen = [dropout for dropout in run.flops() if compile_pays(run, dropout)]
-    if not chosen:
+    config, rows = run.config, torch.arange(run.config.batch_size, device=run.device)
+    epochs = [n for n in (0, config.epochs - 1) if compile_pays(run, config.patch_dropout_in(n))]
+    if not epochs:
         return run.parallel
     run.say("compiling the model ...")
     started = time.perf_counter()
-    mode = "reduce-overhead" if run.config.compile == "graphs" else None
-    ready = set()  # images and patches of the parts that it is compiled for
+    mode = "reduce-overhead" if config.compile == "graphs" else None
+    ready = set()  # the `sizes_of` of the parts that it is compiled for
     try:
         fast = torch.compile(run.parallel, dynamic=False, mode=mode)
-        for dropout in chosen:
-            epoch = next(n for n in epochs if run.config.patch_dropout_in(n) == dropout)
+        for epoch in epochs:
             batch = run.augment(*run.dataset.train.take(rows), rows, epoch, 0)
             run.ready(state.model, epoch)
             for part in run.parts(batch):
                 if (sizes := sizes_of(part.images, part.kept)) not in ready:
-                    warm_up(run, fast, part)
                     ready.add(sizes)
+                    with without_averaging(run.parallel):
+                        with autocast(run.precision, run.device):
+                            logits = fast(run.normalize(part.images), part.kept)
+                        logits.float().sum().backward()
     except Exception as error:
         if not re.search(NO_COMPILER, f"{type(error).__name__} {error}"):
             error.add_note("--compile off trains without torch.compile")
@@ -210,14 +212,6 @@ def check_attention(run: Run, state: State) -> None:
     state.model.zero_grad()
 
 
-def warm_up(run: Run, model: Forward, part: Seen) -> None:
-    """A step without an update."""
-    with without_averaging(run.parallel):
-        with autocast(run.precision, run.device):
-            logits = model(run.normalize(part.images), part.kept)
-        logits.float().sum().backward()
-
-
 # ---------------------------------------------------------------------------- a run
 
 FOR_A_GPU = 5e15  # operations: a quarter of a day of a CPU that does 2e11 a second
@@ -235,12 +229,11 @@ def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | No
     commit = code_commit() if run.world.leads else None  # now, as the code may change meanwhile
     with hints(run, state):
         check_attention(run, state)
-        writer = tensorboard(run, state)
         run = run.on_features(state)
         model = compiled(run, state)
         began, resumed = time.perf_counter(), state.step > 0
         with run.stop:
-            train_epochs(run, state, model, writer)
+            train_epochs(run, state, model)
         started, test = time.perf_counter(), None
         if run.options.test and run.dataset.test:
             test = evaluate(state.model, run.dataset.test, run.dataset.preprocessing, run.world)
@@ -260,14 +253,14 @@ def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | No
     return result if write_result(run, state, result) else None
 
 
-def train_epochs(run: Run, state: State, model: Forward, writer: Any = None) -> None:
+def train_epochs(run: Run, state: State, model: Forward) -> None:
     """The epochs that are left, each validated where that is due, saved and reported."""
+    writer = tensorboard(run, state) if run.options.tensorboard and run.world.leads else None
     while state.epoch < run.config.epochs:
         train_epoch(run, state, model)
         is_last = state.epoch == run.config.epochs
-        validated = (is_last or state.epoch % run.config.validate_every == 0) and validate(
-            run, state
-        )
+        due = is_last or state.epoch % run.config.validate_every == 0
+        validated = due and validate(run, state)
         if any(run.world.any(is_last, run.save_is_due(state), bool(run.folder.replaces))):
             run.save(state)
         if validated and run.options.keep_best:
@@ -289,18 +282,17 @@ def train_epochs(run: Run, state: State, model: Forward, writer: Any = None) -> 
 
 
 def tensorboard(run: Run, state: State) -> Any:
-    """The writer for --tensorboard, if that is asked for, with a batch as the model sees it."""
-    if not (run.options.tensorboard and run.world.leads):
-        return None
+    """The writer for --tensorboard, which begins with a batch as the model sees it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from error
-    writer = SummaryWriter(run.folder.path, purge_step=state.epoch + 1)  # later ones are redone
+    epoch = state.epoch + 1  # later ones are redone
+    writer = SummaryWriter(run.folder.path, purge_step=epoch)
     rows = torch.arange(min(64, len(run.dataset.train)), device=run.device)
-    seen = run.augment(*run.dataset.train.take(rows), rows, state.epoch, 0)
-    if seen.images.shape[1] in (1, 3):
-        writer.add_images("augmented batch", seen.images, state.epoch + 1)
+    images = run.augment(*run.dataset.train.take(rows), rows, state.epoch, 0).images
+    if images.shape[1] in (1, 3):
+        writer.add_images("augmented batch", images, epoch)
     return writer
 
 
@@ -354,11 +346,11 @@ def hints(run: Run, state: State) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             batch, parts = run.config.batch_size, run.config.accumulate
-            hint = "a smaller --batch-size"
-            if 2 * parts <= batch:
-                hint = f"--accumulate {2 * parts} for the same batch in smaller parts, or {hint}"
-            tried = f"of --batch-size {batch} --accumulate {parts}, try {hint}"
-            error.__notes__ = [tried, *run.folder.kept()]
+            error.__notes__ = [
+                f"of --batch-size {batch} --accumulate {parts}, try --accumulate {2 * parts} for "
+                "the same batch in smaller parts, or a smaller --batch-size",
+                *run.folder.kept(),
+            ]
         raise
 
 
@@ -386,7 +378,7 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     with joined_world(options.device, options.wait_minutes) as world:
         device = devices.choose_device(options.device, world)
         with RunFolder(options.output_dir / (options.name or name)) as folder:
-            place = Place(options, device, world, folder)
+            place = Place(device=device, options=options, world=world, folder=folder)
             run, state = new_run(name, recipe.model, recipe.train, place, chosen)
             state.started = started
             return train(run, state)
@@ -397,7 +389,7 @@ def begin_or_resume(
 ) -> int:
     """Trains a new or a resumed run; returns the exit status."""
     with RunFolder(command.folder) as folder:
-        place = Place(command.options, device, world, folder)
+        place = Place(device=device, options=command.options, world=world, folder=folder)
         if command.task == "resume":
             run, state = resumed_run(command.path, command.training_changes, place)
         else:

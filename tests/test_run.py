@@ -14,7 +14,6 @@ import datasets
 import trainer
 from checkpoint import RunFolder, load_checkpoint
 from data import Preprocessing
-from distributed import ALONE
 from evaluation import Evaluation
 from recipes import RunOptions, TrainConfig
 from run import Place, Run, State, assemble, new_run, training_flops
@@ -22,6 +21,7 @@ from small import SHAPES, result_of, rows_of, weights_of
 from utils import UserError
 from ViT import ViT, ViTConfig
 
+CPU = Place(device=torch.device("cpu"))
 SAVE_IS_DUE = Run.save_is_due  # which the fixture `train` replaces
 
 
@@ -142,7 +142,7 @@ def test_the_model_has_the_channels_and_classes_of_the_data_set(tmp_path, monkey
     expected = Preprocessing(size=(32, 32), mean=(0.5,), std=(0.2,))
     gray = dataclasses.replace(SHAPES, classes=("a", "b"), preprocessing=expected)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: gray)
-    place = Place(RunOptions(), torch.device("cpu"), ALONE, RunFolder(tmp_path / "a"))
+    place = Place(device=torch.device("cpu"), folder=RunFolder(tmp_path / "a"))
     begun, state = new_run("demo", ViTConfig(), TrainConfig(), place)
     config = begun.model_config
     assert config is state.model.config
@@ -161,7 +161,7 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(pooling, dropped, 
     config = ViTConfig(patch_size=8, width=32, depth=3, heads=4, pooling=pooling, mlp_ratio=3)
     numbers = torch.arange(kept).expand(2, kept) if dropped else None
     free, model = TrainConfig(freeze=frozen), ViT(config)
-    assemble(model, free, SHAPES, torch.device("cpu"))  # which freezes it
+    assemble(model, free, SHAPES, CPU)  # which freezes it
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 3, 32, 32), numbers).sum().backward()
     # What a trained layer sees first gets no gradient, so its third product is not made.
@@ -172,7 +172,7 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(pooling, dropped, 
 
 def test_the_operations_of_a_run_are_those_of_its_epochs():
     config = TrainConfig(epochs=10, patch_dropout=0.5, whole_epochs=2, batch_size=50)
-    begun, _ = assemble(ViT(ViTConfig()), config, SHAPES, torch.device("cpu"))
+    begun, _ = assemble(ViT(ViTConfig()), config, SHAPES, CPU)
     half, whole = (training_flops(ViTConfig(), share) for share in (0.5, 0.0))
     assert begun.flops() == {0.5: 8 * 200 * half, 0.0: 2 * 200 * whole}
 
@@ -180,9 +180,9 @@ def test_the_operations_of_a_run_are_those_of_its_epochs():
 def test_over_operations_a_step_on_whole_images_counts_for_what_it_costs():
     flags = {"epochs": 4, "patch_dropout": 0.75, "whole_epochs": 2, "batch_size": 50}
     config = TrainConfig(**flags, warmup_epochs=0.5, schedule="linear")
-    over_steps, _ = assemble(ViT(ViTConfig()), config, SHAPES, torch.device("cpu"))
+    over_steps, _ = assemble(ViT(ViTConfig()), config, SHAPES, CPU)
     config = dataclasses.replace(config, schedule_over="operations")
-    over_operations, _ = assemble(ViT(ViTConfig()), config, SHAPES, torch.device("cpu"))
+    over_operations, _ = assemble(ViT(ViTConfig()), config, SHAPES, CPU)
     # 16 steps: 2 of warm-up, 6 more on a quarter of the patches, then 8 on whole images.
     expected = [0.5, 1.0] + [1 - step / 14 for step in range(15)]
     assert [over_steps.rate_factor(step) for step in range(17)] == pytest.approx(expected)
@@ -212,7 +212,7 @@ def test_a_recipe_by_steps_suits_the_number_of_images(images, batch_size, epochs
 def test_a_step_whose_gradients_overflow_in_float16_is_left_out():
     options = {"optimizer": "sgd", "gradient_clip": 0.0, "weight_decay": 0.0, "warmup_epochs": 0.0}
     config = TrainConfig(precision="fp16", learning_rate=1.0, **options)
-    begun, state = assemble(ViT(ViTConfig(depth=1)), config, SHAPES, torch.device("cpu"))
+    begun, state = assemble(ViT(ViTConfig(depth=1)), config, SHAPES, CPU)
     before = state.model.head.weight.detach().clone()
     scale = state.scaler.scale(torch.ones(())).item()
     for gradient in (math.inf, 2.0):

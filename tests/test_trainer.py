@@ -25,7 +25,7 @@ import trainer
 from checkpoint import load_checkpoint
 from initialization import mimetic, whiten_patches
 from recipes import Recipe, RunOptions, TrainConfig
-from run import Run, assemble
+from run import Place, Run, assemble
 from small import ROOT, rows_of, same_weights, weights_of
 from utils import Diverged, UserError
 from ViT import EncoderBlock, ViT, ViTConfig
@@ -110,7 +110,7 @@ def test_the_loss_falls(train, tmp_path, optimizer):
 def test_compiling_pays_by_operations_steps_and_the_kind_of_device(monkeypatch):
     """A run of a device is asked, none is used."""
     config = TrainConfig(epochs=10, warmup_epochs=0, batch_size=50)
-    run, _ = assemble(ViT(ViTConfig()), config, small.SHAPES, torch.device("cpu"))
+    run, _ = assemble(ViT(ViTConfig()), config, small.SHAPES, Place(device=torch.device("cpu")))
     (operations,) = run.flops().values()
 
     def pays(kind, share):

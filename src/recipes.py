@@ -17,18 +17,10 @@ class TrainConfig(Config):
     """Everything besides the model that a run depends on; RunOptions says where it is kept."""
 
     dataset: Annotated[str, f"data set: {', '.join(DATASETS)}, {FOLDER}PATH"] = "cifar10"
-    validation_images: Annotated[
-        float, "training images held out, or below 1 the share of them; 0 trains on all", "[0, 1e9]"
-    ] = 0.1
-    initialization: Annotated[
-        Literal["paper", "mimetic"], "the reference code's, or mimetic initialization of attention"
-    ] = "paper"
-    whiten_patches: Annotated[
-        bool, "begin with a patch embedding whose outputs are white over the training images"
-    ] = False
-    init_from: Annotated[
-        str | None, "weights to start from: a file, timm:NAME or torchvision:NAME[:WEIGHTS]"
-    ] = None
+    validation_images: Annotated[float, "held-out images; below 1: their share", "[0, 1e9]"] = 0.1
+    initialization: Annotated[Literal["paper", "mimetic"], "mimetic: of attention"] = "paper"
+    whiten_patches: Annotated[bool, "begin with a patch embedding that whitens pixels"] = False
+    init_from: Annotated[str | None, "weights: FILE, timm:NAME, torchvision:NAME[:WEIGHTS]"] = None
     # What those weights expect of images, where that is assumed.
     mean: Annotated[tuple[float, ...] | None, "of all channels of --init-from, or of each"] = None
     std: Annotated[tuple[float, ...] | None, "standard deviation of the same"] = None
@@ -43,18 +35,14 @@ class TrainConfig(Config):
     batch_size: Annotated[
         int, "images per step, over all devices; 0: a fifth of the set, at most 50", "[0, 1e7]"
     ] = 500
-    accumulate: Annotated[
-        int, "parts in which a batch goes through the model; their gradients add up", "[1, 1e7]"
-    ] = 1
+    accumulate: Annotated[int, "parts of a batch, one by one, to save memory", "[1, 1e7]"] = 1
     optimizer: Annotated[
         Literal["adamw", "muon", "sgd"],
         "adamw or sgd for all, or muon for all matrices but the head's and adamw for the rest",
     ] = "adamw"
     learning_rate: Annotated[float, "peak learning rate of AdamW or SGD", "[0, 1000]"] = 1e-3
     muon_learning_rate: Annotated[float, "Muon's peak learning rate", "[0, 1000]"] = 0.02
-    layer_decay: Annotated[
-        float, "learning rate of each block relative to the next one; 1: all alike", "(0, 1]"
-    ] = 1.0
+    layer_decay: Annotated[float, "learning rate of a block over the next one's", "(0, 1]"] = 1.0
     weight_decay: Annotated[float, "of the matrices; decoupled except for SGD", "[0, 1000]"] = 0.05
     warmup_epochs: Annotated[float, "epochs of linear warm-up", "[0, 1e6]"] = 5.0
     schedule: Annotated[Literal["cosine", "linear"], "decay to 0 after the warm-up"] = "cosine"
@@ -70,14 +58,10 @@ class TrainConfig(Config):
         "horizontal flip: with probability 1/2, or every other epoch",
     ] = "random"
     crop_padding: Annotated[int, "pixels of padding for a random crop; 0: none", "[0, 1024]"] = 4
-    resized_crop: Annotated[
-        float, "least share of the image in a random resized crop; 0 disables", "[0, 1]"
-    ] = 0.0
+    resized_crop: Annotated[float, "least share of a random resized crop; 0: none", "[0, 1]"] = 0.0
     policy: Annotated[Literal["off", "trivial"], "TrivialAugmentWide, as in torchvision"] = "off"
     mixup: Annotated[float, "Mixup alpha; 0 disables", "[0, 1000]"] = 0.0
-    cutmix: Annotated[
-        float, "CutMix alpha; 0 disables; with Mixup, one of the two for each image", "[0, 1000]"
-    ] = 0.0
+    cutmix: Annotated[float, "CutMix alpha; 0 disables; with Mixup, either one", "[0, 1000]"] = 0.0
     patch_dropout: Annotated[float, "share of patches left out in training", "[0, 1)"] = 0.0
     # What ends within a run is off in its last epochs.
     whole_epochs: Annotated[int, "epochs at the end without patch dropout", "[0, 1e6]"] = 0
@@ -98,27 +82,18 @@ class TrainConfig(Config):
     def __post_init__(self):
         super().__post_init__()
         if self.init_from and (self.initialization != "paper" or self.whiten_patches):
-            raise UserError(
-                "init_from gives the weights: initialization and whiten_patches are for a new model"
-            )
+            raise UserError("initialization and whiten_patches are for a model without init_from")
         for name in ("mean", "std", "crop"):
             if (value := getattr(self, name)) is not None and not self.init_from:
-                raise UserError(
-                    f"{name} {value} is what --init-from expects; without it, there is none"
-                )
+                raise UserError(f"{name} {value} is of the weights of --init-from: give both")
         if bool(self.epochs) == bool(self.steps):
             raise UserError(f"give epochs or steps, not {self.epochs} and {self.steps}")
         if self.batch_size and self.accumulate > self.batch_size:
             raise UserError(f"accumulate {self.accumulate} is above batch_size {self.batch_size}")
         if self.compile == "graphs" and self.accumulate > 1:
-            raise UserError(
-                "compile graphs needs accumulate 1: a graph has one place for gradients"
-            )
+            raise UserError(f"compile graphs needs accumulate 1, not {self.accumulate}")
         if self.epochs and self.warmup_epochs >= self.epochs:
-            raise UserError(
-                f"warmup_epochs {self.warmup_epochs} must be below the {self.epochs} epochs "
-                "(--warmup-epochs, --epochs)"
-            )
+            raise UserError(f"warmup_epochs {self.warmup_epochs} is not below epochs {self.epochs}")
 
     def for_images(self, count: int) -> "TrainConfig":
         """This config with a batch size and epochs for `count` training images, if it has none."""
@@ -146,17 +121,11 @@ class RunOptions(Config):
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = ROOT / "data"
     test: Annotated[bool, "--no-test skips the test set; use it while tuning"] = True
     save_minutes: Annotated[float, "minutes between checkpoints; 0: every step", "[0, 1e6]"] = 1.0
-    wait_minutes: Annotated[
-        float, "minutes that a process of torchrun waits for another, as for a download", "(0, 1e4]"
-    ] = 5.0
+    wait_minutes: Annotated[float, "that a torchrun process waits for another", "(0, 1e4]"] = 5.0
     keep_best: Annotated[bool, "keep the best epoch by validation accuracy in best.pt"] = False
     tensorboard: Annotated[bool, "also write metrics.csv and a batch of images for it"] = False
-    library: Annotated[
-        Literal["timm", "torchvision", "onnx"] | None, "of --export: write the model for it instead"
-    ] = None
-    split: Annotated[
-        Literal["test", "val"], "of --evaluate: val for the images held out for validation"
-    ] = "test"
+    library: Annotated[Literal["timm", "torchvision", "onnx"] | None, "that --export is for"] = None
+    split: Annotated[Literal["test", "val"], "of --evaluate; val: validation images"] = "test"
     device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
 
     def __post_init__(self):
@@ -217,9 +186,7 @@ RECIPES = {
     # images, which an H200 does in a minute at 22% of its specified rate.
     "speed94": Recipe(
         about="For a GPU, untested: aims at 94% in a minute, on a quarter of the patches.",
-        model=ViTConfig(
-            patch_size=4, width=320, depth=6, heads=5, pooling="mean", positions="sincos"
-        ),
+        model=replace(_SHIPPED, width=320, heads=5),
         train=replace(
             _STRONG,
             epochs=360,
@@ -232,9 +199,7 @@ RECIPES = {
     ),
     "best": Recipe(
         about="For a GPU, untested: aims at the best accuracy in half an hour, patches 2 x 2.",
-        model=ViTConfig(
-            **MODELS["small"], patch_size=2, pooling="mean", positions="sincos", drop_path=0.1
-        ),
+        model=replace(_SHIPPED, **MODELS["small"], patch_size=2, drop_path=0.1),
         train=replace(
             _STRONG,
             epochs=200,
@@ -305,7 +270,7 @@ RECIPES = {
         Time      32 s the whole process, 29 s of it training steps
         Expect    97.6% validation, 97.7% test accuracy (3 seeds)
         """,
-        model=ViTConfig(**MODELS["micro"], patch_size=4, pooling="mean", positions="sincos"),
+        model=replace(_SHIPPED, **MODELS["micro"]),
         train=TrainConfig(
             dataset="shapes",
             epochs=4,
@@ -325,9 +290,7 @@ RECIPES = {
         Time      586 s the whole process, 531 s of it training steps
         Expect    85.4% validation, 85.0% test accuracy (3 seeds)
         """,
-        model=ViTConfig(
-            patch_size=4, width=80, depth=4, heads=5, pooling="mean", positions="sincos"
-        ),
+        model=replace(_SHIPPED, width=80, depth=4, heads=5),
         train=replace(
             _MUON,
             epochs=60,

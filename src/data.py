@@ -12,17 +12,18 @@ import os
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Subset
 from torchvision.transforms.functional import pil_to_tensor
@@ -33,15 +34,6 @@ from utils import UserError, complain, copied, one_line
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # red, green, blue
 SPLIT_SEED = 0  # the held-out images do not depend on a run's seed, so that runs compare
-TURNS = {  # what undoes an EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 AHEAD = 2  # batches that are decoded while one is used
 MOST_BROKEN = 0.1  # share of streamed images that may turn out not to be readable
 
@@ -89,7 +81,6 @@ class Preprocessing(Config):
         if self.channels not in (1, 3):
             raise UserError(f"{path} needs a model of 1 or 3 channels, not {self.channels}")
         try:
-            _quiet_pillow()
             if Path(path).exists() and not Path(path).is_file():
                 raise OSError("it is not a regular file")
             with Image.open(path, formats=raster_formats()) as file:
@@ -98,8 +89,6 @@ class Preprocessing(Config):
             reason = getattr(error, "strerror", None) or one_line(error)
             if isinstance(error, UnidentifiedImageError):
                 reason = "not of a known format"
-            elif isinstance(error, Image.DecompressionBombError):
-                reason = "too large"
             raise UserError(f"cannot read {path} as an image: {reason}") from error
 
     def fit(self, image: Image.Image) -> Tensor:
@@ -117,7 +106,9 @@ class Preprocessing(Config):
         """An image upright, on white, in RGB or gray; a JPEG of about `enough` pixels each way."""
         image.draft(None, (enough, enough))
         image.load()  # turns a TIFF, and then drops its orientation
-        flat = self._eight_bit(_upright(image))
+        with suppress(Exception):  # damaged EXIF, as some cameras and editors write it
+            ImageOps.exif_transpose(image, in_place=True)
+        flat = self._eight_bit(image)
         if flat.has_transparency_data:
             flat = flat.convert("RGBA")
             flat = Image.alpha_composite(Image.new("RGBA", flat.size, "white"), flat)
@@ -130,10 +121,6 @@ class Preprocessing(Config):
         x, y = (width - scale * W) / 2, (height - scale * H) / 2
         return x, y, x + scale * W, y + scale * H
 
-    def keeps(self, shape: Sequence[int]) -> bool:
-        """Whether `fit` changes nothing of RGB images (C, H, W)."""
-        return tuple(shape) == (self.channels, *self.size) == (3, *self.size) and self.crop == 1
-
     def measured(self, files: Sequence[Path]) -> tuple["Preprocessing", list[str]]:
         """With one range for all the files of each deep kind of gray, and a line on each.
 
@@ -141,11 +128,9 @@ class Preprocessing(Config):
         """
 
         def extent(file: Path) -> tuple[str, float, float] | None:
-            try:
+            with suppress(UserError):  # who reads it will say so
                 mode, values = self.read(file, _deep_gray)
-            except UserError:  # who reads it will say so
-                return None
-            return (mode, float(values.min()), float(values.max())) if mode else None
+                return (mode, float(values.min()), float(values.max())) if mode else None
 
         may_be = [each for each in files if each.suffix.lower() not in (".jpg", ".jpeg")]
         extents = sorted(filter(None, read_all(extent, may_be, "looking for more than 8 bits")))
@@ -181,32 +166,15 @@ def _pixel_scale(values: tuple[float, ...], device: torch.device, dtype: torch.d
 
 
 @cache
-def _quiet_pillow() -> None:
-    """Drops Pillow's warnings, in all threads: what it cannot read is an error."""
-    warnings.filterwarnings("ignore", module="PIL")
-
-
-@cache
 def raster_formats() -> tuple[str, ...]:
     """Pillow's formats but for those that another program draws, which runs what they hold."""
+    warnings.filterwarnings("ignore", module="PIL")  # what it cannot read is an error
     Image.init()
-    try:
+    with suppress(ImportError):  # .heic is then left out
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-    except ImportError:
-        pass  # .heic is then left out
     return tuple(sorted(Image.OPEN.keys() - {"EPS", "WMF"}))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """An image as its EXIF says to hold it; damaged EXIF costs no pixels."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # of a parser on data that cameras and editors write
-        orientation = None
-    turn = TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
 
 
 def _deep_gray(image: Image.Image) -> tuple[str, np.ndarray]:
@@ -314,16 +282,21 @@ class StreamedSplit(Split):
         self.items, self.read, self.labels = items, read, labels
         self.broken: dict[int, str] = {}  # rows found so far, with what is wrong
 
+    def _attempt(self, row: int) -> Tensor | None:
+        """An image, or None where it cannot be read, and a note of why."""
+        try:
+            return self.read(self.items[row])
+        except Exception as error:  # ours, or that of a library which opens the file itself
+            self.broken[row] = one_line(error)
+
     def image(self, row: int) -> Tensor:
         """An image; UserError where none of its class can be read, or too many cannot."""
         for step in range(len(self)):
             each = (row + step) % len(self)
             if each in self.broken or (step and self.labels[each] != self.labels[row]):
                 continue
-            try:
-                return self.read(self.items[each])
-            except Exception as error:  # ours, or that of a library which opens the file itself
-                self.broken[each] = one_line(error)
+            if (image := self._attempt(each)) is not None:
+                return image
             if len(self.broken) > MOST_BROKEN * len(self):
                 break
         first = next(iter(self.broken.values()))
@@ -349,20 +322,11 @@ class StreamedSplit(Split):
     def to(self, device: torch.device | str) -> "StreamedSplit":
         return StreamedSplit(self.items, self.read, self.labels.to(device))
 
-    def decoded(self) -> tuple[Split, list[int]]:
-        """In memory, without the rows that are `broken`; and the rows that are nearly constant."""
-
-        def attempt(row: int) -> Tensor | None:
-            try:
-                return self.read(self.items[row])
-            except Exception as error:  # ours or a library's, as above
-                self.broken[row] = one_line(error)
-
-        images = torch.zeros(len(self), 1, dtype=torch.uint8)
-        for row, image in enumerate(read_all(attempt, range(len(self)), "decoding")):
+    def decoded(self, shape: tuple[int, ...]) -> tuple[Split, list[int]]:
+        """In memory, each of `shape`, without `broken` rows; and those that are nearly constant."""
+        images = torch.zeros(len(self), *shape, dtype=torch.uint8)
+        for row, image in enumerate(read_all(self._attempt, range(len(self)), "decoding")):
             if image is not None:
-                if images.ndim == 2:  # once: it may be most of the memory
-                    images = image.new_zeros(len(self), *image.shape)
                 images[row] = image
         good = torch.tensor([row not in self.broken for row in range(len(self))])
         split = Split(images, self.labels)
@@ -373,10 +337,8 @@ class StreamedSplit(Split):
 def read_all(read: Callable[[Any], Any], items: Sequence[Any], doing: str) -> Iterator[Any]:
     """What `read` gives for each item, by threads; with a progress bar where it takes long."""
     chunks = (items[start : start + 64] for start in range(0, len(items), 64))
-    with tqdm(total=len(items), desc=doing, delay=1, disable=None, leave=False) as bar:
-        for chunk in in_threads(read, chunks):
-            yield from chunk
-            bar.update(len(chunk))
+    found = chain.from_iterable(in_threads(read, chunks))
+    yield from tqdm(found, doing, len(items), delay=1, disable=None, leave=False)
 
 
 def in_threads(read: Callable[[Any], Any], batches: Iterable[Sequence[Any]]) -> Iterator[list[Any]]:
@@ -387,14 +349,13 @@ def in_threads(read: Callable[[Any], Any], batches: Iterable[Sequence[Any]]) -> 
     """
     may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ThreadPoolExecutor(may_use) as pool:
-        begun: deque[list[Future]] = deque()
+        begun: deque[Iterator] = deque()
         try:
             for batch in batches:
-                begun.append([pool.submit(read, each) for each in batch])
+                begun.append(pool.map(read, batch))
                 if len(begun) > AHEAD:
-                    yield [each.result() for each in begun.popleft()]
-            while begun:
-                yield [each.result() for each in begun.popleft()]
+                    yield list(begun.popleft())
+            yield from map(list, begun)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -424,10 +385,10 @@ def stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
         )
     generator = torch.Generator().manual_seed(SPLIT_SEED)
     shuffled = torch.randperm(len(labels), generator=generator)
-    by_class = [shuffled[labels[shuffled] == label] for label in range(len(counts))]
-    parts = [(rows[quota:], rows[:quota]) for rows, quota in zip(by_class, quotas, strict=True)]
-    kept, out = (torch.cat(part).sort().values for part in zip(*parts, strict=True))
-    return kept, out
+    out = torch.zeros(len(labels), dtype=torch.bool)
+    for label, quota in enumerate(quotas):
+        out[shuffled[labels[shuffled] == label][:quota]] = True
+    return (~out).nonzero().flatten(), out.nonzero().flatten()
 
 
 def digest(name: str) -> int:
@@ -464,8 +425,8 @@ class Dataset:
     classes: tuple[str, ...]
     preprocessing: Preprocessing
     train: Split
-    validation: Split | None
-    test: Split | None
+    validation: Split | None = None
+    test: Split | None = None
     notes: tuple[str, ...] = ()  # lines for the user
     drawn_from: int = 0  # how many images the held-out ones were drawn from, by row; 0: none were
     # Of a folder, by the `digest` of a picture's name relative to it:

@@ -8,6 +8,7 @@ memory of the device where that is small enough.
                     where they exist; or PATH/CLASS/**, of which a tenth becomes the test set
 """
 
+import math
 import re
 import socket
 from collections import Counter
@@ -20,7 +21,6 @@ from unicodedata import normalize
 
 import torch
 import torchvision.datasets as tv
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -39,7 +39,7 @@ from data import (
 )
 from distributed import ALONE, World
 from shapes import SHAPES, draw_shapes
-from utils import UserError, named_path, one_line, printable
+from utils import UserError, named_path, one_line
 
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte until a server counts as stalled
 LARGEST_IN_MEMORY = 2**32  # bytes of all splits together
@@ -57,19 +57,16 @@ def _torchvision(
 
     The values of an option of `kind` name its training, validation and test set; None: it has none.
     """
-    parts, before = [], socket.getdefaulttimeout()
+    before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
     try:
-        for value in values:
-            more = {option: value, "download": True}
-            parts.append(kind(folder, **more) if value is not None else None)
+        parts = [v if v is None else kind(folder, **{option: v}, download=True) for v in values]
     except ImportError as error:
         raise UserError(f"{kind.__name__} needs scipy: pip install scipy") from error
     except Exception as error:  # a failed download, or files of other content, fail in any way
-        reason = one_line(error) or type(error).__name__
-        place = getattr(kind, "url", "its server")
         raise UserError(
-            f"no usable {kind.__name__} in {folder}, and none from {place} ({reason}); "
+            f"no usable {kind.__name__} in {folder}, and none from "
+            f"{getattr(kind, 'url', 'its server')} ({one_line(error) or type(error).__name__}); "
             f"put {getattr(kind, 'filename', 'its files')} into {folder} yourself "
             "(python src/trainer.py --recipe demo needs no download)"
         ) from error
@@ -85,18 +82,14 @@ def _torchvision_split(dataset: Any, wanted: Preprocessing) -> Split:
     labels = torch.as_tensor(next(getattr(dataset, n) for n in names if hasattr(dataset, n))).long()
     if isinstance(dataset, tv.CIFAR10):  # of which CIFAR100 is one
         return _split(torch.from_numpy(dataset.data).permute(0, 3, 1, 2), labels, wanted)
-    return StreamedSplit(dataset, partial(_fitted, wanted), labels)
+    return StreamedSplit(dataset, lambda item: wanted.fit(item[0]), labels)
 
 
 def _split(images: Tensor, labels: Tensor, wanted: Preprocessing) -> Split:
     """A split of uint8 images (n, C, H, W) of one size, which may not be the wanted one."""
-    if wanted.keeps(images.shape[1:]):
+    if images.shape[1:] == (wanted.channels, *wanted.size) and wanted.crop == 1:
         return Split(images.contiguous(), labels)
-    return StreamedSplit(images, partial(_fitted, wanted), labels)
-
-
-def _fitted(wanted: Preprocessing, item: Tensor | tuple[Image.Image, int]) -> Tensor:
-    return wanted.fit(to_pil_image(item) if isinstance(item, Tensor) else item[0])
+    return StreamedSplit(images, lambda image: wanted.fit(to_pil_image(image)), labels)
 
 
 # ---------------------------------------------------------------------------- a folder
@@ -112,35 +105,31 @@ PARTS = {  # what the folders of the parts are called, in any case
 def _folder(name: str, path: Path, wanted: Preprocessing, validation_images: float) -> Dataset:
     """Pictures of your own, in a folder for each class."""
     folders = part_folders(path)
-    classes, others = class_folders(folders.get("train", path)), Counter()
-    listed = {
-        part: _listed(folder, classes, others)
-        for part, folder in (folders or {"train": path}).items()
-    }
+    undivided = folders == {"train": path}
+    classes, others = class_folders(folders["train"]), Counter()
+    listed = {part: _listed(folder, classes, others) for part, folder in folders.items()}
     wanted, notes = wanted.measured([file for files, _ in listed.values() for file in files])
-    parts: dict[str, Split | None] = {"validation": None, "test": None}
-    parts |= {part: StreamedSplit(f, wanted.read, labels) for part, (f, labels) in listed.items()}
+    parts = {part: StreamedSplit(f, wanted.read, labels) for part, (f, labels) in listed.items()}
 
     def names(part: str) -> list[str]:
         return [normalize("NFC", file.relative_to(path).as_posix()) for file in parts[part].items]
 
     held_out: dict[int, str] = {}
-    for part, share in (("test", TEST_SHARE * (not folders)), ("validation", validation_images)):
-        if parts[part] or not share:
+    for part, share in (("test", TEST_SHARE * undivided), ("validation", validation_images)):
+        if part in parts or not share:
             continue
         train = parts["train"]
-        if share >= len(train):
-            raise UserError(
-                f"{share:g} held-out images must be less than the {len(train):,} images"
-            )
-        share /= len(train) if share >= 1 else 1
+        count = len(train)
+        if share >= count:
+            raise UserError(f"{share:g} held-out images must be less than the {count:,} images")
+        share /= count if share >= 1 else 1
         kept, out = split_by_name(names("train"), train.labels, share, part)
         parts |= {"train": train.subset(kept), part: train.subset(out)}
         held_out |= {digest(each): each for each in names(part)}
         if few := set(range(len(classes))) - set(train.labels[out].tolist()):
             alone = ", ".join(repr(list(classes)[label]) for label in sorted(few)[:3])
             notes.append(f"no {part} image of {len(few)} classes with a single image: {alone}")
-    if not folders:
+    if undivided:
         count = f"{len(parts['test'])} of its pictures are"
         notes.append(f"{path} has no folder train: {count} the test set, chosen by their names")
     if others:
@@ -170,12 +159,12 @@ def _listed(
 
 
 def part_folders(path: Path) -> dict[str, Path]:
-    """Folders of training, validation and test pictures; none where `path` holds the classes."""
+    """Folders of training, validation and test pictures; `path` where that holds the classes."""
     names = _folders_in(path)
     if "train" not in map(str.lower, names):
         if names and all(name.lower() in PARTS for name in names):
             raise UserError(f"{path} has {', '.join(sorted(names))}, but no folder train")
-        return {}
+        return {"train": path}
     found: dict[str, Path] = {}
     for name in sorted(names):
         if (part := PARTS.get(name.lower())) is None:
@@ -260,13 +249,12 @@ def anchored(name: str) -> str:
 
 def preprocessing_for(name: str) -> Preprocessing:
     """What a new model expects of the images of a data set; 32 x 32 pixels."""
-    if name.startswith(FOLDER):
-        return Preprocessing(size=(32, 32), mean=HALF, std=HALF)
-    if name not in DATASETS:
+    if name not in DATASETS and not name.startswith(FOLDER):
         raise UserError(
             f"there is no data set {name!r}; choose from {', '.join(DATASETS)}, {FOLDER}PATH"
         )
-    return Preprocessing(size=(32, 32), mean=DATASETS[name].mean, std=DATASETS[name].std)
+    _, mean, std = DATASETS.get(name, Entry(_folder))
+    return Preprocessing(size=(32, 32), mean=mean, std=std)
 
 
 def load_dataset(
@@ -312,28 +300,28 @@ def load_dataset(
 
 def _in_memory(dataset: Dataset) -> Dataset:
     """Decoded, without the files that cannot be read, where all of it is small enough."""
-    wanted, splits, notes = dataset.preprocessing, dataset.splits(), [*dataset.notes]
+    splits, notes = dataset.splits(), dataset.notes
+    shape = (dataset.preprocessing.channels, *dataset.preprocessing.size)
     count = sum(map(len, splits.values()))
-    size = count * wanted.channels * wanted.size[0] * wanted.size[1]
-    if size > LARGEST_IN_MEMORY:
-        notes.append(
+    if (size := count * math.prod(shape)) > LARGEST_IN_MEMORY:
+        note = (
             f"{count:,} images are {size / 1e9:.1f} GB, above {LARGEST_IN_MEMORY / 1e9:.1f}: "
             "they are decoded again in every epoch"
         )
-        return replace(dataset, notes=tuple(map(printable, notes)))
+        return replace(dataset, notes=(*notes, note))
     failed, flat = [], []
     for part, split in splits.items():
         if isinstance(split, StreamedSplit):
-            splits[part], constant = split.decoded()
+            splits[part], constant = split.decoded(shape)
             broken = dict(sorted(split.broken.items()))
-            lost = set(split.labels.tolist()) - set(splits[part].labels.tolist())
-            if part == "train" and lost:
-                first = next(broken[row] for row in broken if int(split.labels[row]) == min(lost))
-                raise UserError(f"no training image of {dataset.classes[min(lost)]!r}: {first}")
+            left = set(splits[part].labels.tolist())
+            for row, reason in broken.items():
+                if part == "train" and (label := int(split.labels[row])) not in left:
+                    raise UserError(f"no training image of {dataset.classes[label]!r}: {reason}")
             failed += broken.values()
             flat += [split.items[row] for row in constant]
     if failed:
-        notes.append(f"{len(failed)} of {count:,} images left out: {'; '.join(failed[:3])}")
+        notes += (f"{len(failed)} of {count:,} images left out: {'; '.join(failed[:3])}",)
     if flat and dataset.trained is not None:
-        notes.append(f"{len(flat)} of {count:,} images are nearly constant, such as {flat[0]}")
-    return replace(dataset, **splits, notes=tuple(map(printable, notes)))
+        notes += (f"{len(flat)} of {count:,} images are nearly constant, such as {flat[0]}",)
+    return replace(dataset, **splits, notes=notes)

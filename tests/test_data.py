@@ -463,7 +463,7 @@ def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path, monkeypatch):
         expecting((16, 16)).read(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     if kind == "bomb":
-        assert "too large" in str(caught.value)
+        assert "exceeds limit of 2000 pixels" in str(caught.value)
 
 
 def test_a_model_of_other_channels_takes_no_image_files(tmp_path):

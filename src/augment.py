@@ -107,12 +107,6 @@ def cutmix(images: Tensor, shares: Tensor, generator: torch.Generator) -> tuple[
     return torch.where(box, images.roll(1, 0), images), box
 
 
-def visible_share(box: Tensor, patch_size: int, kept: Tensor | None) -> Tensor:
-    """The share (B,) of boxes (B, 1, H, W) in what a model sees: patches `kept` (B, n), or all."""
-    of_patches = F.avg_pool2d(box.float(), patch_size).flatten(1)  # (B, N)
-    return (of_patches if kept is None else of_patches.gather(1, kept)).mean(dim=1)
-
-
 def _interval(center: Tensor, length: Tensor, limit: int) -> tuple[Tensor, Tensor]:
     """Both ends of an interval around a center, in whole pixels from 0 to the limit."""
     half = (length / 2).floor()
@@ -182,19 +176,12 @@ class Augmentation:
             draw = torch.rand(len(images), N, generator=generator, device=images.device)
             kept = draw.argsort(dim=1)[:, : patches_kept(N, patch_dropout)]  # (B, n)
         if (config.mixup or config.cutmix) and left > config.mixing_off_epochs:
-            images, targets = self._mix(images, targets, kept, seed, generator)
+            return self._mix(Seen(images, targets, kept), seed, generator)
         return Seen(images, targets, kept)
 
-    def _mix(
-        self,
-        images: Tensor,
-        targets: Tensor,
-        kept: Tensor | None,
-        seed: int,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
+    def _mix(self, batch: Seen, seed: int, generator: torch.Generator) -> Seen:
         """Mixup or CutMix; with both, one of them for each image."""
-        config = self.config
+        config, (images, targets, kept) = self.config, batch
         host = np.random.default_rng(seed_for(seed, 2))  # torch's Beta takes no generator
 
         def shares(alpha: float) -> Tensor:
@@ -202,16 +189,16 @@ class Augmentation:
             return copied(draw, images.device)
 
         if not config.cutmix:
-            return mixup(images, targets, shares(config.mixup))
+            return Seen(*mixup(images, targets, shares(config.mixup)), kept)
         cut, box = cutmix(images, shares(config.cutmix), generator)
         # Labels count what the model sees: of a quarter of the patches, the box's share varies.
-        others = visible_share(box, self.model.patch_size, kept)[:, None].to(targets.dtype)
+        of_patches = F.avg_pool2d(box.float(), self.model.patch_size).flatten(1)  # (B, N)
+        seen = of_patches if kept is None else of_patches.gather(1, kept)
+        others = seen.mean(dim=1, keepdim=True).to(targets.dtype)  # (B, 1)
         cut_targets = torch.lerp(targets, targets.roll(1, 0), others)
         if not config.mixup:
-            return cut, cut_targets
+            return Seen(cut, cut_targets, kept)
         blended, blended_targets = mixup(images, targets, shares(config.mixup))
         choice = torch.rand(len(images), generator=generator, device=images.device) < 0.5
-        return (
-            torch.where(choice[:, None, None, None], cut, blended),
-            torch.where(choice[:, None], cut_targets, blended_targets),
-        )
+        images = torch.where(choice[:, None, None, None], cut, blended)
+        return Seen(images, torch.where(choice[:, None], cut_targets, blended_targets), kept)

@@ -23,10 +23,6 @@ BINS = 31  # magnitudes of an operation, weakest first
 # Each takes images, which of its k operations each image has, drawn (k, B) bool, and magnitude.
 
 
-def _keep(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
-    return images
-
-
 def _warp(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
     """Affine maps: each pixel becomes the one nearest to its source, or black outside the image."""
     H, W = images.shape[2:]
@@ -97,24 +93,17 @@ def _autocontrast(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
     return values.sub_(low).div_(scale).clamp_(0, 255).to(torch.uint8)
 
 
-def _equalize(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
-    """Spreads the values of each channel evenly."""
-    return functional.equalize(images)
-
-
 STAGES = (
-    (_keep, ("Identity",)),
+    (lambda images, *_: images, ("Identity",)),
     (_warp, ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")),
     (_blend, ("Brightness", "Color", "Contrast")),
     (_sharpen, ("Sharpness",)),
     (_posterize, ("Posterize",)),
     (_solarize, ("Solarize",)),
     (_autocontrast, ("AutoContrast",)),
-    (_equalize, ("Equalize",)),
+    (lambda images, *_: functional.equalize(images), ("Equalize",)),
 )
 OPS = tuple(name for _, names in STAGES for name in names)  # in torchvision's order
-
-
 STAGE = np.array([n for n, (_, names) in enumerate(STAGES) for _ in names])  # of each of OPS
 
 
@@ -126,9 +115,9 @@ def apply(images: Tensor, op: np.ndarray, magnitude: np.ndarray) -> Tensor:
     host = (order, order.argsort(), op[order], magnitude[order])
     order, back, op, magnitude = (copied(torch.from_numpy(each), device) for each in host)
     sorted_by_stage = (images.index_select(0, order), op, magnitude)
-    parts = zip(*(each.split(counts) for each in sorted_by_stage), strict=True)
+    parts = zip(STAGES, *(each.split(counts) for each in sorted_by_stage), strict=True)
     changed, first = [], 0
-    for (change, names), (some, mine, strength) in zip(STAGES, parts, strict=True):
+    for (change, names), some, mine, strength in parts:
         drawn = mine == torch.arange(first, first + len(names), device=device)[:, None]  # (k, b)
         changed.append(change(some, drawn, strength) if len(some) else some)
         first += len(names)

@@ -4,7 +4,7 @@ import ctypes
 import os
 import platform
 import sys
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import torch
@@ -45,7 +45,7 @@ def choose_device(name: str | None, world: World = ALONE) -> torch.device:
         if device.type not in ("cuda", "mps", "cpu"):
             raise NotImplementedError
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
         raise UserError(f"--device {name} is not available; use cpu, or omit --device") from None
@@ -85,11 +85,9 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
-    try:
+    with suppress(OSError, StopIteration):  # not Linux, or a processor without a name
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a processor without a name
     return name if device.type == "mps" else f"{name}, {torch.get_num_threads()} threads"
 
 
@@ -112,9 +110,7 @@ def keep_freed_memory() -> None:
     kernel; training on a CPU is about 1.3 times faster without that. Elsewhere this does nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-    try:
+    with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    mallopt(M_MMAP_THRESHOLD, 2**30)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,10 +1,4 @@
-"""Signals that stop a run, and the processes that train one model together.
-
-    StopSignals    Ctrl-C, SIGTERM and SIGHUP, noted for the training loop
-    World          the processes that train one model together, started by torchrun
-
-A process that torchrun did not start is a world of one, and no method then communicates.
-"""
+"""Signals that stop a run, and the processes that train one model together."""
 
 import gc
 import os
@@ -69,7 +63,10 @@ class StopSignals:
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train one model together. Each has a rank from 0 to size - 1."""
+    """The processes that torchrun started to train one model; each has a rank, 0 to size - 1.
+
+    Without torchrun it is a world of one, in which no method communicates.
+    """
 
     rank: int = 0
     size: int = 1

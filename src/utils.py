@@ -131,16 +131,15 @@ def status_of(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except KeyboardInterrupt:
         complain("stopped")
         return 130
-    except (UserError, Diverged, WorldError, Stopped) as error:
+    except (UserError, Diverged, WorldError, Stopped, RuntimeError, MemoryError) as error:
+        ours = hasattr(error, "status")
+        if not (ours or is_out_of_memory(error)):
+            raise
         of_all_ranks = isinstance(error, Diverged | Stopped)
         if not of_all_ranks or os.environ.get("RANK", "0") == "0":
-            complain("; ".join([str(error), *getattr(error, "__notes__", [])]))
-        return error.status
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        complain("; ".join(["out of memory", *getattr(error, "__notes__", [])]))
-        return 1
+            message = str(error) if ours else "out of memory"
+            complain("; ".join([message, *getattr(error, "__notes__", [])]))
+        return error.status if ours else 1
 
 
 def printable(text: str) -> str:

@@ -121,20 +121,19 @@ def load(folder, url=NOBODY):
         return load_dataset("cifar10", validation_images=20, data_dir=folder)
 
 
-def test_a_download_gives_the_images_that_were_packed(archive, serve, tmp_path):
+def test_a_download_a_tarball_and_an_unpacked_folder_give_the_images_that_were_packed(
+    archive, serve, tmp_path
+):
     packed, files = archive
-    dataset = load(tmp_path / "new", serve(sending(packed)))
-    assert dataset.classes == tuple(CLASSES)
-    assert dataset.test.labels.tolist() == files["test_batch"]["labels"]
-    assert images_of(dataset.test).flatten(1).tolist() == files["test_batch"]["data"].tolist()
-    assert (len(dataset.train), len(dataset.validation)) == (80, 20)
-
-
-def test_a_tarball_or_an_unpacked_folder_already_there_is_used(archive, tmp_path):
-    (tmp_path / "cifar-10-python.tar.gz").write_bytes(archive[0])
-    first = load(tmp_path)
-    (tmp_path / "cifar-10-python.tar.gz").unlink()
-    assert torch.equal(images_of(load(tmp_path).train), images_of(first.train))
+    tarball = tmp_path / "cifar-10-python.tar.gz"
+    tarball.write_bytes(packed)
+    for folder, url in ((tmp_path, NOBODY), (tmp_path / "new", serve(sending(packed)))) * 2:
+        dataset = load(folder, url)
+        assert dataset.classes == tuple(CLASSES)
+        assert dataset.test.labels.tolist() == files["test_batch"]["labels"]
+        assert images_of(dataset.test).flatten(1).tolist() == files["test_batch"]["data"].tolist()
+        assert (len(dataset.train), len(dataset.validation)) == (80, 20)
+        tarball.unlink(missing_ok=True)
     whole = load_dataset("cifar10", validation_images=0, data_dir=tmp_path)
     assert whole.validation is None and len(whole.train) == 100
 
@@ -187,21 +186,22 @@ def test_the_real_cifar10_is_what_torchvision_reads():
 # ---------------------------------------------------------------------------- split and batches
 
 
-def test_the_split_is_stratified_complete_and_that_of_every_earlier_run():
+@pytest.mark.parametrize(
+    ("labels", "shares"),
+    [
+        (torch.arange(1000) % 10, [2] * 10),
+        # Of 16.1, 4.6 and 2.3, the one with the largest remainder is rounded up.
+        (torch.arange(3).repeat_interleave(torch.tensor([70, 20, 10])), [16, 5, 2]),
+        (torch.tensor([2, 2, 0, 2, 0]), [0, 0, 1]),  # no class 1
+    ],
+)
+def test_the_split_is_stratified_complete_and_that_of_every_earlier_run(labels, shares):
     """Else the validation accuracy of a model that was trained before would be one of training."""
-    labels = torch.arange(1000) % 10
-    kept, held_out = stratified_split(labels, 20)
-    assert torch.cat([kept, held_out]).sort().values.tolist() == list(range(1000))
-    assert labels[held_out].bincount().tolist() == [2] * 10
-    assert held_out[:8].tolist() == [23, 37, 44, 158, 209, 261, 264, 483]
-
-
-def test_unequal_classes_give_their_shares_and_the_largest_remainders_one_more():
-    labels = torch.arange(3).repeat_interleave(torch.tensor([70, 20, 10]))
-    kept, held_out = stratified_split(labels, 23)  # shares of 16.1, 4.6 and 2.3
-    assert labels[held_out].bincount().tolist() == [16, 5, 2]
-    assert torch.cat([kept, held_out]).sort().values.tolist() == list(range(100))
-    assert stratified_split(torch.tensor([2, 2, 0, 2, 0]), 1)[1].shape == (1,)  # no class 1
+    kept, held_out = stratified_split(labels, sum(shares))
+    assert torch.cat([kept, held_out]).sort().values.tolist() == list(range(len(labels)))
+    assert labels[held_out].bincount(minlength=len(shares)).tolist() == shares
+    if len(labels) == 1000:
+        assert held_out[:8].tolist() == [23, 37, 44, 158, 209, 261, 264, 483]
 
 
 @pytest.mark.parametrize(
@@ -214,26 +214,17 @@ def test_an_impossible_split_is_refused_with_its_number(counts, held_out):
         stratified_split(labels, held_out)
 
 
-@pytest.fixture
-def seventy():
-    return Split(torch.arange(70, dtype=torch.uint8).view(70, 1, 1, 1), torch.arange(70))
+def test_batches_hold_each_row_once_in_an_order_of_the_generator():
+    seventy = Split(torch.arange(70, dtype=torch.uint8).view(70, 1, 1, 1), torch.arange(70))
 
-
-def test_rows_of_batches_come_once_each_in_an_order_of_the_generator(seventy):
     def order(seed):
-        parts = shuffled_batches(seventy, 32, generator(seed))
-        assert [len(part) for part in parts] == [32, 32, 6]
-        return torch.cat(parts).tolist()
+        parts = list(seventy.batches(shuffled_batches(seventy, 32, generator(seed))))
+        assert [len(part.labels) for part in parts] == [32, 32, 6]
+        assert all(torch.equal(part.images.flatten().long(), part.labels) for part in parts)
+        return torch.cat([part.labels for part in parts]).tolist()
 
     assert order(1) == order(1) != order(2)
     assert sorted(order(1)) == list(range(70))
-
-
-def test_batches_hold_the_images_and_labels_of_their_rows(seventy):
-    parts = list(seventy.batches(torch.arange(70).split(32)))
-    assert [len(part.labels) for part in parts] == [32, 32, 6]
-    assert all(torch.equal(part.images.flatten().long(), part.labels) for part in parts)
-    assert torch.cat([part.labels for part in parts]).tolist() == list(range(70))
     some = seventy.subset(torch.tensor([5, 3, 69])).to("cpu")
     assert (len(some), some.labels.tolist()) == (3, [5, 3, 69])
     assert some.take(torch.tensor([2])).images.flatten().tolist() == [69]
@@ -297,31 +288,20 @@ def two_halves(mode: str = "RGB", size: tuple[int, int] = (40, 40)) -> Image.Ima
     return image.convert(mode)
 
 
-def save_as(kind: str, path: Path) -> Path:
-    red_and_blue = two_halves()
-    if kind in ("RGB", "P", "CMYK"):
-        path = path.with_suffix(".tif")
-        two_halves(kind).save(path)
-    elif kind == "jpeg, CMYK":
-        two_halves("CMYK").save(path.with_suffix(".jpg"), quality=100)
-        path = path.with_suffix(".jpg")
-    elif kind == "animated":
-        path = path.with_suffix(".gif")
-        red_and_blue.save(path, save_all=True, append_images=[Image.new("RGB", (40, 40), "green")])
-    elif kind == "wide":
-        image = Image.new("RGB", (20_000, 40), "green")
-        image.paste(red_and_blue, (9_980, 0))
-        image.save(path)
+@pytest.mark.parametrize(
+    "name", ["RGB.tif", "P.tif", "CMYK.tif", "CMYK.jpg", "RGB.gif", "wide.png", "alpha.png"]
+)
+def test_any_kind_of_image_is_read_as_rgb_at_the_models_size(name, tmp_path):
+    kind, options = name.split(".")[0], {"quality": 100}
+    image = two_halves({"wide": "RGB", "alpha": "RGBA"}.get(kind, kind))
+    if kind == "wide":
+        image = ImageOps.expand(image, (9_980, 0), "green")
     elif kind == "alpha":
-        image = two_halves("RGBA")
         image.putalpha(Image.linear_gradient("L").resize((40, 40)).point(lambda v: 255 * (v > 127)))
-        image.save(path)
-    return path
-
-
-@pytest.mark.parametrize("kind", ["RGB", "P", "CMYK", "jpeg, CMYK", "animated", "wide", "alpha"])
-def test_any_kind_of_image_is_read_as_rgb_at_the_models_size(kind, tmp_path):
-    image = expecting((16, 16)).read(save_as(kind, tmp_path / "image.png"))
+    elif name == "RGB.gif":  # animated
+        options |= {"save_all": True, "append_images": [Image.new("RGB", (40, 40), "green")]}
+    image.save(tmp_path / name, **options)
+    image = expecting((16, 16)).read(tmp_path / name)
     assert image.dtype == torch.uint8 and image.shape == (3, 16, 16)
     red, blue = (torch.tensor(color).view(3, 1, 1) for color in ([255, 0, 0], [0, 0, 255]))
     visible = image[:, 9:] if kind == "alpha" else image  # its upper half is transparent
@@ -354,6 +334,15 @@ def test_damaged_exif_costs_no_pixels(tmp_path):
     path = tmp_path / "image.jpg"
     two_halves().save(path, quality=100, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
     assert expecting((16, 16)).read(path).float().mean(dim=(1, 2))[0] > 100
+
+
+def test_an_orientation_is_undone_beside_exif_that_cannot_be_written_again(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    two_halves().save(tmp_path / "image.jpg", exif=exif)
+    monkeypatch.setattr(Image.Exif, "tobytes", lambda *_: 1 / 0)
+    red, _, blue = expecting((16, 16)).read(tmp_path / "image.jpg")
+    assert blue[:, :7].min() > 200 > 50 > red[:, :7].max()
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_with_nearly_the_same_result(tmp_path):
@@ -424,29 +413,27 @@ def test_all_files_of_a_folder_have_one_range_and_a_models_range_stays(tmp_path)
     again, (_, note) = narrow.measured(files)
     assert again.read(dark).max() == round(900 / 1023 * 255)
     assert "of 0 to 4000, 0 becomes black and 1023 white, what is outside is cut off" in note
-    assert nearly_constant(torch.stack([narrow.read(dark), narrow.read(dark) // 20])).tolist() == [
-        False,
-        True,
-    ]
+    of_contrast = torch.stack([narrow.read(dark), narrow.read(dark) // 20])
+    assert nearly_constant(of_contrast).tolist() == [False, True]
 
 
 def test_a_tiff_in_which_white_is_the_least_is_turned(tmp_path):
-    pixels = np.repeat(np.linspace(0, 65535, 16)[None], 16, axis=0).astype(np.uint16)
-    Image.fromarray(pixels).save(tmp_path / "gray.tif", tiffinfo={262: 0})
-    content = (tmp_path / "gray.tif").read_bytes()
-    at = content.index(struct.pack("<HHI", 262, 3, 1)) + 8
-    (tmp_path / "gray.tif").write_bytes(content[:at] + b"\0\0" + content[at + 2 :])
-    image = expecting((16, 16)).read(tmp_path / "gray.tif")
+    path = save_gray(tmp_path / "gray.tif", "u2", 0, 65535)
+    black, white = (struct.pack("<HHII", 262, 3, 1, least) for least in (1, 0))
+    path.write_bytes(path.read_bytes().replace(black, white))
+    image = expecting((16, 16)).read(path)
     assert image[0, 0].tolist() == list(range(255, -1, -17))
 
 
-def test_one_pixel_fills_the_picture_and_a_gray_model_gets_gray(tmp_path):
+def test_one_pixel_fills_the_picture_in_rgb_or_in_gray_and_in_nothing_else(tmp_path):
     Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "dot.png")
     image = expecting((16, 24)).read(tmp_path / "dot.png")
     assert image.shape == (3, 16, 24)
     assert image.amax(dim=(1, 2)).tolist() == image.amin(dim=(1, 2)).tolist() == [10, 20, 30]
     gray = expecting((16, 24), channels=1).read(tmp_path / "dot.png")
     assert gray.shape == (1, 16, 24) and gray.unique().tolist() == [18]
+    with pytest.raises(UserError, match="1 or 3 channels, not 5"):
+        expecting((16, 24), channels=5).read(tmp_path / "dot.png")
 
 
 @pytest.mark.parametrize("kind", [*DAMAGES, "PostScript", "bomb"])
@@ -464,11 +451,6 @@ def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path, monkeypatch):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     if kind == "bomb":
         assert "exceeds limit of 2000 pixels" in str(caught.value)
-
-
-def test_a_model_of_other_channels_takes_no_image_files(tmp_path):
-    with pytest.raises(UserError, match="1 or 3 channels, not 5"):
-        expecting((16, 16), channels=5).read(tmp_path / "image.png")
 
 
 def test_the_image_files_of_a_folder_and_its_subfolders_are_found_and_all_others_counted(tmp_path):

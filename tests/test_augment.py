@@ -1,5 +1,7 @@
 """Augmentation against torchvision's own operations, image by image."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -37,41 +39,34 @@ def targets():
 # ---------------------------------------------------------------------------- place
 
 
-def test_each_image_is_itself_or_its_mirror_image_about_half_of_the_time(images):
-    flipped = random_flip(images, generator(1))
-    mirrored = [
-        torch.equal(after, reference.horizontal_flip(before))
-        for before, after in zip(images, flipped, strict=True)
-    ]
-    same = [torch.equal(*pair) for pair in zip(images, flipped, strict=True)]
-    assert all(a != b for a, b in zip(mirrored, same, strict=True))
-    assert 20 < sum(mirrored) < 44
+def mirrored(images, flipped):
+    """Which images are mirrored, each of which is itself or its mirror image: (B,)."""
+    mirrors = reference.horizontal_flip(images)
+    same, found = ((flipped == each).flatten(1).all(1) for each in (images, mirrors))
+    assert (same ^ found).all()
+    return found
 
 
-def test_alternating_flips_show_each_image_and_its_mirror_image_in_turn(images):
+def test_an_image_is_mirrored_about_half_of_the_time_or_in_every_other_epoch(images):
+    assert 20 < mirrored(images, random_flip(images, generator(1))).sum() < 44
     coins = torch.arange(64) % 3 == 0
-    epochs = [alternating_flip(images, coins, epoch) for epoch in range(3)]
-    for before, coin, *after in zip(images, coins, *epochs, strict=True):
-        mirrored = [torch.equal(image, reference.horizontal_flip(before)) for image in after]
-        assert mirrored == ([True, False, True] if coin else [False, True, False])
+    for epoch, expected in enumerate((coins, ~coins, coins)):
+        assert torch.equal(mirrored(images, alternating_flip(images, coins, epoch)), expected)
 
 
 def test_each_image_is_some_crop_of_its_padded_self(images):
-    padding = 2
-    cropped = random_crop(images, padding, generator(1))
+    cropped = random_crop(images, 2, generator(1))
     assert cropped.shape == images.shape and cropped.dtype == torch.uint8
-    places = []
-    for before, after in zip(images, cropped, strict=True):
-        padded = reference.pad(before, [padding])
+    padded, places = reference.pad(images, [2]), []
+    for row in range(64):
         found = [
             (top, left)
-            for top in range(2 * padding + 1)
-            for left in range(2 * padding + 1)
-            if torch.equal(after, reference.crop(padded, top, left, 8, 12))
+            for top, left in itertools.product(range(5), repeat=2)
+            if torch.equal(cropped[row], reference.crop(padded[row], top, left, 8, 12))
         ]
         assert len(found) == 1
         places += found
-    assert {top for top, _ in places} == {left for _, left in places} == set(range(2 * padding + 1))
+    assert {top for top, _ in places} == {left for _, left in places} == set(range(5))
 
 
 def test_a_resized_window_is_that_of_torchvision(images):
@@ -80,11 +75,7 @@ def test_a_resized_window_is_that_of_torchvision(images):
     windows = torch.tensor(boxes).T / torch.tensor([[8], [12], [8], [12]])
     found = resized_crop(images[:4], windows)
     for image, box, ours in zip(images, boxes, found, strict=False):
-        top, left, height, width = box
-        pixels = image.float()
-        expected = reference.resize(
-            reference.crop(pixels, top, left, height, width), [8, 12], antialias=False
-        )
+        expected = reference.resized_crop(image.float(), *box, [8, 12], antialias=False)
         inner = (ours - expected).abs()[:, 1:-1, 1:-1]  # a border pixel sees what lies beyond it
         assert inner.max() <= 0.5 + 1e-3
 

@@ -178,7 +178,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(train, tmp_path, caps
     assert not stray.exists()
 
 
-def test_a_run_whose_folder_was_removed_leaves_alone_what_another_makes_there(
+def test_a_run_whose_folder_was_removed_makes_it_again_unless_another_has(
     train, tmp_path, capsys, monkeypatch
 ):
     save, other = Run.save, RunFolder(tmp_path / "a")
@@ -195,6 +195,9 @@ def test_a_run_whose_folder_was_removed_leaves_alone_what_another_makes_there(
     out, error = capsys.readouterr()
     assert "cannot save step 10" in out and "in use by another run" in out + error
     assert list((tmp_path / "a").iterdir()) == []
+    monkeypatch.setattr(other, "make", lambda **_: None)  # nobody makes another
+    assert train("--name a --epochs 3 --overwrite") == 0
+    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 3
 
 
 def test_a_folder_that_cannot_be_written_to_is_not_resumed(train, tmp_path, monkeypatch, capsys):
@@ -287,19 +290,6 @@ def test_an_overwritten_run_is_whole_until_the_new_one_is_saved(
     assert "still has the earlier run" in capsys.readouterr().err
     now = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert all(now[name] == before[name] for name in before.keys() - {"metrics.csv"})
-
-
-def test_a_folder_removed_under_a_run_is_made_again(train, tmp_path, monkeypatch):
-    save = Run.save
-
-    def removing(run, state, **options):
-        save(run, state, **options)
-        if state.epoch == 1:
-            shutil.rmtree(run.folder.path)
-
-    monkeypatch.setattr(Run, "save", removing)
-    assert train("--name a --epochs 2") == 0
-    assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 2
 
 
 def test_a_stop_that_cannot_save_says_so(train, signal_at, failing_saves, capsys):

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Subset
 from torchvision.transforms.functional import pil_to_tensor
@@ -87,8 +87,6 @@ class Preprocessing(Config):
                 return (use or self.fit)(file)
         except Exception as error:  # a damaged file can fail in any way inside a decoder
             reason = getattr(error, "strerror", None) or one_line(error)
-            if isinstance(error, UnidentifiedImageError):
-                reason = "not of a known format"
             raise UserError(f"cannot read {path} as an image: {reason}") from error
 
     def fit(self, image: Image.Image) -> Tensor:
@@ -348,16 +346,15 @@ def in_threads(read: Callable[[Any], Any], batches: Iterable[Sequence[Any]]) -> 
     and locks of their own.
     """
     may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with ThreadPoolExecutor(may_use) as pool:
-        begun: deque[Iterator] = deque()
-        try:
-            for batch in batches:
-                begun.append(pool.map(read, batch))
-                if len(begun) > AHEAD:
-                    yield list(begun.popleft())
-            yield from map(list, begun)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool, begun = ThreadPoolExecutor(may_use), deque()
+    try:
+        for batch in batches:
+            begun.append(pool.map(read, batch))
+            if len(begun) > AHEAD:
+                yield list(begun.popleft())
+        yield from map(list, begun)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def shuffled_batches(

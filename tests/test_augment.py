@@ -10,11 +10,9 @@ import torchvision.transforms.v2.functional as reference
 
 from augment import (
     Augmentation,
-    alternating_flip,
     cutmix,
     mixup,
     random_crop,
-    random_flip,
     random_resized_crop,
     resized_crop,
 )
@@ -48,10 +46,13 @@ def mirrored(images, flipped):
 
 
 def test_an_image_is_mirrored_about_half_of_the_time_or_in_every_other_epoch(images):
-    assert 20 < mirrored(images, random_flip(images, generator(1))).sum() < 44
-    coins = torch.arange(64) % 3 == 0
-    for epoch, expected in enumerate((coins, ~coins, coins)):
-        assert torch.equal(mirrored(images, alternating_flip(images, coins, epoch)), expected)
+    flipped = [mirrored(images, augment(images, {"flip": "random"}, seed)[0]) for seed in (1, 2)]
+    assert all(20 < each.sum() < 44 for each in flipped) and not torch.equal(*flipped)
+    first, second, third = (
+        mirrored(images, augment(images, {"flip": "alternating"}, epoch=epoch)[0])
+        for epoch in range(3)
+    )
+    assert 20 < first.sum() < 44 and torch.equal(first, ~second) and torch.equal(first, third)
 
 
 def test_each_image_is_some_crop_of_its_padded_self(images):

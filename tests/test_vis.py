@@ -211,7 +211,7 @@ def test_augmentation_has_a_row_for_each_operation_of_the_recipe(draw, tmp_path,
     operations = ["random_flip", "random_crop", "Mixup", "CutMix"]
     assert list(saved) == ["original", *operations, "whole_recipe"]
     images = saved["original"]
-    flipped = augment.random_flip(images, utils.generator_for(3))
+    flipped = augment.flip(images, torch.rand(len(images), generator=utils.generator_for(3)) < 0.5)
     assert torch.equal(saved["random_flip"], flipped) and not torch.equal(flipped, images)
     assert torch.equal(saved["random_crop"], augment.random_crop(images, 2, utils.generator_for(3)))
     augmentation = augment.Augmentation(TrainConfig(**used), ViTConfig(), 8, torch.device("cpu"))

@@ -1,6 +1,7 @@
 """The math of the figures against matrices worked out by hand, and against known truths."""
 
 import copy
+import dataclasses
 import itertools
 import math
 
@@ -19,10 +20,6 @@ from run import State
 from ViT import ViT, ViTConfig, patchify
 
 A1, A2 = torch.tensor([[0.5, 0.5], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-
-
-def one_head(*matrices: Tensor) -> list[Tensor]:
-    return [M[None] for M in matrices]
 
 
 def small_vit(pooling="class", **options) -> ViT:
@@ -48,20 +45,17 @@ def test_a_record_has_the_models_logits_and_every_blocks_tokens_and_attention(po
     for ours, theirs in zip(record.tokens, tokens, strict=True):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(record.logits, model(images))
+    lens = explain.logit_lens(model, record.tokens)
+    torch.testing.assert_close(lens[-1], record.logits.softmax(dim=1))
+    assert not torch.allclose(lens[0], lens[-1], atol=1e-3)
     T = model.config.tokens
     assert [A.shape for A in record.attention] == [(3, 2, T, T)] * 3
     # Nothing of the recording is left in the model.
     assert {block.attn.implementation for block in model.blocks} == {kind}
-    assert len(record.attention) == 3 and len(record.tokens) == 4
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_recorded_attention_is_a_distribution_over_the_tokens(training):
-    # Dropout must not show in it, or the pictures would.
-    model = small_vit(attention_dropout=0.5).train(training)
-    for A in explain.record(model, torch.randn(3, 3, 16, 24)).attention:
+    # Dropout must not show in the attention, or the pictures would.
+    for A in explain.record(small_vit(pooling, attention_dropout=0.5).train(), images).attention:
         assert A.min() > 0
-        torch.testing.assert_close(A.sum(-1), torch.ones(3, 2, 7))
+        torch.testing.assert_close(A.sum(-1), torch.ones(3, 2, T))
 
 
 @pytest.mark.parametrize("pooling", ["class", "mean"])
@@ -81,36 +75,41 @@ def test_attention_gradients_are_what_a_small_change_of_each_images_attention_do
 # ---------------------------------------------------------------------------- rollout, relevance
 
 
-def test_rollout_by_hand():
-    heads = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]])  # A1 is their mean
-    joint = explain.rollout([heads, A2[None]])
-    torch.testing.assert_close(joint, torch.tensor([[0.375, 0.625], [0.375, 0.625]]))
+HEADS = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]])  # A1 is their mean
+G1, G2 = torch.tensor([[1.0, -1.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+G = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+CLASS = ViTConfig(image_size=8, patch_size=4)  # of 5 tokens, or with mean pooling of 4
+MEAN = dataclasses.replace(CLASS, pooling="mean")
+P = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]])  # probabilities
+M4, M5 = torch.arange(16.0).reshape(4, 4), torch.arange(25.0).reshape(5, 5)
 
 
-def test_rollout_of_identities_is_the_identity_and_of_anything_has_rows_of_one():
-    assert torch.equal(explain.rollout(one_head(torch.eye(7), torch.eye(7))), torch.eye(7))
-    attention = [torch.randn(3, 4, 7, 7).softmax(dim=-1) for _ in range(5)]
-    joint = explain.rollout(attention)
-    assert joint.shape == (3, 7, 7)
-    torch.testing.assert_close(joint.sum(dim=-1), torch.ones(3, 7))
-
-
-def test_relevance_by_hand():
-    G1, G2 = torch.tensor([[1.0, -1.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    R = explain.relevance(one_head(A1, A2), one_head(G1, G2))
-    torch.testing.assert_close(R, torch.tensor([[1.5, 2.0], [0.0, 2.0]]))
-    # Each head is clamped, and then comes the mean.
-    G = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-    R = explain.relevance([torch.stack([A1, A1])], [torch.stack([G, -G])])
-    torch.testing.assert_close(R, torch.tensor([[1.0, 0.25], [0.0, 1.0]]))
-
-
-def test_the_classifiers_row_is_the_class_tokens_or_the_mean():
-    M = torch.arange(9.0).reshape(3, 3)
-    assert explain.classifier_row(M, "class").tolist() == [1, 2]
-    assert explain.classifier_row(M, "mean").tolist() == [3, 4, 5]
-    assert explain.patch_row(M, 1, "class").tolist() == [7, 8]
-    assert explain.patch_row(M, 1, "mean").tolist() == [3, 4, 5]
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (explain.rollout([HEADS, A2[None]]), [[0.375, 0.625], [0.375, 0.625]]),
+        (explain.rollout([torch.eye(2)[None]] * 2), [[1, 0], [0, 1]]),
+        (explain.relevance([A1[None], A2[None]], [G1[None], G2[None]]), [[1.5, 2], [0, 2]]),
+        # Each head is clamped, and then comes the mean.
+        (explain.relevance([torch.stack([A1, A1])], [torch.stack([G, -G])]), [[1, 0.25], [0, 1]]),
+        (explain.map_of(M5, CLASS), [[1, 2], [3, 4]]),  # of the class token
+        (explain.map_of(M4, MEAN), [[6, 7], [8, 9]]),
+        (explain.map_of(M5, CLASS, (1, 0)), [[16, 17], [18, 19]]),
+        (explain.map_of(M4, MEAN, (1, 0)), [[8, 9], [10, 11]]),
+        (explain.relative_to_uniform(torch.tensor([[1.0, 3.0]])), [[0.5, 1.5]]),
+        (explain.relative_to_uniform(torch.zeros(1, 2)), [[0, 0]]),
+        (explain.area(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.5, 1.0]])), [1, 0.5]),
+        (explain.attention_entropy(torch.full((2, 9, 9), 1 / 9)), [1, 1]),
+        (explain.attention_entropy(torch.eye(9)[None]), [0]),
+        (explain.attention_entropy(torch.tensor([[[0.5, 0.5, 0, 0]] * 4])), [0.5]),
+        (explain.attention_distance(torch.eye(6)[None], (2, 3), 8), [0]),
+        (explain.confusion_matrix(*torch.tensor([[0, 0, 1], [0, 1, 1]]), 2), [[1, 1], [0, 1]]),
+        (explain.confident_mistakes(P, torch.tensor([0] * 4), 2), [2, 3]),
+        (explain.confident_mistakes(P, torch.tensor([0] * 4), 9), [2, 3, 1]),
+    ],
+)
+def test_by_hand(found, expected):
+    torch.testing.assert_close(found, found.new_tensor(expected))
 
 
 @pytest.mark.parametrize("pooling", ["class", "mean"])
@@ -125,11 +124,6 @@ def test_explanations_are_maps_of_mean_one_and_two_of_them_depend_on_the_class(p
         torch.testing.assert_close(maps[method][0], maps[method][1])
     for method in ("relevance", "LeGrad"):
         assert not torch.allclose(maps[method][0], maps[method][1], atol=1e-3)
-
-
-def test_weights_that_are_all_zero_stay_zero():
-    row = explain.relative_to_uniform(torch.tensor([[0.0, 0.0], [1.0, 3.0]]))
-    assert row.tolist() == [[0, 0], [0.5, 1.5]]
 
 
 # ---------------------------------------------------------------------------- class-specific
@@ -305,22 +299,11 @@ def test_a_head_without_projection_is_worth_nothing_and_one_that_decides_is():
         assert hits_and_loss()[0].all()  # the model is as before
 
 
-def test_areas_and_intervals():
-    assert explain.area(torch.tensor([[1.0, 1.0, 1.0], [0.0, 0.5, 1.0]])).tolist() == [1, 0.5]
+def test_a_bootstrap_interval_is_that_of_a_normal_mean():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 3
     mean, deviation = values.mean().item(), values.std().item() / 20  # of the mean
     expected = mean - 1.96 * deviation, mean + 1.96 * deviation
     assert explain.bootstrap_interval(values) == pytest.approx(expected, abs=0.2 * deviation)
-
-
-@pytest.mark.parametrize("pooling", ["class", "mean"])
-def test_the_last_logit_lens_is_the_model(pooling):
-    model, images = small_vit(pooling), torch.randn(4, 3, 16, 24)
-    logits, _, tokens = explain.record(model, images)
-    lens = explain.logit_lens(model, tokens)
-    assert lens.shape == (4, 4, 5)
-    torch.testing.assert_close(lens[-1], logits.softmax(dim=1))
-    assert not torch.allclose(lens[0], lens[-1], atol=1e-3)
 
 
 # ---------------------------------------------------------------------------- components
@@ -338,12 +321,9 @@ def test_principal_components_are_the_eigenvectors_of_the_covariance():
     assert (axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)) > 0).all()
 
 
-def test_the_filters_count_is_28_or_what_there_is():
+def test_filters_are_28_or_what_there_is_with_pixels_where_patchify_takes_them():
     for shape, count in (((64, 48), 28), ((64, 12), 12), ((8, 48), 8)):
         assert len(explain.embedding_filters(torch.randn(shape), channels=3)[0]) == count
-
-
-def test_a_filter_has_its_pixels_where_patchify_takes_them():
     picture = torch.zeros(1, 3, 4, 4)
     picture[0, 1, 2, 3] = 1
     weight = torch.zeros(2, 48)
@@ -384,14 +364,6 @@ def test_attention_distance_by_hand():
     ]
     distance = explain.attention_distance(A, (2, 3), 8)
     np.testing.assert_allclose(distance, np.reshape(by_hand, (2, 6)).mean(axis=1))
-    assert explain.attention_distance(torch.eye(6)[None], (2, 3), 8).tolist() == [0]
-
-
-def test_entropy_of_uniform_is_1_and_of_one_hot_0():
-    assert explain.attention_entropy(torch.full((2, 9, 9), 1 / 9)).tolist() == pytest.approx([1, 1])
-    assert explain.attention_entropy(torch.eye(9)[None]).tolist() == [0]
-    half = torch.tensor([[0.5, 0.5, 0, 0]]).expand(1, 4, 4)
-    assert explain.attention_entropy(half).item() == pytest.approx(0.5)
 
 
 def test_cka_is_1_under_rotation_and_near_0_for_independent_representations():
@@ -409,13 +381,6 @@ def test_cka_is_1_under_rotation_and_near_0_for_independent_representations():
 # ---------------------------------------------------------------------------- predictions
 
 
-def test_the_confusion_matrix_counts_predictions_by_true_class():
-    labels, predictions = torch.randint(5, (2, 400))
-    counts = explain.confusion_matrix(labels, predictions, 5)
-    pairs = list(zip(labels.tolist(), predictions.tolist(), strict=True))
-    assert counts.tolist() == [[pairs.count((i, j)) for j in range(5)] for i in range(5)]
-
-
 def test_calibration_by_hand():
     sure = torch.full((10,), 0.8)
     assert explain.calibration(sure, torch.arange(10) < 8).error == pytest.approx(0, abs=1e-7)
@@ -425,10 +390,3 @@ def test_calibration_by_hand():
     assert result.error == pytest.approx(0.5 * 0.15)
     assert result.counts.tolist() == [0] * 9 + [2] + [0] * 4 + [2]  # 0.65 lies in (9/15, 10/15]
     assert result.accuracy[9] == 0.5 and result.confidence[14] == 1 and result.accuracy[0].isnan()
-
-
-def test_mistakes_come_most_confident_first():
-    probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]])
-    labels = torch.tensor([0, 0, 0, 0])
-    assert explain.confident_mistakes(probabilities, labels, 2).tolist() == [2, 3]
-    assert explain.confident_mistakes(probabilities, labels, 9).tolist() == [2, 3, 1]

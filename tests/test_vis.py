@@ -120,6 +120,12 @@ def model_of(tmp_path, **options):
     return Model(tmp_path / "run/last.pt", torch.device("cpu"), Options(**options))
 
 
+def figures_of(subject, *groups) -> set[str]:
+    """The names of all figures of some groups, with a subject for those of an image."""
+    of = {group: f"{group}/{subject}" if group in vis.OF_AN_IMAGE else group for group in groups}
+    return {f"{of[group]}/{name}" for group in groups for name in KINDS[group]}
+
+
 def only(monkeypatch, group, name):
     """Of a group, only one figure is drawn."""
     table = vis.OF_AN_IMAGE if group in vis.OF_AN_IMAGE else vis.OF_THE_MODEL
@@ -130,10 +136,7 @@ def only(monkeypatch, group, name):
 def test_all_draws_every_figure(train, draw, readable, tmp_path, pooling, capsys):
     assert train(f"--name run --epochs 1 --precision fp32 --pooling {pooling}") == 0
     assert draw("--index 3 --save-data") == 0
-    names = {
-        f"{group}/validation-3/{name}" for group in ("image", "steps") for name in KINDS[group]
-    }
-    names |= {f"{group}/{name}" for group in ("model", "data", "run") for name in KINDS[group]}
+    names = figures_of("validation-3", "image", "steps", "model", "data", "run")
     written = manifest(tmp_path)
     assert written["figures"].keys() == names | {"explorer"} and written["not_applicable"] == {}
     for name in names:
@@ -149,13 +152,10 @@ def test_all_draws_every_figure(train, draw, readable, tmp_path, pooling, capsys
     model, checkpoint = load_model(path)
     images, labels = whole(SHAPES.validation)
     logits, attention, _ = recorded(model, checkpoint, images)
-    for name, row in (
-        ("attention", lambda A: explain.classifier_row(A, model.config.pooling)),
-        ("attention-of-patch", lambda A: explain.patch_row(A, 2 * 4 + 2, model.config.pooling)),
-    ):
+    for name, patch in (("attention", None), ("attention-of-patch", (2, 2))):
         saved = load(tmp_path, f"image/validation-3/{name}")["attention"]
-        expected = torch.stack([row(A[3]) for A in attention]).unflatten(-1, (4, 4))
-        np.testing.assert_allclose(saved, expected, atol=1e-6)
+        expected = [explain.map_of(A[3], model.config, patch) for A in attention]
+        np.testing.assert_allclose(saved, torch.stack(expected), atol=1e-6)
     order = logits[3].argsort(descending=True)[:2].tolist()
     image = checkpoint.preprocessing.normalize(images[[3, 3]])
     expected = explain.explanations(model, image, torch.tensor(order))
@@ -236,8 +236,8 @@ def test_the_target_comes_first_and_then_the_most_probable_other_class(draw, tmp
     second = next(name for name in order if name != first)
     entries = manifest(tmp_path)["figures"]
     assert entries["image/validation-0/explanations"]["targets"] == [first, second]
-    drawn = KINDS["image"] - {"attention-of-patch"}  # the query is the classifier
-    assert entries.keys() == {f"image/validation-0/{name}" for name in drawn}
+    drawn = figures_of("validation-0", "image")
+    assert drawn - entries.keys() == {"image/validation-0/attention-of-patch"}
 
 
 def test_without_held_out_images_the_test_images_are_shown(draw, tmp_path, monkeypatch, capsys):
@@ -275,13 +275,8 @@ def test_without_the_data_set_what_needs_none_is_drawn(draw, tmp_path, monkeypat
     monkeypatch.setattr("model.load_dataset", no_data)
     assert draw(f"--image {tmp_path / 'red.png'}") == 0
     written = manifest(tmp_path)
-    assert written["figures"].keys() == {
-        *(f"image/red.png/{name}" for name in KINDS["image"]),
-        *(f"steps/red.png/{name}" for name in KINDS["steps"]),
-        "explorer",
-        *(f"model/{name}" for name in KINDS["model"]),
-    }
-    assert written["not_applicable"].pop("run/curves") == "the checkpoint has no training history"
+    drawn = figures_of("red.png", "image", "steps", "model")
+    assert written["figures"].keys() == drawn | {"explorer"}
     assert set(written["not_applicable"].values()) == {"no CIFAR-10 in data"}
     assert draw("") == 0
     assert {"image", "steps", "explorer"} <= manifest(tmp_path)["not_applicable"].keys()
@@ -346,7 +341,7 @@ def test_a_single_patch_and_a_single_channel_can_be_drawn(draw, readable, monkey
     monkeypatch.setattr("model.load_dataset", lambda *_, **__: dataset)
     write_checkpoint(tmp_path / "run/last.pt", dataset, pooling="mean")
     assert draw("") == 0
-    assert set(manifest(tmp_path)["not_applicable"]) == {"data/attention-distance", "run/curves"}
+    assert set(manifest(tmp_path)["not_applicable"]) == {"data/attention-distance"}
 
 
 @pytest.fixture
@@ -399,10 +394,8 @@ def test_a_start_layer_leaves_out_the_layers_before_it(of_torchvision, tmp_path)
         model.vit, model.normalize(subject.pixels[None]), torch.tensor([3])
     )
     found = model.explain(subject, 3)
-    for name, M in (
-        ("rollout", explain.rollout(A[1:])),
-        ("relevance", explain.relevance(A[1:], gradients[1:])),
-    ):
+    later = explain.rollout(A[1:]), explain.relevance(A[1:], gradients[1:])
+    for name, M in zip(("rollout", "relevance"), later, strict=True):
         expected = explain.relative_to_uniform(M[:, 0, 1:])
         torch.testing.assert_close(found[name].flatten(1), expected)
 
@@ -475,10 +468,10 @@ def test_a_scene_points_at_the_chosen_patch(tmp_path):
         ("image --index 50", "--index 50 is out of range 0 to 49 of the validation images of"),
         ("image --index zero", "'zero' is not numbers such as 0,7"),
         ("image --layer 3", "--layer 3 is out of range 1 to 2"),
-        ("image --layer first", "'first' is neither a number nor all"),
-        ("image --head most", "'most' is neither a number nor all, mean, max, min"),
+        ("image --layer first", "'first' is not a number or all"),
+        ("image --head most", "'most' is not a number or all, mean, max, min"),
         ("image --query 5,1", "--query 5,1 is out of range 1,1 to 4,4"),
-        ("image --query 5", "'5' is neither cls nor a patch such as 3,4"),
+        ("image --query 5", "'5' is not cls or a patch such as 3,4"),
         ("image --target sta", "--target 'sta' is not a class; did you mean 'star'?"),
         ("image --target zebra", "--target 'zebra' is not a class; choose from disc, ring,"),
         ("image --image x.png --target label", "--target label needs images of a data set"),
@@ -492,32 +485,21 @@ def test_a_scene_points_at_the_chosen_patch(tmp_path):
         ("model --dpi 5", "dpi must be in [20, 1200], not 5"),
         ("model --checkpoint nowhere.pt", "nowhere.pt"),
         ("model --chekpoint x", "did you mean --checkpoint?"),
+        ("model --checkpoint {tmp}/vit.pth", "weights of others are named by --weights"),
+        ("model --out {tmp}/vit.pth", "vit.pth: File exists"),
     ],
 )
-def test_what_cannot_be_drawn_is_an_error_of_one_line(draw, tmp_path, capsys, flags, message):
+def test_what_cannot_be_drawn_is_an_error_of_one_line(
+    draw, of_torchvision, tmp_path, capsys, flags, message
+):
     try:
-        status = draw(flags)
+        status = draw(flags.format(tmp=tmp_path))
     except SystemExit as stop:
         status = stop.code
     error = capsys.readouterr().err
     assert status == 2 and message in error, error
     assert error.startswith("vis.py: ") and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
-
-
-def test_weights_of_others_given_as_a_checkpoint_are_told_their_flag(
-    of_torchvision, tmp_path, capsys
-):
-    path = tmp_path / "vit.pth"
-    assert status_of(vis.main, ["image", "--checkpoint", str(path), "--device", "cpu"]) == 2
-    assert f"weights of others are named by --weights {path}\n" in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_written_to_is_named(draw, tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    assert draw(f"model --out {tmp_path / 'file'}") == 2
-    assert f"cannot write to {tmp_path / 'file'}" in capsys.readouterr().err
-    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_the_newest_checkpoint_is_the_default(monkeypatch, tmp_path, capsys):

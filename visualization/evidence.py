@@ -14,7 +14,7 @@ from data import Batch, Split
 from evaluation import predict
 from model import PROBE_BATCH, Model
 from run_figures import wilson_interval
-from style import SMALLEST, NotApplicable, Picture, new_figure, signed
+from style import IN_CELL, SMALLEST, NotApplicable, Picture, new_figure, signed
 
 SHARES = 8  # of the patches, at which a curve is measured
 RANDOM_ORDERS = 10
@@ -79,13 +79,9 @@ def curves_of(model: Model, batch: Batch, generator: torch.Generator) -> dict[st
     with torch.no_grad():
         targets = model.vit(images).argmax(dim=1)
     maps = explain.explanations(model.vit, images, targets, model.options.start_layer - 1)
-    maps = {name: values.flatten(1) for name, values in maps.items()}
     maps["gradient x input"] = explain.gradient_times_input(model.vit, images, targets)
-    orders = {name: [values.argsort(dim=1, descending=True)] for name, values in maps.items()}
-    draws = torch.rand(RANDOM_ORDERS, *maps["attention"].shape, generator=generator)
-    orders[RANDOM] = list(draws.argsort(dim=2).to(model.device))
     fill, curves = fill_of(model), {}
-    for name, several in orders.items():
+    for name, several in orders_of(maps, RANDOM_ORDERS, generator).items():
         found = []
         for order in several:
             inserted, deleted = (
@@ -96,6 +92,17 @@ def curves_of(model: Model, batch: Batch, generator: torch.Generator) -> dict[st
             found.append(torch.stack([x.float() for a, b in pairs for x in (a.flip(1), b)]))
         curves[name] = torch.stack(found).mean(dim=0)  # over the random orders
     return curves
+
+
+def orders_of(
+    maps: dict[str, Tensor], draws: int, generator: torch.Generator
+) -> dict[str, list[Tensor]]:
+    """Patches (B, N) in the order of each map, most important first, and in random orders."""
+    flat = {name: values.flatten(1) for name, values in maps.items()}
+    orders = {name: [values.argsort(dim=1, descending=True)] for name, values in flat.items()}
+    like = flat["attention"]
+    random = torch.rand(draws, *like.shape, generator=generator).argsort(dim=2)
+    return orders | {RANDOM: list(random.to(like.device))}
 
 
 def fill_of(model: Model) -> Tensor | None:
@@ -156,8 +163,7 @@ def heads(model: Model) -> Picture:
     image = left.imshow(lost, aspect="auto", **signed(most))
     for (row, column), value in np.ndenumerate(lost):
         color = "0.55" if not sure[row, column] else "white" if abs(value) > 0.6 * most else "black"
-        style = {"ha": "center", "va": "center", "color": color, "fontsize": SMALLEST}
-        left.text(column, row, f"{value:.1f}", **style)
+        left.text(column, row, f"{value:.1f}", color=color, **IN_CELL)
     L, h = lost.shape
     left.set_xticks(range(h), range(1, h + 1))
     left.set_yticks(range(L), range(1, L + 1))

@@ -70,7 +70,7 @@ def over_heads(M: Tensor, head: int | str) -> Tensor:
     """One head, counted from 1, or the mean, maximum or minimum over the heads; "all" is the mean.
 
     Args:
-        M: (..., h, T, T).
+        M: (..., h, T, T), or maps.
 
     Returns:
         (..., T, T)
@@ -81,32 +81,25 @@ def over_heads(M: Tensor, head: int | str) -> Tensor:
     return reduce(M, dim=-3)
 
 
-def classifier_row(M: Tensor, pooling: str) -> Tensor:
-    """The classifier's row of a token-by-token matrix, without the class token's column.
+def map_of(M: Tensor, config: ViTConfig, patch: tuple[int, int] | None = None) -> Tensor:
+    """The row of a patch, or else the classifier's, of a token-by-token matrix, as a map.
 
-    It is the class token's row, or with mean pooling, which has no such token, the mean of all.
-
-    Args:
-        M: (..., T, T).
-        pooling: "class" or "mean", of the model's config.
-
-    Returns:
-        (..., N)
-    """
-    return M[..., 0, 1:] if pooling == "class" else M.mean(dim=-2)
-
-
-def patch_row(M: Tensor, patch: int, pooling: str) -> Tensor:
-    """The row of one patch, counted from 0, without the class token's column.
+    The classifier's is the class token's row, or with mean pooling, which has no such token, the
+    mean of all. The class token's column is left out.
 
     Args:
         M: (..., T, T).
+        patch: its row and column, counted from 0.
 
     Returns:
-        (..., N)
+        (..., g_h, g_w)
     """
-    first = 1 if pooling == "class" else 0
-    return M[..., first + patch, first:]
+    first = config.tokens - config.patches  # 1 with a class token
+    if patch:
+        row = M[..., first + patch[0] * config.grid[1] + patch[1], :]
+    else:
+        row = M[..., 0, :] if first else M.mean(dim=-2)
+    return row[..., first:].unflatten(-1, config.grid)
 
 
 # -------------------------------------------------------------------------- one image, step by step
@@ -117,12 +110,12 @@ class Walk(NamedTuple):
 
     patches: Tensor  # (N, C P P) x_p
     embedded: Tensor  # (N, D) x_p E, before the positions
-    tokens: list[Tensor]  # L + 1 of (T, D): z_0, ..., z_L
+    tokens: Tensor  # (L + 1, T, D): z_0, ..., z_L
     q: Tensor  # (h, T, D_h) of the block, as k and v
     k: Tensor
     v: Tensor
     scores: Tensor  # (h, T, T) q k^T / sqrt(D_h)
-    attention: list[Tensor]  # L of (h, T, T)
+    attention: Tensor  # (L, h, T, T)
     hidden: Tensor  # (T, mlp_ratio D) of the block's MLP, before its GELU
     lens: Tensor  # (L + 1, K) `logit_lens`; the last row is the model's output
 
@@ -141,12 +134,12 @@ def walk(model: ViT, image: Tensor, block: int) -> Walk:
     return Walk(
         patches=patchify(image[None], model.config.patch_size)[0],
         embedded=embedded,
-        tokens=[z[0] for z in tokens],
+        tokens=torch.cat(tokens),
         q=q,
         k=k,
         v=v,
         scores=q @ k.mT * q.shape[-1] ** -0.5,
-        attention=[A[0] for A in attention],
+        attention=torch.cat(attention),
         hidden=hidden,
         lens=logit_lens(model, tokens)[:, 0],
     )
@@ -201,7 +194,10 @@ def rollout(attention: list[Tensor]) -> Tensor:
     Returns:
         (..., T, T)
     """
-    return _product_with_residuals([A.mean(dim=-3) for A in attention])
+    joint = identity = _identity_like(attention[0][..., 0, :, :])
+    for A in attention:
+        joint = (A.mean(dim=-3) + identity) / 2 @ joint
+    return joint
 
 
 def relevance(attention: list[Tensor], gradients: list[Tensor]) -> Tensor:
@@ -217,8 +213,8 @@ def relevance(attention: list[Tensor], gradients: list[Tensor]) -> Tensor:
         (..., T, T), no entry below 0
     """
     R = _identity_like(attention[0][..., 0, :, :])
-    for weights in _helpful(attention, gradients):
-        R = R + weights @ R
+    for A, gradient in zip(attention, gradients, strict=True):
+        R = R + (A * gradient).clamp(min=0).mean(dim=-3) @ R
     return R
 
 
@@ -252,20 +248,6 @@ def gradient_times_input(model: ViT, images: Tensor, targets: Tensor) -> Tensor:
     return patchify(images.detach() * gradient, model.config.patch_size).sum(dim=-1)
 
 
-def _helpful(attention: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    """E_h[max(A * dy_c/dA, 0)] of each block: the attention in favor of a class, (..., T, T)."""
-    pairs = zip(attention, gradients, strict=True)
-    return [(A * gradient).clamp(min=0).mean(dim=-3) for A, gradient in pairs]
-
-
-def _product_with_residuals(matrices: list[Tensor]) -> Tensor:
-    """The product of (M + I) / 2, last matrix leftmost."""
-    joint = _identity_like(matrices[0])
-    for M in matrices:
-        joint = (M + _identity_like(M)) / 2 @ joint
-    return joint
-
-
 def _identity_like(M: Tensor) -> Tensor:
     return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M)
 
@@ -290,7 +272,6 @@ def explanations(
     Returns:
         For each method (B, g_h, g_w), scaled to a mean of 1, so that 1 is uniform.
     """
-    pooling = model.config.pooling
     A, gradients = attention_gradients(model, images, targets, start)
     R = relevance(A, gradients)
     matrices = {
@@ -299,18 +280,15 @@ def explanations(
         # R starts as the identity, which is no evidence; a class token's row does not contain it.
         "relevance": R - _identity_like(R),
     }
-    rows = {name: classifier_row(M, pooling) for name, M in matrices.items()}
-    rows["LeGrad"] = legrad(model, images, targets, start)
-    return {
-        name: relative_to_uniform(row).unflatten(-1, model.config.grid)
-        for name, row in rows.items()
-    }
+    maps = {name: map_of(M, model.config) for name, M in matrices.items()}
+    maps["LeGrad"] = legrad(model, images, targets, start).unflatten(-1, model.config.grid)
+    return {name: relative_to_uniform(values) for name, values in maps.items()}
 
 
-def relative_to_uniform(row: Tensor) -> Tensor:
-    """Non-negative weights (..., N) as multiples of their mean; all 0 where all are 0."""
-    mean = row.mean(dim=-1, keepdim=True)
-    return torch.where(mean > 0, row / mean, torch.zeros_like(row))
+def relative_to_uniform(maps: Tensor) -> Tensor:
+    """Non-negative maps (..., g_h, g_w) as multiples of their mean; all 0 where all are 0."""
+    mean = maps.mean(dim=(-2, -1), keepdim=True)
+    return torch.where(mean > 0, maps / mean, torch.zeros_like(maps))
 
 
 @torch.no_grad()

@@ -7,13 +7,12 @@ from torch import Tensor
 
 import explain
 from curves import shown
-from evidence import SHARES, fill_of
+from evidence import RANDOM, SHARES, fill_of, orders_of
 from model import Model, Subject
 from style import (
-    ATTENTION,
     QUERY_OF_CLASSIFIER,
-    RELATIVE,
     SMALLEST,
+    WEIGHTS,
     WIDEST,
     NotApplicable,
     Picture,
@@ -82,70 +81,59 @@ def patches(model: Model, subject: Subject) -> Picture:
 
 def attention_of_classifier(model: Model, subject: Subject) -> Picture:
     """What the classifier reads, in each layer and head."""
-    pooling = model.config.pooling
-    attention = model.record(subject.pixels[None]).attention
-    rows = torch.stack([explain.classifier_row(A[0], pooling) for A in attention])
-    return _attention(model, subject, rows, QUERY_OF_CLASSIFIER[pooling])
+    return _attention(model, subject, QUERY_OF_CLASSIFIER[model.config.pooling])
 
 
 def attention_of_patch(model: Model, subject: Subject) -> Picture:
     """What one patch reads, in each layer and head."""
-    g_h, g_w = model.config.grid
-    row, column = model.options.query or (g_h // 2 + 1, g_w // 2 + 1)  # counted from 1
-    patch = (row - 1) * g_w + column - 1
-    attention = model.record(subject.pixels[None]).attention
-    rows = torch.stack([explain.patch_row(A[0], patch, model.config.pooling) for A in attention])
-    query = f"of the patch in row {row}, column {column} (outlined)"
-    return _attention(model, subject, rows, query, (row - 1, column - 1))
+    row, column = model.patch
+    query = f"of the patch in row {row + 1}, column {column + 1} (outlined)"
+    return _attention(model, subject, query, model.patch)
 
 
 def _attention(
-    model: Model,
-    subject: Subject,
-    rows: Tensor,
-    query: str,
-    outlined: tuple[int, int] | None = None,
+    model: Model, subject: Subject, query: str, patch: tuple[int, int] | None = None
 ) -> Picture:
     """Maps of the chosen layers (down) and heads (across), with the image at the left.
 
     Args:
-        rows: (L, h, N), attention weights of one query.
         query: whose they are, for the caption.
-        outlined: row and column of the query patch, counted from 0.
+        patch: row and column of the query patch, counted from 0; None for the classifier.
     """
-    layer, head = model.options.layer, model.options.head
-    layers = [f"layer {number + 1}" for number in range(len(rows))]
+    layer, head, (g_h, g_w) = model.options.layer, model.options.head, model.config.grid
+    attention = model.record(subject.pixels[None]).attention
+    maps = torch.cat([explain.map_of(A, model.config, patch) for A in attention])
+    layers = [f"layer {number + 1}" for number in range(len(maps))]
     if layer != "all":
-        rows, layers = rows[layer - 1 : layer], layers[layer - 1 : layer]
+        maps, layers = maps[layer - 1 : layer], layers[layer - 1 : layer]
     heads = [str(head)]
     if head == "all":
-        heads = [str(number + 1) for number in range(rows.shape[1])]
+        heads = [str(number + 1) for number in range(maps.shape[1])]
     else:
-        rows = explain.over_heads(rows[..., None, :], head)
-    maps = rows.unflatten(-1, model.config.grid).cpu().numpy()  # (layers, heads, g_h, g_w)
+        maps = explain.over_heads(maps, head)[:, None]
+    maps = maps.cpu().numpy()  # (layers, heads, g_h, g_w)
 
     caption = (
         f"Attention to each patch, {query}, by layer and head, after the softmax, times the number "
         "of tokens, so that 1 is uniform attention. Attention shows where values are read from, "
         "not what they contribute to the decision, and does not depend on a class."
     )
-    g_h, g_w = model.config.grid
     cell = min(1.1, 5 / len(heads), 9 / len(layers))
     width = 2.4 + cell * len(heads) * g_w / max(g_h, g_w)
     height = max(2.4, 0.4 + cell * len(layers) * g_h / max(g_h, g_w))
     figure = new_figure(width, height + 0.3, model.describe(subject), caption)
     left, right = figure.subplots(1, 2, width_ratios=(1.3, width - 2.1))
     show_subject(left, subject)
-    tiles(right, model.config.tokens * maps, layers, heads, cmap=ATTENTION, norm=RELATIVE)
+    tiles(right, model.config.tokens * maps, layers, heads, **WEIGHTS)
     right.set(xlabel="head")
     attention_bar(figure, right, shrink=min(1.0, 2.2 / height), pad=0.02)
-    if outlined:
+    if patch:
         x0, y0, x1, y1 = subject.seen
         size = (y1 - y0) / g_h, (x1 - x0) / g_w
-        outline(left, y0 + outlined[0] * size[0] - 0.5, x0 + outlined[1] * size[1] - 0.5, *size)
+        outline(left, y0 + patch[0] * size[0] - 0.5, x0 + patch[1] * size[1] - 0.5, *size)
         for r, c in np.ndindex(maps.shape[:2]):
             y, x = corner(maps, r, c)
-            outline(right, y + outlined[0], x + outlined[1])
+            outline(right, y + patch[0], x + patch[1])
     return Picture(figure, {"attention": maps}, {"highest weight": float(maps.max())})
 
 
@@ -182,7 +170,7 @@ def explanations(model: Model, subject: Subject) -> Picture:
     for row, (k, areas) in enumerate(zip(targets, deletion, strict=True)):
         first = grid[row, 0]
         show_subject(first, subject)
-        name, random = shown(model.classes[k], 18), areas.pop("random order")
+        name, random = shown(model.classes[k], 18), areas.pop(RANDOM)
         first.set_title(f"{name}\n{probabilities[k]:.1%}\nrandom deletion {random:.2f}")
         for axes, (method, values) in zip(grid[row, 1:], maps.items(), strict=True):
             text = f"up to {values[row].max():.1f}\ndeletion {areas[method]:.2f}"
@@ -211,30 +199,20 @@ def deletion_of(
     model: Model, subject: Subject, target: int, maps: dict[str, Tensor]
 ) -> dict[str, float]:
     """The deletion area of each map (1, g_h, g_w) of an image, and of random orders."""
-    orders = [values.flatten(1).argsort(dim=1, descending=True) for values in maps.values()]
+    images, fill, areas = model.normalize(subject.pixels[None]), fill_of(model), {}
     generator = torch.Generator().manual_seed(model.options.seed)
-    draws = torch.rand(RANDOM_ORDERS, model.config.patches, generator=generator)
-    order = torch.cat([*orders, draws.argsort(dim=1).to(model.device)]).flip(1)
-    images = model.normalize(subject.pixels[None])
-    kept, _ = explain.kept_probabilities(
-        model.vit,
-        images.expand(len(order), -1, -1, -1),
-        torch.full((len(order),), target, device=model.device),
-        order,
-        SHARES,
-        fill_of(model),
-    )
-    areas = explain.area(kept).tolist()
-    random = sum(areas[-RANDOM_ORDERS:]) / RANDOM_ORDERS
-    return dict(zip(maps, areas, strict=False)) | {"random order": random}
+    for name, several in orders_of(maps, RANDOM_ORDERS, generator).items():
+        order = torch.cat(several).flip(1)  # (1 or more, N)
+        batch = images.expand(len(order), -1, -1, -1)
+        targets = torch.full((len(order),), target, device=model.device)
+        kept, _ = explain.kept_probabilities(model.vit, batch, targets, order, SHARES, fill)
+        areas[name] = explain.area(kept).mean().item()
+    return areas
 
 
 def target_classes(model: Model, subject: Subject, probabilities: Tensor) -> list[int]:
     """The class that --target names, and the most probable other one."""
     order = probabilities.argsort(descending=True).tolist()
-    target = model.options.target
-    if target == "pred":
-        first = order[0]
-    else:
-        first = subject.label if target == "label" else model.classes.index(target)
+    known, target = {"pred": order[0], "label": subject.label}, model.options.target
+    first = known[target] if target in known else model.classes.index(target)
     return [first, *(k for k in order if k != first)][:2]

@@ -50,13 +50,9 @@ class Options(Config):
     dir: Path | None = None  # all image files in a folder
     layer: int | str = "all"
     head: int | str = "all"  # or "mean", "max" or "min" over the heads
-    start_layer: Annotated[
-        int, "first layer that rollout, relevance and LeGrad combine", "[1, inf)"
-    ] = 1
+    start_layer: Annotated[int, "the first of rollout, relevance and LeGrad", "[1, inf)"] = 1
     query: str | tuple[int, int] | None = None  # "cls" for the classifier, or a patch
-    checkpoint: Annotated[Path | None, "a file, or a run's folder (the newest in checkpoints/)"] = (
-        None
-    )
+    checkpoint: Annotated[Path | None, "a file, or a run's folder (the newest one)"] = None
     weights: Annotated[
         str | None, "instead: timm:NAME, torchvision:NAME or a file of either's weights"
     ] = None
@@ -64,17 +60,13 @@ class Options(Config):
     mean: Annotated[tuple[float, ...] | None, "of its images: of all channels, or of each"] = None
     std: Annotated[tuple[float, ...] | None, "standard deviation, likewise"] = None
     crop: Annotated[float | None, "share of an image file that is kept, likewise"] = None
-    image_size: Annotated[
-        int | tuple[int, int] | None, "of weights: show pictures at another size"
-    ] = None
+    image_size: Annotated[int | tuple[int, int] | None, "of weights: another image size"] = None
     target: Annotated[str, "class to explain: pred, label (the true one) or a name"] = "pred"
     split: Annotated[
         Literal["validation", "test"], "images to show; test, if none were held out for validation"
     ] = "validation"
     images: Annotated[int, "of faithfulness: how many images", "[2, inf)"] = 100
-    removal: Annotated[
-        Literal["drop", "mean", "black"], "of a patch: drop its token, or paint it"
-    ] = "drop"
+    removal: Annotated[Literal["drop", "mean", "black"], "of a patch: drop it or paint it"] = "drop"
     seed: Annotated[int, "of the random choice of images", "[0, 1e15]"] = 0
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
     device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
@@ -272,6 +264,12 @@ class Model:
         crop = preprocessing.kept_of(photo.shape[1], photo.shape[0])
         return Subject(name, title, pixels, None, photo, crop)
 
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Row and column, counted from 0, of the patch that --query names, or the middle one."""
+        query, (g_h, g_w) = self.options.query, self.config.grid
+        return (query[0] - 1, query[1] - 1) if isinstance(query, tuple) else (g_h // 2, g_w // 2)
+
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) as the model takes them, on its device."""
         return self.checkpoint.preprocessing.normalize(images.to(self.device))
@@ -322,13 +320,12 @@ class Model:
         distances = [
             explain.attention_distance(A, config.grid, config.patch_size) for A in attention
         ]
-        joint = explain.classifier_row(explain.rollout(attention), config.pooling)
         return Probe(
             batch.images,
             batch.labels,
             torch.stack(distances, dim=1),
             torch.stack([explain.attention_entropy(A) for A in attention], dim=1),
-            joint.unflatten(-1, config.grid),
+            explain.map_of(explain.rollout(attention), config),
             torch.stack(tokens, dim=1),
             self.vit.norm(self.vit.pool(tokens[-1])),
             logits.argmax(dim=1),

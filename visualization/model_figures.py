@@ -50,13 +50,12 @@ def filters(model: Model) -> Picture:
     )
     figure = new_figure(7.2, 0.6 * rows + 1.0, "What the patch embedding amplifies", caption)
     left, right = figure.subplots(1, 2, width_ratios=(4.2, 2.4))
-    if components.shape[1] == 3:
-        colored = np.moveaxis(components, 1, -1)  # (k, P, P, 3)
-    else:
-        colored = np.repeat(components.mean(axis=1)[..., None], 3, axis=-1)
-    sheet = np.ones((rows * columns, *colored.shape[1:]))  # the rest stays white
-    sheet[:k] = 0.5 + 0.5 * colored / np.abs(colored).max(axis=(1, 2, 3), keepdims=True)
-    tiles(left, sheet.reshape(rows, columns, *colored.shape[1:]), [], [])
+    gray = components.shape[1] != 3
+    colored = components.mean(axis=1, keepdims=True) if gray else components
+    colored = colored / np.abs(colored).max(axis=(1, 2, 3), keepdims=True)  # (k, 1 or 3, P, P)
+    sheet = np.ones((rows * columns, *colored.shape[2:], 3))  # the rest stays white
+    sheet[:k] = 0.5 + 0.5 * np.moveaxis(colored, 1, -1)
+    tiles(left, sheet.reshape(rows, columns, *sheet.shape[1:]), [], [])
     right.plot(range(1, len(share) + 1), 100 * share.cumsum(), color="0.2")
     right.axvline(k, color=MARK, linewidth=1, label="shown on the left")
     right.legend(loc="lower right")
@@ -290,17 +289,17 @@ def class_tokens(model: Model) -> Picture:
     shares = (singular_values**2 / (singular_values**2).sum())[:2].numpy()  # of the variance
     points, labels = points.numpy(), model.probe.labels.numpy()  # (n, 2), (n,)
     what = {"class": "class tokens", "mean": "mean patch tokens"}[model.config.pooling]
+    present, sizes = np.unique(labels, return_counts=True)
+    named = present[np.argsort(-sizes, kind="stable")[: 20 if len(present) <= 20 else 10]]
     caption = (
         f"The final {what}, normalized, of {_probed(model)}, in the plane of most variance. "
         "Classes that overlap here may be separate in other dimensions."
     )
+    if len(named) < len(present):
+        caption += " The ten classes of most images are named; gray are the others."
     figure = new_figure(5.2, 3.6, "Input of the head, by true class", caption)
     axes = figure.subplots()
-    markers, (present, sizes) = "os^vDP*Xph", np.unique(labels, return_counts=True)
-    named = present[np.argsort(-sizes, kind="stable")[: 20 if len(present) <= 20 else 10]]
-    caption += " The ten classes of most images are named; gray are the others." * (
-        len(present) > 20
-    )
+    markers = "os^vDP*Xph"
     for label in sorted(present, key=lambda label: label in named):
         at = points[labels == label]
         # Beyond ten classes a color comes again, with another marker.

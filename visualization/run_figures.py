@@ -1,32 +1,24 @@
-"""Figures of a training run: its curves, and its model's predictions for a whole split."""
-
-from dataclasses import fields
+"""Figures of a model's predictions for a whole split."""
 
 import numpy as np
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import PercentFormatter
 
 import explain
-from checkpoint import EpochRecord
-from curves import draw_curves, shown
+from curves import shown
 from model import Model
-from style import SMALLEST, WIDEST, NotApplicable, Picture, new_figure, show_picture, to_picture
+from style import (
+    IN_CELL,
+    SMALLEST,
+    WIDEST,
+    NotApplicable,
+    Picture,
+    new_figure,
+    show_picture,
+    to_picture,
+)
 
 MISTAKES = 24
-
-
-def curves(model: Model) -> Picture:
-    """Loss, accuracy and learning rate against the epoch, as the trainer draws them."""
-    history = model.checkpoint.history
-    if not history:
-        raise NotApplicable("the checkpoint has no training history")
-    figure = new_figure(WIDEST, 2.7, "Training")
-    draw_curves(figure, history, model.checkpoint.training)
-    arrays = {  # nan where an epoch has no value
-        field.name: np.array([getattr(row, field.name) for row in history], dtype=float)
-        for field in fields(EpochRecord)
-    }
-    return Picture(figure, arrays, {"epochs": len(history)})
 
 
 def confusion(model: Model) -> Picture:
@@ -38,27 +30,23 @@ def confusion(model: Model) -> Picture:
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     title = f"Accuracy {accuracy:.2%} on {len(labels):,} {model.of_split}"
     caption = "Rows sum to 100%. The diagonal is the accuracy of each class."
-    side = min(max(0.42 * K, 3), WIDEST - 1.6 if K <= 20 else 4)
-    figure = new_figure(side + (1.6 if K <= 20 else 3.4), side + 1, title, caption)
-    axes, beside = (
-        figure.subplots(1, 2, width_ratios=(1, 0.6)) if K > 20 else (figure.subplots(), 0)
-    )
+    side, beside = (min(max(0.42 * K, 3), WIDEST - 1.6), 1.6) if K <= 20 else (4, 3.4)
+    figure = new_figure(side + beside, side + 1, title, caption)
     norm = PowerNorm(0.4, 0, 100)  # or the mistakes would all be black
-    image = axes.imshow(share, cmap="magma", norm=norm)
     if K <= 20:
-        for row, column in np.ndindex(K, K):
-            value = share[row, column]
-            axes.text(
-                column, row, f"{value:.0f}" if round(value) else "·", ha="center", va="center",
-                fontsize=SMALLEST, color="black" if norm(value) > 0.6 else "white",
-            )  # fmt: skip
+        axes = figure.subplots()
+        for (row, column), value in np.ndenumerate(share):
+            text, color = f"{value:.0f}", "black" if norm(value) > 0.6 else "white"
+            axes.text(column, row, "·" if text == "0" else text, color=color, **IN_CELL)
         names = [shown(name, 20) for name in model.classes]
         axes.set_xticks(range(K), names, rotation=45, ha="right")
         axes.set_yticks(range(K), names)
-    if beside:
-        beside.set_axis_off()
+    else:
+        axes, right = figure.subplots(1, 2, width_ratios=(1, 0.6))
+        right.set_axis_off()
         text = "\n".join(["most frequent confusions", "", *confusions(model, counts)])
-        beside.text(0, 1, text, va="top", size=SMALLEST, transform=beside.transAxes)
+        right.text(0, 1, text, va="top", size=SMALLEST, transform=right.transAxes)
+    image = axes.imshow(share, cmap="magma", norm=norm)
     axes.set(xlabel="predicted class", ylabel="true class")
     figure.colorbar(image, ax=axes, label="share of the true class (%)", shrink=0.8, pad=0.02)
     return Picture(figure, {"counts": counts}, {"accuracy": accuracy})

@@ -8,7 +8,6 @@ from functools import wraps
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Rectangle
@@ -20,11 +19,11 @@ from curves import shown
 from explain import Walk
 from model import Model, Subject
 from style import (
-    ATTENTION,
+    IN_CELL,
     MARK,
-    RELATIVE,
     SIMILARITY,
     SMALLEST,
+    WEIGHTS,
     WIDEST,
     Picture,
     attention_bar,
@@ -86,15 +85,13 @@ class Scene(NamedTuple):
         cut = in_color(self.picture).reshape(g_h, P, g_w, P, 3)
         return cut.swapaxes(1, 2)
 
+    def best(self, count: int) -> np.ndarray:
+        """The most probable classes, most probable first."""
+        return np.argsort(-self.walk.lens[-1].numpy(), kind="stable")[:count]
+
     def of_patch(self, M: Tensor) -> np.ndarray:
         """The chosen patch's row of matrices (..., T, T), as maps (..., g_h, g_w)."""
-        row = explain.patch_row(M, self.number, self.config.pooling)
-        return row.unflatten(-1, self.config.grid).numpy()
-
-    def of_classifier(self, M: Tensor) -> np.ndarray:
-        """The classifier's row of matrices (..., T, T), as maps (..., g_h, g_w)."""
-        row = explain.classifier_row(M, self.config.pooling)
-        return row.unflatten(-1, self.config.grid).numpy()
+        return explain.map_of(M, self.config, self.patch).numpy()
 
 
 def scene_of(model: Model, subject: Subject) -> Scene:
@@ -103,16 +100,12 @@ def scene_of(model: Model, subject: Subject) -> Scene:
     Where the options name none, the patch and the block are the middle ones, and the head is that
     with the patch's largest single weight.
     """
-    (g_h, g_w), options = model.config.grid, model.options
-    middle = g_h // 2 + 1, g_w // 2 + 1  # counted from 1
-    row, column = options.query if isinstance(options.query, tuple) else middle
+    options = model.options
     block = options.layer - 1 if isinstance(options.layer, int) else model.config.depth // 2
     walk = explain.walk(model.vit, model.normalize(subject.pixels[None])[0], block)
-    walk = Walk(
-        *([z.cpu() for z in part] if isinstance(part, list) else part.cpu() for part in walk)
-    )
+    walk = Walk(*(part.cpu() for part in walk))
     picture = to_picture(subject.pixels)
-    scene = Scene(model.vit, picture, walk, model.classes, (row - 1, column - 1), block, head=0)
+    scene = Scene(model.vit, picture, walk, model.classes, model.patch, block, head=0)
     if isinstance(options.head, int):
         return scene._replace(head=options.head - 1)
     highest = scene.of_patch(walk.attention[block]).max(axis=(1, 2))  # (h,)
@@ -130,11 +123,7 @@ def step(*shown: str) -> Callable:
         @wraps(draw)
         def drawn(model: Model, subject: Subject) -> Picture:
             scene = scene_of(model, subject)
-            parts = {name: getattr(scene.walk, name) for name in shown}
-            arrays = {
-                name: (torch.stack(part) if isinstance(part, list) else part).numpy()
-                for name, part in parts.items()
-            }
+            arrays = {name: getattr(scene.walk, name).numpy() for name in shown}
             return Picture(draw(scene), arrays)
 
         return drawn
@@ -161,9 +150,8 @@ def _sign(axes: Axes, text: str, size: float = 11) -> None:
 def _matrix(axes: Axes, values: np.ndarray, title: str, x: str, y: str = "") -> None:
     """Values (rows, columns) of both signs, white at 0, and the ends of their scale."""
     most = float(np.quantile(np.abs(values), 0.98)) or 1.0
-    x = f"{x}, ±{most:.2g}"
     axes.imshow(values, aspect="auto", interpolation_stage="data", **signed(most))
-    axes.set(xlabel=x, ylabel=y, xticks=[], yticks=[])
+    axes.set(xlabel=f"{x}, ±{most:.2g}", ylabel=y, xticks=[], yticks=[])
     axes.set_title(title, parse_math=True)
 
 
@@ -194,7 +182,7 @@ def _map(axes: Axes, values: np.ndarray, title: str, **style) -> None:
 
 def _weights(axes: Axes, scene: Scene, values: np.ndarray, title: str) -> None:
     """Attention weights (g_h, g_w), one per patch, on the scale of all figures."""
-    _map(axes, values * scene.config.tokens, title, cmap=ATTENTION, norm=RELATIVE)
+    _map(axes, values * scene.config.tokens, title, **WEIGHTS)
 
 
 def _exploded(axes: Axes, scene: Scene) -> None:
@@ -204,16 +192,6 @@ def _exploded(axes: Axes, scene: Scene) -> None:
     axes.set_aspect("equal")
     y, x = corner(pieces, *scene.patch)
     outline(axes, y, x, P, P)
-
-
-def _bars(axes: Axes, scene: Scene, title: str) -> None:
-    """The ten most probable classes, as bars."""
-    probabilities = scene.walk.lens[-1].numpy()
-    order = np.argsort(-probabilities, kind="stable")[:10]
-    axes.barh(range(len(order)), 100 * probabilities[order], color="tab:blue")
-    axes.set_yticks(range(len(order)), [shown(scene.classes[k]) for k in order])
-    axes.invert_yaxis()
-    axes.set(xlim=(0, 100), xlabel="probability (%)", title=title)
 
 
 # ---------------------------------------------------------------------------- overview
@@ -316,8 +294,7 @@ def _draw_output(canvas: Canvas, scene: Scene) -> None:
     pooled = {"class": "class\ntoken", "mean": "mean"}[scene.config.pooling]
     canvas.box(5.7, 2.47, 0.48, 1.38, f"{pooled},\nnorm,\nhead", size=SMALLEST)
     canvas.arrow((6.2, 3.15), (6.33, 3.15))
-    probabilities = scene.walk.lens[-1].numpy()
-    best = np.argsort(-probabilities, kind="stable")[:3]
+    probabilities, best = scene.walk.lens[-1].numpy(), scene.best(3)
     axes = canvas.axes(6.37, 2.6, 0.98, 1.1)
     axes.barh(range(len(best)), probabilities[best], 0.3, color="tab:blue")
     for place, k in enumerate(best):
@@ -350,15 +327,8 @@ def _draw_block(canvas: Canvas, scene: Scene) -> None:
         canvas.arrow((start, y), (start, y + 0.5), (plus, y + 0.5), (plus, y + 0.12))
         canvas.whole.add_patch(Circle((plus, y), 0.1, facecolor="white", edgecolor="0.35"))
         canvas.text(plus, y, "+", 9)
-    for start, end in (
-        (0.45, 0.64),
-        (1.08, 1.22),
-        (1.66, 1.78),
-        (1.98, 2.38),
-        (2.82, 2.96),
-        (3.4, 3.52),
-        (3.72, 3.93),
-    ):
+    ends = (0.45, 0.64, 1.08, 1.22, 1.66, 1.78, 1.98, 2.38, 2.82, 2.96, 3.4, 3.52, 3.72, 3.93)
+    for start, end in zip(ends[::2], ends[1::2], strict=True):
         canvas.arrow((start, y), (end, y))
     canvas.text(1.44, y - 0.42, "mixes tokens", SMALLEST, color="0.35")
     canvas.text(3.18, y - 0.42, "acts on each token", SMALLEST, color="0.35")
@@ -376,9 +346,8 @@ def _draw_attention(canvas: Canvas, scene: Scene) -> None:
         _weights(axes, scene, scene.of_patch(scene.walk.attention[layer - 1].mean(dim=0)), "")
         _mark_in_map(axes, scene)
         canvas.text(4.71 + 0.76 * place, 1.62, f"layer {layer}", SMALLEST)
-    attention_bar(
-        canvas.figure, None, cax=canvas.axes(4.4, 0.5, 2.9, 0.1), orientation="horizontal"
-    )
+    bar = canvas.axes(4.4, 0.5, 2.9, 0.1)
+    attention_bar(canvas.figure, None, cax=bar, orientation="horizontal")
 
 
 # ---------------------------------------------------------------------------- the ten steps
@@ -401,9 +370,7 @@ def image(scene: Scene) -> Figure:
     if P <= 8:
         for y, x in np.ndindex(P, P):
             color = "black" if numbers[y, x] > 120 else "white"
-            axes[-1].text(
-                x, y, numbers[y, x], ha="center", va="center", color=color, fontsize=SMALLEST
-            )
+            axes[-1].text(x, y, numbers[y, x], color=color, **IN_CELL)
     return figure
 
 
@@ -415,12 +382,11 @@ def patches(scene: Scene) -> Figure:
     title = f"2. The image is cut into {by(g_h, g_w)} patches of {values.size} numbers each"
     caption = "Right: the outlined patch, flattened channel by channel."
     figure, axes = _row(title, [1, 0.12, 1.15, 0.12, 0.6, 0.12, 2], 1.5, caption)
+    for axis in axes[1:6:2]:
+        _sign(axis, "→")
     show_picture(axes[0], scene.picture)
-    _sign(axes[1], "→")
     _exploded(axes[2], scene)
-    _sign(axes[3], "→")
     show_picture(axes[4], piece)
-    _sign(axes[5], "→")
     for channel, (_, color) in enumerate(channels):
         first = channel * P * P
         axes[6].bar(range(first, first + P * P), values[channel], 0.8, color=color)
@@ -516,8 +482,7 @@ def attention(scene: Scene) -> Figure:
     _weights(axes[4], scene, scene.of_patch(A), "its attention")
     axes[5].set_axis_off()
     attention_bar(figure, axes, pad=0.02)
-    style = {"cmap": ATTENTION, "norm": RELATIVE, "interpolation_stage": "data"}
-    axes[6].imshow(len(A) * A.numpy(), **style)
+    axes[6].imshow(len(A) * A.numpy(), interpolation_stage="data", **WEIGHTS)
     axes[6].set(title="A", xlabel="key token", ylabel="query token", xticks=[], yticks=[])
     _mark_row(axes[6], scene.token)
     for axis in (axes[2], axes[4]):
@@ -598,7 +563,7 @@ def blocks(scene: Scene) -> Figure:
             _map(above, colors.numpy(), f"layer {layer}" if layer else "$z_0$")
         if layer:
             A = scene.walk.attention[layer - 1].mean(dim=0)
-            _weights(below, scene, scene.of_classifier(A), "")
+            _weights(below, scene, explain.map_of(A, scene.config).numpy(), "")
         else:
             below.set_axis_off()
     return figure
@@ -616,12 +581,15 @@ def classifier(scene: Scene) -> Figure:
     )
     figure, axes = _row(title, [0.8, 1.7, 1.2], 1.9, caption)
     show_picture(axes[0], scene.picture, "input")
-    layers, best = range(len(lens)), np.argsort(-lens[-1], kind="stable")[:3]
+    layers, best = range(len(lens)), scene.best(10)
     axes[1].plot(layers, 100 * lens, color="0.8", linewidth=0.8)  # all classes
     axes[1].plot([], [], color="0.8", linewidth=0.8, label="other classes")
-    for k in best:
+    for k in best[:3]:
         axes[1].plot(layers, 100 * lens[:, k], marker=".", label=shown(scene.classes[k]))
-    axes[1].set(xlabel="layer", ylabel="probability (%)", ylim=(0, 102), xticks=range(len(lens)))
+    axes[1].set(xlabel="layer", ylabel="probability (%)", ylim=(0, 102), xticks=layers)
     axes[1].legend(loc="upper left")
-    _bars(axes[2], scene, "prediction")
+    axes[2].barh(range(len(best)), 100 * lens[-1, best], color="tab:blue")
+    axes[2].set_yticks(range(len(best)), [shown(scene.classes[k]) for k in best])
+    axes[2].invert_yaxis()
+    axes[2].set(xlim=(0, 100), xlabel="probability (%)", title="prediction")
     return figure

@@ -27,10 +27,12 @@ from curves import write_figure
 COLORS = "#1b0c42", "#5b3fa0", "#b9aee0", "#f7f7f7", "#ffa62b", "#f0501a", "#a01414"
 ATTENTION = LinearSegmentedColormap.from_list("attention", COLORS)
 RELATIVE = LogNorm(1 / 8, 8, clip=True)
+WEIGHTS = {"cmap": ATTENTION, "norm": RELATIVE}
 TICKS = {1 / 8: "1/8", 1 / 4: "1/4", 1 / 2: "1/2", 1: "1", 2: "2", 4: "4", 8: "8"}
 MARK = "#00c2ff"  # the chosen patch: visible on dark, on light and on each color of attention
 SMALLEST = 7  # points
 WIDEST = 7.4  # inches, of a figure: text of 7 points is then readable in a page of 830 pixels
+IN_CELL = {"ha": "center", "va": "center", "fontsize": SMALLEST}  # a number in the cell of a map
 
 STYLE = {
     "font.size": 8,
@@ -150,11 +152,10 @@ def overlay(axes: Axes, values: np.ndarray, box: tuple[float, float, float, floa
     """
     share = (2 * np.asarray(RELATIVE(values)) - 1).clip(0, 1)  # 0 at uniform, 1 at eight times
     x0, y0, x1, y1 = np.subtract(box, 0.5)  # imshow has the center of the first pixel at 0
-    style = {"cmap": ATTENTION, "norm": RELATIVE, "alpha": 0.9 * share**0.4}
     # A "bicubic" of matplotlib is a B-spline, which dims a lone peak to 44%.
-    style |= {"interpolation": "hermite", "interpolation_stage": "data"}
+    smooth = {"interpolation": "hermite", "interpolation_stage": "data"}
     axes.autoscale(False)  # the picture may be larger
-    axes.imshow(values, extent=(x0, x1, y1, y0), **style)
+    axes.imshow(values, alpha=0.9 * share**0.4, extent=(x0, x1, y1, y0), **WEIGHTS, **smooth)
 
 
 def outline(axes: Axes, y: float, x: float, height: float = 1, width: float = 1) -> None:

@@ -8,7 +8,7 @@
     python visualization/vis.py explorer               the model itself, running in an HTML page
     python visualization/vis.py model --checkpoint F   the weights; needs no images
     python visualization/vis.py data                   augmentation; attention of 128 images
-    python visualization/vis.py run                    curves, confusion, mistakes, calibration
+    python visualization/vis.py run                    confusion, mistakes, calibration
     python visualization/vis.py faithfulness           which maps find the patches that matter
 
 The figures are written to visualization/out/<run>/, with a manifest.json that states what made
@@ -89,7 +89,6 @@ OF_THE_MODEL: dict[str, dict[str, Callable[[Model], Picture]]] = {
         "class-tokens": model_figures.class_tokens,
     },
     "run": {
-        "curves": run_figures.curves,
         "confusion": run_figures.confusion,
         "mistakes": run_figures.mistakes,
         "reliability": run_figures.reliability,
@@ -102,7 +101,6 @@ OF_THE_MODEL: dict[str, dict[str, Callable[[Model], Picture]]] = {
 OF_IMAGES = (*OF_AN_IMAGE, "explorer")
 GROUPS = (*OF_IMAGES, *OF_THE_MODEL)
 SLOW = ("faithfulness",)  # which `all` leaves out
-WITHOUT_DATA = ("model/", "run/curves")  # names of figures that need no images
 HEEDED = {  # flags, and how the names of the figures begin that heed them
     "layer": r"image/.*/(attention|explanations)|steps/|data/token-pca",
     "head": r"image/.*/(attention|explanations)|steps/",
@@ -121,9 +119,7 @@ def parse_arguments(argv: list[str]) -> Options:
     parser = Parser(prog="vis.py", description=__doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("what", nargs="?", choices=("all", *GROUPS), default="all", help="(all)")
     images = parser.add_mutually_exclusive_group()
-    images.add_argument(
-        "--index", type=_numbers, metavar="I,J", help="images of the data set (0,7)"
-    )
+    images.add_argument("--index", type=_index, metavar="I,J", help="images of the data set (0,7)")
     images.add_argument("--image", nargs="+", metavar="FILE", type=Path, help="image files")
     images.add_argument("--dir", metavar="DIR", type=Path, help="all image files in a folder")
     layer, head = (partial(_number_or, words) for words in (["all"], ["all", "mean", "max", "min"]))
@@ -141,31 +137,30 @@ def parse_arguments(argv: list[str]) -> Options:
     return Options(**given(parser.parse_args(argv), Options))
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0,7") from None
+def _index(text: str) -> list[int]:
+    return _read(text, lambda: [int(part) for part in text.split(",")], "numbers such as 0,7")
 
 
 def _number_or(words: list[str], text: str) -> int | str:
-    try:
-        return text if text in words else int(text)
-    except ValueError:
-        message = f"{text!r} is neither a number nor {', '.join(words)}"
-        raise argparse.ArgumentTypeError(message) from None
+    wanted = f"a number or {', '.join(words)}"
+    return text if text in words else _read(text, lambda: int(text), wanted)
 
 
 def _query(text: str) -> str | tuple[int, int]:
     """'cls', or a patch's row and column."""
-    if text == "cls":
-        return text
-    try:
+
+    def patch() -> tuple[int, int]:
         row, column = map(int, text.split(","))
+        return row, column
+
+    return text if text == "cls" else _read(text, patch, "cls or a patch such as 3,4")
+
+
+def _read(text: str, read: Callable[[], Any], wanted: str) -> Any:
+    try:
+        return read()
     except ValueError:
-        message = f"{text!r} is neither cls nor a patch such as 3,4"
-        raise argparse.ArgumentTypeError(message) from None
-    return row, column
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
 
 
 def newest_checkpoint() -> Path:
@@ -238,11 +233,11 @@ def plan(model: Model) -> tuple[dict[str, Drawing], dict[str, str]]:
     missing: dict[str, str] = {}
     for group in groups:
         if group in OF_THE_MODEL:
-            for name, draw in OF_THE_MODEL[group].items():
-                if reason and not f"{group}/{name}".startswith(WITHOUT_DATA):
-                    missing[f"{group}/{name}"] = reason
-                else:
-                    drawings[f"{group}/{name}"] = partial(draw, model)
+            drawn = {f"{group}/{name}": draw for name, draw in OF_THE_MODEL[group].items()}
+            if reason and group != "model":
+                missing |= dict.fromkeys(drawn, reason)
+            else:
+                drawings |= {name: partial(draw, model) for name, draw in drawn.items()}
         elif reason and not (from_files or options.index):
             missing[group] = reason
         elif group == "explorer":

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,34 +10,51 @@ import torch
 from torch import Tensor
 
 from checkpoint import EXPORTED, TIMM_CONFIG, Checkpoint, load_checkpoint, load_model, save_model
-from pretrained import TIMM, TORCHVISION, renamed
 from utils import UserError, write_json, write_torch, write_whole
 from ViT import ViT
+
+NAMES = {  # ours, and theirs
+    "timm": (
+        ("embed.cls_token", "cls_token"),
+        ("embed.pos_embed", "pos_embed"),
+        ("embed.proj.", "patch_embed.proj."),
+    ),
+    "torchvision": (
+        ("embed.cls_token", "class_token"),
+        ("embed.pos_embed", "encoder.pos_embedding"),
+        ("embed.proj.", "conv_proj."),
+        ("blocks.", "encoder.layers.encoder_layer_"),
+        (".norm1.", ".ln_1."),
+        (".norm2.", ".ln_2."),
+        (".attn.qkv.", ".self_attention.in_proj_"),
+        (".attn.proj.", ".self_attention.out_proj."),
+        (".mlp.fc1.", ".mlp.0."),
+        (".mlp.fc2.", ".mlp.3."),
+        ("norm.", "encoder.ln."),
+        ("head.", "heads.head."),
+    ),
+}
 
 
 def state_dict_for(library: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The weights of a checkpoint as timm's or torchvision's model loads them."""
     config = checkpoint.model
-    if library == "torchvision":
-        H, W = config.image_size
-        for other, lacks in (
-            ("mean pooling", config.pooling == "mean"),
-            ("no biases of queries, keys and values", not config.qkv_bias),
-            (f"{config.channels} channels", config.channels != 3),
-            (f"images of {H}x{W}", H != W),
-        ):
-            if lacks:
-                raise UserError(f"torchvision has no ViT with {other}; timm has")
+    H, W = config.image_size
+    plain = config.pooling == "class" and config.qkv_bias and config.channels == 3 and H == W
+    if library == "torchvision" and not plain:
+        raise UserError(
+            "torchvision's ViTs have a class token, biases of queries, keys and values, 3 channels "
+            "and square images; this model does not, and --library timm takes it"
+        )
     weights = dict(checkpoint.weights)
     shape = (config.width, config.channels, config.patch_size, config.patch_size)
     weights["embed.proj.weight"] = weights["embed.proj.weight"].reshape(shape)
     if "embed.pos_embed" not in weights:  # fixed ones, which are learned ones there
         weights["embed.pos_embed"] = ViT(config).embed.pos_embed
-    pairs = TIMM if library == "timm" else TORCHVISION
-    if config.pooling == "class":
-        pairs = tuple(pair for pair in pairs if pair[0] != "fc_norm.")
-    back = tuple((ours, theirs) for theirs, ours in reversed(pairs))
-    return {renamed(name, back): weight for name, weight in weights.items()}
+    pairs = NAMES[library] + ((("norm.", "fc_norm."),) if config.pooling == "mean" else ())
+    for ours, theirs in pairs:
+        weights = {name.replace(ours, theirs): weight for name, weight in weights.items()}
+    return weights
 
 
 def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -65,7 +83,6 @@ def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
             "std": expected.std,
             "interpolation": expected.interpolation,
             "crop_pct": expected.crop,
-            "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
     }
@@ -75,38 +92,30 @@ def onnx_bytes(path: Path) -> bytes:
     """The model of a checkpoint for ONNX: normalized images (B, C, H, W) to logits (B, K).
 
     Raises:
-        UserError: a package is missing, or onnxruntime, where it is there, gives other logits.
+        UserError: a package is missing, or onnxruntime gives other logits.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"--library onnx needs {error.name}: pip install onnx onnxscript"
-        ) from error
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    if not all(map(find_spec, packages)):
+        raise UserError(f"--library onnx needs more: pip install {' '.join(packages)}")
+    import onnxruntime
+
     model = load_model(path)[0]
-    images = torch.randn(2, model.config.channels, *model.config.image_size)
+    images = torch.randn(3, model.config.channels, *model.config.image_size)
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             model,
-            (images,),
+            (images[:2],),
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes={"images": {0: "batch"}},
             verbose=False,
         )
     content = program.model_proto.SerializeToString()
-    try:
-        import onnxruntime
-    except ImportError:
-        print("not checked, since onnxruntime is missing: pip install onnxruntime")
-        return content
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    for batch in (images, images[:1]):
-        (logits,) = session.run(None, {"images": batch.numpy()})
-        difference = (torch.from_numpy(logits) - model(batch)).abs().max().item()
-        if not difference <= 1e-4:
-            raise UserError(f"onnxruntime's logits differ by {difference:.1g} from this model's")
+    (logits,) = session.run(None, {"images": images.numpy()})
+    difference = (torch.from_numpy(logits) - model(images)).abs().max().item()
+    if not difference <= 1e-4:
+        raise UserError(f"onnxruntime's logits differ by {difference:.1g} from this model's")
     return content
 
 

@@ -1,16 +1,14 @@
 """Weights to start from: checkpoints of this repository and weights of other libraries.
 
-Other libraries' ViTs are this model under other names, which tables translate. What has no place
-here (registers, rotary positions, ...) is refused by name; what only their code shows (another
-activation, norms elsewhere) by comparing logits, where the model is at hand. No published file was
-downloaded to test this; the tests compare logits with the libraries' models at random weights.
+Other libraries' ViTs are this model under other names, which a table translates. Weights that have
+no place here (registers, rotary positions, ...) are refused by name; what only their code shows
+(another activation, norms elsewhere) by comparing logits, where the model is at hand.
 """
 
 import math
 import re
 import statistics
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,80 +17,42 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from checkpoint import (
-    as_checkpoint,
-    check_numbers,
-    check_weights,
-)
+from checkpoint import as_checkpoint, check_weights
 from data import Preprocessing
 from utils import ROOT, UserError, first_line, named_path, one_line
 from ViT import MODELS, ViT, ViTConfig
 from weight_files import STATE_DICT, read_json, read_weights
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Their name of a part of a weight's name, and ours. The first two tables also lead back.
-TIMM = (
-    ("patch_embed.", "embed."),
-    ("cls_token", "embed.cls_token"),
-    ("pos_embed", "embed.pos_embed"),
-    ("fc_norm.", "norm."),  # of a model with mean pooling
-)
-TORCHVISION = (
-    ("conv_proj.", "embed.proj."),
-    ("class_token", "embed.cls_token"),
-    ("encoder.pos_embedding", "embed.pos_embed"),
-    ("encoder.layers.encoder_layer_", "blocks."),
-    (".ln_1.", ".norm1."),
-    (".self_attention.in_proj_", ".attn.qkv."),
-    (".self_attention.out_proj.", ".attn.proj."),
-    (".ln_2.", ".norm2."),
-    (".mlp.0.", ".mlp.fc1."),
-    (".mlp.3.", ".mlp.fc2."),
-    ("encoder.ln.", "norm."),
-    ("heads.head.", "head."),
-)
-OLDER_TORCHVISION = (("mlp.linear_1.", "mlp.0."), ("mlp.linear_2.", "mlp.3."))
-OTHERS = (  # of transformers, in its files and modules, and of Google's .npz
-    (r"^embeddings\.patch_embeddings\.projection\.|^embedding/", "embed.proj."),
-    (r"^embeddings\.cls_token|^cls$", "embed.cls_token"),
-    (r"^embeddings\.(mask_token|position_ids)$", r"\1"),
-    (r"^embeddings\.position_embeddings|^(\w+/posembed_input/)?pos_embedding", "embed.pos_embed"),
-    (r"^encoder\.layer\.|^layers\.|^Transformer/encoderblock_", "blocks."),
-    (r"\.layernorm_before\.|/LayerNorm_0/", ".norm1."),
-    (r"\.layernorm_after\.|/LayerNorm_[12]/", ".norm2."),
-    (r"\.attention(\.attention)?\.|/MultiHeadDotProductAttention_[01]/", ".attn."),
-    (r"\.attn\.(output\.dense\.|o_proj\.|out/)", ".attn.proj."),
-    (r"\.intermediate\.dense\.|/MlpBlock_[03]/Dense_0/", ".mlp.fc1."),
-    (r"\.output\.dense\.|/MlpBlock_[03]/Dense_1/", ".mlp.fc2."),
+# Their names and ours: of timm, torchvision, transformers (its files and modules), Google's .npz.
+PATCHES = r"(patch_embed\.proj|conv_proj|(embeddings\.)?patch_embeddings\.projection|embedding)[./]"
+NAMES = (
+    (r"^embeddings\.", ""),
+    (rf"^{PATCHES}", "embed.proj."),
+    (r"^(cls_token|class_token|cls)$", "embed.cls_token"),
+    (
+        r"^(encoder\.|\w+/posembed_input/)?(pos_embed|pos_embedding|position_embeddings)$",
+        "embed.pos_embed",
+    ),
+    (r"^(encoder\.layers?\.(encoder_layer_)?|layers\.|Transformer/encoderblock_)", "blocks."),
+    (r"(\.ln_1\.|\.layernorm_before\.|/LayerNorm_0/)", ".norm1."),
+    (r"(\.ln_2\.|\.layernorm_after\.|/LayerNorm_[12]/)", ".norm2."),
+    (r"(\.(self_)?attention(\.attention)?\.|/MultiHeadDotProductAttention_[01]/)", ".attn."),
+    (r"\.attn\.in_proj_", ".attn.qkv."),
+    (r"\.attn\.(out_proj\.|output\.dense\.|o_proj\.|out/)", ".attn.proj."),
+    (r"(\.mlp\.(0|linear_1)\.|\.intermediate\.dense\.|/MlpBlock_[03]/Dense_0/)", ".mlp.fc1."),
+    (r"(\.mlp\.(3|linear_2)\.|\.output\.dense\.|/MlpBlock_[03]/Dense_1/)", ".mlp.fc2."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"^layernorm\.|^Transformer/encoder_norm/", "norm."),
-    (r"^classifier\.|^head/", "head."),
+    (r"^(fc_norm\.|encoder\.ln\.|layernorm\.|Transformer/encoder_norm/)", "norm."),
+    (r"^(heads\.head\.|classifier\.|head/)", "head."),
     (r"[/.](kernel|scale)$", ".weight"),
     (r"/bias$", ".bias"),
 )
-LIBRARIES = {  # by the weight of the patches
-    "patch_embed.proj.weight": TIMM,
-    "conv_proj.weight": (*OLDER_TORCHVISION, *TORCHVISION),
-    "embeddings.patch_embeddings.projection.weight": OTHERS,
-    "embedding/kernel": OTHERS,
-}
 CONTAINERS = (  # where training scripts put a state dict; of several, timm too takes an average
     *("state_dict_ema", "model_ema", "teacher"),
     *("state_dict", "model_state_dict", "model", "net", "module"),
 )
-REFUSED = {  # and why; other names that this model does not have are listed
-    r"relative_position|rel_pos": "relative positions",
-    r"rope\b|freqs|rotary|periods": "rotary positions",
-    r"reg_token|register_token": "register tokens",
-    r"\.[qk]_norm\.": "a norm of queries and keys",
-    r"dist_token|head_dist|distillation_token": "a distillation token",
-    r"norm_pre|pre_layer_?norm": "a norm before the blocks",
-    r"\.(attns|ffns)\.": "parallel blocks",
-    r"\.w12\.|\.weights_in\.|\.fc1_[gx]\.": "a gated MLP (SwiGLU)",
-    r"attn_pool|MAPHead": "attention pooling",
-    r"\.gamma_[12]$": "layer scale under the name of models with rotary positions, which a file "
-    "does not show (DeiT III: name the model, timm:deit3_...)",
-}
+# What most models expect of images, where nothing states it.
+USUAL = {"mean": (0.5,), "std": (0.5,), "crop": 0.9, "interpolation": "bicubic"}
 LARGEST_DIFFERENCE = 1e-4  # between logits, as a share of the largest; rounding makes 1e-6
 HEAD = r"(heads?|classifier|fc|pre_logits|pooler)\."
 NOT_NEEDED = r"(mask_token|position_ids)$|decoder"  # of pretraining, or numbers of positions
@@ -153,29 +113,24 @@ class Pretrained:
         The weights of all channels are added for one channel; otherwise they are repeated, and
         scaled so that the sum stays.
         """
-        config, before = self.config, self.config.channels
+        before = self.config.channels
         if channels == before:
             return self
         kernel = self.weights["embed.proj.weight"].unflatten(1, (before, -1))  # (D, C, P P)
         if channels == 1:
-            kernel = kernel.sum(dim=1, keepdim=True)
+            kernel = kernel.sum(dim=1)
         else:
-            kernel = kernel.repeat(1, math.ceil(channels / before), 1)[:, :channels]
-            kernel = kernel * before / channels
+            repeated = kernel.repeat(1, math.ceil(channels / before), 1)[:, :channels]
+            kernel = repeated.flatten(1) * before / channels
         stated = self.preprocessing
-        mean, std = (_of_channels(each, channels) for each in (stated.mean, stated.std))
+        mean, std = ((statistics.fmean(each),) * channels for each in (stated.mean, stated.std))
         return replace(
             self,
-            config=replace(config, channels=channels),
-            weights=self.weights | {"embed.proj.weight": kernel.flatten(1)},
+            config=replace(self.config, channels=channels),
+            weights=self.weights | {"embed.proj.weight": kernel},
             preprocessing=replace(stated, mean=mean, std=std),
             notes=(f"weights of {before} channels adapted to {channels}", *self.notes),
         )
-
-
-def _of_channels(numbers: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """A number for each channel; their mean, where there are other channels."""
-    return numbers if len(numbers) == channels else (statistics.fmean(numbers),) * channels
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -212,13 +167,11 @@ def load_pretrained(
     Raises:
         UserError: they cannot be had, or are not of a model of this kind.
     """
-    given = {"asked_heads": heads, "mean": mean, "std": std, "crop": crop}
+    given = {"mean": mean, "std": std, "crop": crop}
     given = {name: value for name, value in given.items() if value is not None}
     library, _, name = origin.partition(":")
-    if library == "timm" and name:
-        return _from_timm(origin, name, given)
-    if library == "torchvision" and name:
-        return _from_torchvision(origin, given, *name.split(":")[:2])
+    if library in ("timm", "torchvision") and name:
+        return _from_library(origin, library, name, given)
     path = named_path(origin)
     path = path if path.exists() else named_path(ROOT / path)
     content = read_weights(path)
@@ -229,27 +182,22 @@ def load_pretrained(
         return Pretrained(origin, found.model, weights, expected, tuple(found.classes))
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if "architecture" in config and path.is_dir() and find_spec("timm"):  # to compare with
-        return _from_timm(origin, f"local-dir:{path}", given)
-    return from_state_dict(*_state_dict_in(origin, content), _stated_in(config, folder) | given)
+    stated = _stated_in(config, folder) | given
+    stated["heads"] = stated.get("heads") or heads
+    return from_state_dict(*_state_dict_in(origin, content), stated)
 
 
 def _state_dict_in(origin: str, content: Any) -> tuple[str, dict[str, Tensor]]:
     """The state dict in what a file holds; and the origin, with its place where there are more."""
-    while inner := [
-        name
-        for name in CONTAINERS
-        if isinstance(content, dict) and isinstance(content.get(name), dict)
-    ]:
+    if not isinstance(content, dict):
+        raise UserError(f"{origin} holds no state dict, but: {type(content).__name__}")
+    if inner := [name for name in CONTAINERS if isinstance(content.get(name), dict)]:
         origin += f" ({inner[0]} of {', '.join(inner)})" if len(inner) > 1 else ""
-        content = content[inner[0]]
+        return _state_dict_in(origin, content[inner[0]])
     if "_modules" in getattr(content, "__dict__", ()):
         raise UserError(f"{origin} is a whole pickled model; {STATE_DICT}")
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(weight, Tensor) for name, weight in content.items()
-    ):
-        held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
-        raise UserError(f"{origin} holds no state dict, but: {held}"[:300])
+    if not all(isinstance(weight, Tensor) for weight in content.values()):
+        raise UserError(f"{origin} holds no state dict, but: {', '.join(map(str, content)):.200}")
     return origin, dict(content)
 
 
@@ -258,37 +206,34 @@ def from_state_dict(
 ) -> Pretrained:
     """A state dict of another library's ViT, recognized by its names.
 
-    What is not `stated` (heads, size, mean, std, interpolation, crop, classes; plain: that nothing
-    but the names differs from this model) is assumed as most models of the library have it;
-    `asked_heads` counts where neither it nor the weights state heads.
+    What is not `stated` (heads, size, mean, std, crop, interpolation, classes, blocks: that they
+    compute what ours do) is assumed as most models of the library have it.
 
     Raises:
         UserError: they are not of a model of this kind.
     """
+    stated = {name: value for name, value in (stated or {}).items() if value}
     try:
-        return _translated(origin, weights, stated or {})
-    except KeyError as error:
-        raise UserError(f"{origin} has no weight for {error}") from error
+        return _translated(origin, weights, stated)
     except UserError as error:
         raise UserError(f"{origin}: {error}") from error
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
-        reason = one_line(error)[:300]
-        raise UserError(f"{origin} has weights of other shapes than a ViT: {reason}") from error
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = one_line(error)[:200]
+        raise UserError(f"{origin} lacks a weight of a ViT, or its shape: {reason}") from error
 
 
 def _translated(origin: str, weights: dict[str, Tensor], stated: dict[str, Any]) -> Pretrained:
-    stated = {name: value for name, value in stated.items() if value}
-    library, ours = _renamed(weights)  # by the name of the weight of its patches
-    if library == "embedding/kernel":
-        stated |= {"heads": ours["blocks.0.attn.query.weight"].shape[1]}
-        ours = {name: _transposed(name, weight) for name, weight in ours.items()}
-    if "asked_heads" in stated:
-        stated.setdefault("heads", stated["asked_heads"])
-    left_out = [name for name in ours if re.match(NOT_NEEDED, name)]
-    left_out += _parts_of_another_head(ours)
-    ours = {name: weight for name, weight in ours.items() if name not in left_out}
-    check_numbers(ours)
-    ours = {name: weight.float() for name, weight in ours.items()}
+    patches, ours = _renamed(weights)
+    if patches == "embedding/":  # Google's
+        stated = stated | {"heads": ours["blocks.0.attn.query.weight"].shape[1]}
+        D = len(ours["norm.weight"])
+        ours = {name: _transposed(weight, ".attn." in name, D) for name, weight in ours.items()}
+    left_out = _left_out(ours)
+    for name, weight in list(ours.items()):
+        if name in left_out:
+            del ours[name]
+        elif weight.is_floating_point():
+            ours[name] = weight.float()
     _join_queries_keys_values(ours)
     _fold_layer_scale(ours)
     config = _config_of(ours, stated, any("fc_norm." in name for name in weights))
@@ -300,71 +245,57 @@ def _translated(origin: str, weights: dict[str, Tensor], stated: dict[str, Any])
     ours.setdefault("head.weight", torch.zeros(1, config.width))
     ours.setdefault("head.bias", torch.zeros(config.classes))
     check_weights(config, ours)
-    usual = {"size": config.image_size, "mean": (0.5,), "std": (0.5,), "crop": 0.9}
-    if library == "conv_proj.weight":
-        usual = usual | {"crop": 224 / 256, "interpolation": "bilinear"}
-        usual["mean"] = _of_channels(IMAGENET_MEAN, config.channels)
-        usual["std"] = _of_channels(IMAGENET_STD, config.channels)
-    expected = _expected(config.channels, usual | stated | {"size": config.image_size})
-    left_out = dict.fromkeys(name.partition(".")[0] for name in left_out)
-    notes = [f"left out: {', '.join(left_out)}"] if left_out else []
-    if assumed := _assumed(config, expected, stated):
-        notes.append(f"assumed: {assumed} (--heads, --mean, --std, --crop)")
     if classes and len(classes) != config.classes:
         raise UserError(f"it has {config.classes} classes, but {len(classes)} names of classes")
+    usual = {"heads": config.heads, "blocks": "pre-norm with GELU", **USUAL}
+    if patches == "conv_proj.":
+        theirs = _stated_by_torchvision(torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1)
+        usual |= {name: theirs[name] for name in USUAL}
+    expected = _expected(config.channels, usual | stated | {"size": config.image_size})
+    parts = ", ".join(dict.fromkeys(name.partition(".")[0] for name in left_out))
+    notes = [f"left out: {parts}"] if parts else []
+    assumed = [f"{name} {str(usual[name]).strip('(,)')}" for name in usual if name not in stated]
+    if assumed:
+        notes.append(f"assumed: {', '.join(assumed)} (--heads, --mean, --std, --crop)")
     return Pretrained(origin, config, ours, expected, classes, tuple(notes))
 
 
 def _renamed(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The names of a library, and weights with ours where there is one, without their prefix."""
-    for pattern, what in REFUSED.items():
-        if any(re.search(pattern, name) for name in weights):
-            raise UserError(f"it has {what}, which this model does not")
-    found = [
-        (name.removesuffix(patches), patches)
-        for name in weights
-        for patches in LIBRARIES
-        if re.search(rf"(^|[./]){patches}$", name)
-    ]
-    if not found:
-        names = ", ".join(weights) or "no weights"
+    """Their name of the patches' layer, and the weights by our names where there is one."""
+    names = [re.fullmatch(rf"(.*?[./])??({PATCHES})(weight|kernel)", name) for name in weights]
+    found = [match.groups("") for match in names if match]
+    if len(found) != 1:
         raise UserError(
-            f"it is no ViT of timm, torchvision, transformers or Google, but has {names}"[:300]
+            f"it must hold one ViT of timm, torchvision, transformers or Google, not {len(found)}; "
+            f"it has {', '.join(weights):.200}"
         )
-    if len(found) > 1:
-        prefixes = ", ".join(repr(prefix) for prefix, _ in found)
-        raise UserError(f"it holds several models, {prefixes}; save the weights of one of them")
-    ((prefix, library),) = found
-    pairs = LIBRARIES[library]
-    ours = {renamed(name.removeprefix(prefix), pairs): each for name, each in weights.items()}
-    if len(ours) < len(weights):
-        raise UserError("it has several weights of one name, or two last norms")
-    return library, ours
+    prefix, patches, *_ = found[0]
+    ours = {}
+    for name, weight in weights.items():
+        name = name.removeprefix(prefix)
+        for theirs, our in NAMES:
+            name = re.sub(theirs, our, name)
+        if name in ours:
+            raise UserError(f"it has several weights that are {name} here")
+        ours[name] = weight
+    return patches, ours
 
 
-def renamed(name: str, pairs: tuple[tuple[str, str], ...]) -> str:
-    for old, new in pairs:
-        name = re.sub(old, new, name) if pairs is OTHERS else name.replace(old, new)
-    return name
-
-
-def _parts_of_another_head(weights: dict[str, Tensor]) -> list[str]:
-    """The weights of a head, unless it is one linear layer on the pooled token."""
+def _left_out(weights: dict[str, Tensor]) -> list[str]:
+    """What pretraining leaves, and a head that is not one linear layer on the pooled token."""
     head = [name for name in weights if re.match(HEAD, name)]
     plain = {"head.weight"} <= set(head) <= {"head.weight", "head.bias"}
     if plain and weights["head.weight"].shape[1:] == weights["norm.weight"].shape:
-        return []
-    return head
+        head = []
+    return [*head, *(name for name in weights if re.match(NOT_NEEDED, name))]
 
 
-def _transposed(name: str, weight: Tensor) -> Tensor:
+def _transposed(weight: Tensor, of_attention: bool, D: int) -> Tensor:
     """A weight as torch has it: flax has inputs first, and heads in a dimension of their own."""
     if weight.ndim == 4:
         return weight.permute(3, 2, 0, 1)  # (P, P, C, D) to (D, C, P, P)
-    if ".attn." in name and name.endswith("bias"):
-        return weight.flatten()  # (h, D_h) to (D,)
-    if ".attn." in name:
-        weight = weight.flatten(0, 1) if ".proj." in name else weight.flatten(1)
+    if of_attention:
+        weight = weight.reshape(D, -1).squeeze(1)  # (D, h, D_h), (h, D_h, D) or (h, D_h)
     return weight.mT if weight.ndim == 2 else weight
 
 
@@ -387,36 +318,38 @@ def _fold_layer_scale(weights: dict[str, Tensor]) -> None:
 
 def _config_of(weights: dict[str, Tensor], stated: dict[str, Any], pools_mean: bool) -> ViTConfig:
     """The config of weights in this model's names."""
-    kernel = weights["embed.proj.weight"]
-    if kernel.ndim != 4:
-        raise UserError(f"its patches go through {tuple(kernel.shape)}, not (D, C, P, P)")
-    D, channels, P, _ = kernel.shape
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    with torch.device("meta"):
+        known = ViT(ViTConfig(depth=max(1, depth))).state_dict()
+    unknown = dict.fromkeys(re.sub(r"\d+", "*", name) for name in weights if name not in known)
+    if set(unknown) == {"blocks.*.gamma_*"}:
+        raise UserError("it is DeiT III (name it, timm:deit3_...), or has rotary positions")
+    if unknown:
+        raise UserError(f"this model has no place for its {', '.join(unknown):.200}")
+    D, channels, P, _ = weights["embed.proj.weight"].shape
     has_class = "embed.cls_token" in weights
-    if has_class and pools_mean:
-        raise UserError("it has a class token and mean pooling; this model has one of them")
-    if not has_class and not pools_mean:
-        raise UserError("it pools tokens after the last norm; this model does so before it")
+    if has_class == pools_mean:
+        raise UserError(
+            "it must have either a class token or mean pooling before a last norm (fc_norm)"
+        )
     tokens, hidden = weights["embed.pos_embed"].shape[1], len(weights["blocks.0.mlp.fc1.weight"])
     if weights["blocks.0.mlp.fc2.weight"].shape[1] * 2 == hidden:
         raise UserError("it has a gated MLP (SwiGLU), which this model does not")
     H, W = stated.get("size") or (0, 0)
-    grids = [(H // P, W // P), *((math.isqrt(n),) * 2 for n in (tokens - has_class, tokens))]
-    # timm can have no position for the class token.
-    fitting = [grid for grid in grids if math.prod(grid) in (tokens - has_class, tokens)]
-    if not fitting:
-        raise UserError(
-            "it is not of square images, and no config.json beside it states their size"
-        )
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    known = [m["heads"] for m in MODELS.values() if (m["width"], m["depth"]) == (D, depth)]
+    patches = (tokens - has_class, tokens)  # timm can have no position for the class token
+    grids = [(H // P, W // P), *((math.isqrt(n), math.isqrt(n)) for n in patches)]
+    grid = next((each for each in grids if math.prod(each) in patches), None)
+    if not grid:
+        raise UserError("its images are not square, and no config.json beside it states their size")
+    usual = [m["heads"] for m in MODELS.values() if (m["width"], m["depth"]) == (D, depth)]
     return ViTConfig(
-        image_size=(fitting[0][0] * P, fitting[0][1] * P),
+        image_size=(grid[0] * P, grid[1] * P),
         patch_size=P,
         channels=channels,
         classes=len(weights.get("head.weight", [0])),
         width=D,
         depth=depth,
-        heads=stated.get("heads") or (known[0] if known else max(1, D // 64)),
+        heads=stated.get("heads") or (usual[0] if usual else max(1, D // 64)),
         mlp_ratio=hidden / D,
         qkv_bias="blocks.0.attn.qkv.bias" in weights,
         pooling="class" if has_class else "mean",
@@ -426,27 +359,11 @@ def _config_of(weights: dict[str, Tensor], stated: dict[str, Any], pools_mean: b
 def _expected(channels: int, stated: dict[str, Any]) -> Preprocessing:
     fields = {name: stated[name] for name in Preprocessing.fields() if name in stated}
     for name in ("mean", "std"):
-        if len(fields[name]) not in (1, channels):
+        if len(fields[name]) not in (1, 3, channels):
             raise UserError(f"{name} {fields[name]} must be one number, or {channels}")
-        fields[name] = _of_channels(fields[name], channels)
+        if len(fields[name]) != channels:
+            fields[name] = (statistics.fmean(fields[name]),) * channels
     return Preprocessing(**fields)
-
-
-def _assumed(config: ViTConfig, expected: Preprocessing, stated: dict[str, Any]) -> str:
-    """What neither weights nor a config state, and how to state it."""
-    mean, std = (
-        ",".join(f"{x:g}" for x in dict.fromkeys(each)) for each in (expected.mean, expected.std)
-    )
-    values = {
-        "heads": f"{config.heads} heads",
-        "mean": f"mean {mean}",
-        "std": f"std {std}",
-        "crop": f"crop {expected.crop:g}",
-        "interpolation": f"{expected.interpolation} resizing",
-        "plain": "GELU, norms first",
-    }
-    assumed = ", ".join(value for name, value in values.items() if name not in stated)
-    return assumed.replace("mean 0.5, std 0.5", "mean and std 0.5")
 
 
 # ---------------------------------------------------------------------------- what libraries state
@@ -483,52 +400,51 @@ def _stated_by_timm(config: dict[str, Any]) -> dict[str, Any]:
 def _stated_by_transformers(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     if (activation := config.get("hidden_act")) != "gelu":
         raise UserError(f"its hidden_act {activation!r} is not this model's, 'gelu'")
-    stated: dict[str, Any] = {"heads": config.get("num_attention_heads"), "plain": True}
     size = config.get("image_size", ())
-    stated["size"] = (size, size) if isinstance(size, int) else tuple(size)
-    names = tuple((config.get("id2label") or {}).values())
-    if not any(name.startswith("LABEL_") for name in names):  # which are none
-        stated["classes"] = names or None
+    stated = {
+        "heads": config.get("num_attention_heads"),
+        "blocks": True,
+        "size": (size, size) if isinstance(size, int) else tuple(size),
+        "classes": tuple((config.get("id2label") or {}).values()),
+    }
     if not (folder / "preprocessor_config.json").is_file():
         return stated
     images = read_json(folder / "preprocessor_config.json")
-    stated |= {"mean": tuple(images["image_mean"]), "std": tuple(images["image_std"])}
+    stated |= {"mean": tuple(images["image_mean"]), "std": tuple(images["image_std"]), "crop": 1.0}
     stated["interpolation"] = "bilinear" if images.get("resample") == 2 else "bicubic"
-    stated["crop"] = 1.0
     if images.get("do_center_crop"):
         stated["crop"] = images["crop_size"]["height"] / images["size"]["shortest_edge"]
     return stated
 
 
-def _from_timm(origin: str, name: str, given: dict[str, Any]) -> Pretrained:
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(f"{origin} needs timm: pip install timm") from error
-    try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # of the hub, or of a name that it does not know
-        raise UserError(f"cannot load {origin}: {first_line(error)}") from error
-    return _of_model(origin, model, _stated_by_timm(dict(model.pretrained_cfg)) | given)
-
-
-def _from_torchvision(
-    origin: str, given: dict[str, Any], name: str, weights: str = "DEFAULT"
-) -> Pretrained:
-    try:
-        chosen = torchvision.models.get_model_weights(name)[weights]
-        model = torchvision.models.get_model(name, weights=chosen)
-    except Exception as error:  # a name that it does not know, or a failed download
-        raise UserError(f"cannot load {origin}: {first_line(error)}") from error
-    steps = chosen.transforms()
-    stated = {
+def _stated_by_torchvision(weights: torchvision.models.WeightsEnum) -> dict[str, Any]:
+    steps = weights.transforms()
+    return {
         "size": (steps.crop_size[0],) * 2,
         "mean": tuple(steps.mean),
         "std": tuple(steps.std),
         "interpolation": steps.interpolation.value,
         "crop": steps.crop_size[0] / steps.resize_size[0],
-        "classes": tuple(chosen.meta["categories"]),
+        "classes": tuple(weights.meta["categories"]),
     }
+
+
+def _from_library(origin: str, library: str, name: str, given: dict[str, Any]) -> Pretrained:
+    try:
+        if library == "timm":
+            import timm
+
+            model = timm.create_model(name, pretrained=True)
+            stated = _stated_by_timm(dict(model.pretrained_cfg))
+        else:
+            name, _, chosen = name.partition(":")
+            weights = torchvision.models.get_model_weights(name)[chosen or "DEFAULT"]
+            model = torchvision.models.get_model(name, weights=weights)
+            stated = _stated_by_torchvision(weights)
+    except ImportError as error:
+        raise UserError(f"{origin} needs timm: pip install timm") from error
+    except Exception as error:  # a name that it does not know, or a failed download
+        raise UserError(f"cannot load {origin}: {first_line(error)}") from error
     return _of_model(origin, model, stated | given)
 
 
@@ -536,7 +452,7 @@ def _from_torchvision(
 def _of_model(origin: str, theirs: nn.Module, stated: dict[str, Any]) -> Pretrained:
     """The weights of a library's model, refused if it gives other logits for a random picture."""
     heads = [module.num_heads for module in theirs.modules() if hasattr(module, "num_heads")]
-    stated = stated | {"heads": heads[0] if heads else None, "plain": True}
+    stated = stated | {"heads": heads[0] if heads else None, "blocks": True}
     found = from_state_dict(origin, theirs.state_dict(), stated)
     with torch.device("meta"):
         ours = ViT(found.config)
@@ -546,9 +462,7 @@ def _of_model(origin: str, theirs: nn.Module, stated: dict[str, Any]) -> Pretrai
     if not found.weights["head.weight"].any():  # a new head would hide what the rest computes
         ours.head = theirs.head = theirs.heads = nn.Identity()
     expected, logits = theirs.eval()(image), ours.eval()(image)
-    difference = math.inf
-    if expected.shape == logits.shape:
-        difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+    difference = ((logits - expected).abs().max() / expected.abs().max()).item()
     if not difference <= LARGEST_DIFFERENCE:
         raise UserError(
             f"{origin} computes something else with its weights than this model does: "

@@ -15,13 +15,7 @@ import torch
 
 from utils import UserError, one_line, read_file
 
-SAVED_AS = (  # in a folder: ours, then a library's, or the index of one that is in several files
-    "last.pt",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+SAVED_AS = ("last.pt", "model.safetensors", "pytorch_model.bin")  # in a folder: ours, or others'
 NOT_WEIGHTS = {  # how files begin that are taken for weights
     b"version https://git-lfs": "a git-lfs pointer; `git lfs pull` fetches the file itself",
     b"<": "a web page; download the file that it shows",
@@ -39,22 +33,11 @@ def read_weights(path: Path) -> Any:
     Raises:
         UserError: it cannot be read, or is something else.
     """
-    if re.search(r"-\d+-of-\d+\.", path.name):  # a part of a model: its folder has the index
-        path = path.parent
     if path.is_dir():
         names = [name for name in SAVED_AS if (path / name).exists()]
         if not names:
             raise UserError(f"{path} has none of {', '.join(SAVED_AS)}")
         path = path / names[0]
-    if not path.name.endswith(".index.json"):
-        return _read_file(path)
-    weights = {}
-    for name in sorted(set(read_json(path).get("weight_map", {}).values())):
-        weights |= _read_file(path.with_name(Path(name).name))
-    return weights
-
-
-def _read_file(path: Path) -> Any:
     content = read_bytes(path)
     try:
         if content[8:9] == b"{" or path.suffix == ".safetensors":

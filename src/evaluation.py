@@ -81,22 +81,21 @@ def evaluate(
     if len(rows):
         logits = predict(model, split, preprocessing, rows, precision).cpu()
     labels = split.labels[rows].cpu()
-    best = logits.topk(min(5, logits.shape[1])).indices  # (n, 5)
-    hits = (best == labels[:, None]).double()  # (n, 5)
-    classes = F.one_hot(labels, logits.shape[1]).double()  # (n, K)
+    K = logits.shape[1]
+    best = logits.topk(min(5, K)).indices  # (n, 5)
+    hits = best == labels[:, None]  # (n, 5)
+    counted = (labels[hits[:, 0]], labels, best[:, 0])  # what is right, the images, the answers
+    counts = world.sum(torch.stack([each.bincount(minlength=K) for each in counted]))
+    right, images, answers = counts.double()  # (K,) each
     summed = world.sum(F.cross_entropy(logits.double(), labels, reduction="sum"))
     found = world.sum(hits.sum(dim=0))  # (5,): as the first answer, as the second, ...
-    hits_of_class = world.sum(hits[:, 0] @ classes)  # (K,)
-    images_of_class = world.sum(classes.sum(dim=0))
-    answers = F.one_hot(best[:, 0], logits.shape[1]).double()  # (n, K)
-    answers_of_class = world.sum(answers.sum(dim=0))
     return Evaluation(
         loss=summed.item() / len(split),
         top1=found[0].item() / len(split),
         top5=found.sum().item() / len(split),
-        of_class=(hits_of_class / images_of_class).tolist(),
-        precision=(hits_of_class / answers_of_class).tolist(),
-        f1=(2 * hits_of_class / (images_of_class + answers_of_class)).tolist(),
+        of_class=(right / images).tolist(),
+        precision=(right / answers).tolist(),
+        f1=(2 * right / (images + answers)).tolist(),
     )
 
 

@@ -36,14 +36,11 @@ class Config:
     @classmethod
     def fields(cls) -> dict[str, tuple[Any, str, str]]:
         """The type, the help text and the range of each field; "" for what is not declared."""
+        kinds = typing.get_type_hints(cls)
         hints = typing.get_type_hints(cls, include_extras=True)
-        declared = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-        return {
-            name: (*typing.get_args(hint), "")[:3]
-            if typing.get_origin(hint) is typing.Annotated
-            else (hint, "", "")
-            for name, hint in declared.items()
-        }
+        texts = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+        names = [field.name for field in dataclasses.fields(cls)]
+        return {name: (kinds[name], *texts[name], "", "")[:3] for name in names}
 
     def changed(self) -> tuple[str, ...]:
         """The fields whose value is not the default; of a config whose fields all have one."""

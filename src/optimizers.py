@@ -69,11 +69,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
             torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-            for weight, direction in zip(weights, directions, strict=True):
-                for pair in zip(
-                    *(x.chunk(group["parts"]) for x in (weight, direction)), strict=True
-                ):
-                    alike[pair[0].shape, group["lr"]].append(pair)
+            for pair in zip(weights, directions, strict=True):
+                for matrix, step in zip(*(x.chunk(group["parts"]) for x in pair), strict=True):
+                    alike[matrix.shape, group["lr"]].append((matrix, step))
         for ((rows, columns), rate), pairs in alike.items():
             matrices, directions = zip(*pairs, strict=True)
             steps = orthogonalize(torch.stack(directions).to(self.dtype)).to(matrices[0].dtype)
@@ -162,9 +160,8 @@ def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[tor
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     groups = defaultdict(list)  # by the optimizer's name
     for rule in rules(config):
-        matching = [name for name in weights if re.fullmatch(rule.pattern, name)]
         layers = defaultdict(list)
-        for name in matching:
+        for name in [name for name in weights if re.fullmatch(rule.pattern, name)]:
             layer = layer_of(name, top) if config.layer_decay < 1 else top
             layers[layer].append(weights.pop(name))
         for layer in sorted(layers):

@@ -15,13 +15,12 @@ cannot be read gets a line on standard error and, in the end, exit status 2.
 import utils  # isort: skip  # before torch, for its threads
 import io
 import json
-from collections.abc import Sequence
 from itertools import compress
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import device as devices
@@ -29,15 +28,7 @@ from checkpoint import find_checkpoint, load_model
 from config import Parser
 from data import by_kind, image_files, nearly_constant
 from evaluation import batch_size_for
-from utils import (
-    UserError,
-    complain,
-    named_path,
-    print_result,
-    printable,
-    run_program,
-    write_whole,
-)
+from utils import UserError, complain, named_path, print_result, printable, run_program, write_whole
 
 Predictions = list[tuple[Path, list[tuple[str, float]]]]  # of a file: classes, probabilities
 
@@ -52,7 +43,7 @@ def predictions(
 ) -> tuple[Predictions, list[str]]:
     """The `top` most probable classes of each file, and the errors of files that cannot be read.
 
-    The file `features` gets what `write_features` writes.
+    The file `features` gets what the module's docstring says.
     """
     model, described = load_model(checkpoint, device)
     head, model.head = model.head, nn.Identity()
@@ -79,7 +70,7 @@ def predictions(
                 raise UserError(f"the model of {checkpoint} computes no finite numbers")
             outputs.append((pooled.cpu(), logits.cpu()))
             best = logits.softmax(dim=1).topk(top)  # (B, top)
-            for file, values, rows in zip(read, *map(torch.Tensor.tolist, best), strict=True):
+            for file, values, rows in zip(read, *(each.tolist() for each in best), strict=True):
                 names = (described.classes[row] for row in rows)
                 found.append((file, list(zip(names, values, strict=True))))
     if flat:
@@ -87,27 +78,14 @@ def predictions(
     for note in notes:
         complain(note)
     if features and found:
-        write_features(
-            features, [file for file, _ in found], described.classes, *zip(*outputs, strict=True)
-        )
+        names, buffer = [str(file) for file, _ in found], io.BytesIO()
+        pooled, logits = (torch.cat(each).numpy() for each in zip(*outputs, strict=True))
+        np.savez(buffer, names=names, features=pooled, logits=logits, classes=described.classes)
+        try:
+            write_whole(features, buffer.getbuffer())
+        except OSError as error:
+            raise UserError(f"cannot write {features}: {error.strerror}") from error
     return found, errors
-
-
-def write_features(
-    path: Path,
-    files: list[Path],
-    classes: list[str],
-    features: Sequence[Tensor],
-    logits: Sequence[Tensor],
-) -> None:
-    """Writes what the module's docstring says, of batches of features (B, D) and logits (B, K)."""
-    arrays = {"features": torch.cat(features).numpy(), "logits": torch.cat(logits).numpy()}
-    buffer = io.BytesIO()
-    np.savez(buffer, names=[str(file) for file in files], **arrays, classes=classes)
-    try:
-        write_whole(path, buffer.getbuffer())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def main(argv: list[str]) -> int:

@@ -36,10 +36,8 @@ class TrainConfig(Config):
         int, "images per step, over all devices; 0: a fifth of the set, at most 50", "[0, 1e7]"
     ] = 500
     accumulate: Annotated[int, "parts of a batch, one by one, to save memory", "[1, 1e7]"] = 1
-    optimizer: Annotated[
-        Literal["adamw", "muon", "sgd"],
-        "adamw or sgd for all, or muon for all matrices but the head's and adamw for the rest",
-    ] = "adamw"
+    # Muon is for all matrices but the head's, and then AdamW for the rest.
+    optimizer: Annotated[Literal["adamw", "muon", "sgd"], "muon: of the blocks' matrices"] = "adamw"
     learning_rate: Annotated[float, "peak learning rate of AdamW or SGD", "[0, 1000]"] = 1e-3
     muon_learning_rate: Annotated[float, "Muon's peak learning rate", "[0, 1000]"] = 0.02
     layer_decay: Annotated[float, "learning rate of a block over the next one's", "(0, 1]"] = 1.0

@@ -1,6 +1,5 @@
 """The command line of trainer.py: what it asks for, made from its flags and a recipe."""
 
-import argparse
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +17,11 @@ TASKS = {
     "evaluate": ("CHECKPOINT", "evaluate a checkpoint, or a run's last, on the test set"),
     "export": ("RUN", "write the model of a run to model.pt: weights only, for sharing"),
 }
-DATA_FLAGS = ("data_dir", "device", "wait_minutes")
+DATA_FLAGS = ("data_dir", "device", "wait_minutes", "dataset")
+TRAINING_FLAGS = ("test", "save_minutes", "keep_best", "tensorboard", "epochs", "accumulate")
 TASK_FLAGS = {  # that each task takes
-    "resume": (
-        *DATA_FLAGS,
-        *"dataset test save_minutes keep_best tensorboard epochs accumulate".split(),
-    ),
-    "evaluate": (*DATA_FLAGS, "dataset", "split"),
+    "resume": DATA_FLAGS + TRAINING_FLAGS,
+    "evaluate": (*DATA_FLAGS, "split"),
     "export": ("library", "overwrite"),
 }
 
@@ -54,7 +51,7 @@ class Command:
 def parse(argv: list[str], description: str) -> Command:
     """The command line of trainer.py; help shows the values of the chosen recipe."""
     first = Parser(prog="trainer.py", add_help=False)
-    first.add_argument("--recipe", choices=RECIPES, help="the options that flags override")
+    first.add_argument("--recipe", choices=RECIPES)
     first.add_argument("--device")
     known = first.parse_known_args(argv)[0]
     name, note = (known.recipe, "") if known.recipe else default_recipe(known.device)
@@ -63,9 +60,8 @@ def parse(argv: list[str], description: str) -> Command:
     lines = (f"  {name:16}{each.about.splitlines()[0]}" for name, each in RECIPES.items())
     epilog = "\n".join(["recipes:", *lines])
     parser = Parser(prog=first.prog, description=description, epilog=epilog)
-    parser.add_argument(
-        "--recipe", choices=RECIPES, help=f"the options that flags override ({name})"
-    )
+    text = f"the options that flags override ({name})"
+    parser.add_argument("--recipe", choices=RECIPES, help=text)
     run = parser.add_argument_group("run")
     tasks = run.add_mutually_exclusive_group()
     for task, (metavar, text) in TASKS.items():
@@ -85,11 +81,15 @@ def parse(argv: list[str], description: str) -> Command:
         for flag, its_task in (("library", "export"), ("split", "evaluate")):
             if flag in arguments:
                 raise UserError(f"--{flag} works only with --{its_task}")
-        length = dict.fromkeys(("epochs", "steps"), 0)  # the recipe's, which either flag replaces
+        length = {"epochs": 0, "steps": 0}  # the recipe's, which either flag replaces
         training = length | changes if length.keys() & changes else changes
         configs = replace(recipe.model, **model_changes), replace(recipe.train, **training)
     else:
-        _refuse_other_flags(arguments, task)
+        allowed = ", ".join(f"--{each}" for each in TASK_FLAGS[task])
+        for flag, value in vars(arguments).items():
+            if value is not None and flag not in (task, *TASK_FLAGS[task]):
+                what = f"--{flag} cannot be used with --{task}, which takes {allowed}"
+                raise UserError(what.replace("_", "-"))
         configs = recipe.model, recipe.train
     return Command(
         task,
@@ -109,14 +109,6 @@ def default_recipe(device: str | None) -> tuple[str, str]:
     if kind == "cpu":
         return "cpu", "recipe cpu, made for a CPU (--recipe chooses another)"
     return "default", f"recipe default, made for a GPU such as this {kind} device"
-
-
-def _refuse_other_flags(arguments: argparse.Namespace, task: str) -> None:
-    for name, value in vars(arguments).items():
-        if value is not None and name not in (task, *TASK_FLAGS[task]):
-            allowed = ", ".join(f"--{each}" for each in TASK_FLAGS[task]).replace("_", "-")
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} cannot be used with --{task}, which takes {allowed}")
 
 
 def resume_hint(folder: Path, options: RunOptions) -> str:

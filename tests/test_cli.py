@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import cli
 import datasets
@@ -186,7 +187,7 @@ def test_flags_have_their_types_and_override_a_model_size():
 def test_without_a_recipe_the_device_chooses_one_and_the_note_says_why(
     monkeypatch, best, flags, recipe, why
 ):
-    monkeypatch.setattr(cli, "best_device", lambda: cli.argparse.Namespace(type=best))
+    monkeypatch.setattr(cli, "best_device", lambda: torch.device(best))
     command = cli.parse(flags.split(), "")
     assert command.recipe == recipe and command.training == RECIPES[recipe].train
     assert f"recipe {recipe}, " in command.note and why in command.note

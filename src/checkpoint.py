@@ -97,13 +97,11 @@ class Checkpoint(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        K, (H, W) = self.model.classes, self.model.image_size
+        K, C, (H, W) = self.model.classes, self.model.channels, self.model.image_size
         if len(self.classes) != K:
             raise UserError(f"classes has {len(self.classes)} names, but the model has {K} classes")
-        if (self.preprocessing.channels, self.preprocessing.size) != (self.model.channels, (H, W)):
-            raise UserError(
-                f"preprocessing is not that of {self.model.channels} x {H} x {W} pixels"
-            )
+        if (self.preprocessing.channels, self.preprocessing.size) != (C, (H, W)):
+            raise UserError(f"preprocessing is not that of {C} x {H} x {W} pixels")
         if [row.epoch for row in self.history] != list(range(1, len(self.history) + 1)):
             raise UserError("history must have a row for each epoch, in order")
         if self.trained is not None and self.trained.dtype != torch.int64:
@@ -233,12 +231,10 @@ def code_commit() -> str | None:
     if not (ROOT / ".git").exists() and stated.exists():
         return stated.read_text().strip()
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    git, how = ["git", "-C", str(ROOT)], {"text": True, "stderr": subprocess.DEVNULL}
     try:
-        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "src")
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], **how).strip()
+        changes = subprocess.check_output([*git, "status", "--porcelain", "src"], **how)
         return f"{commit}+" if changes else commit
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -255,9 +251,8 @@ def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
     """Raises UserError where a data set has other classes than a model, or is split differently."""
     for ours, theirs in zip_longest(checkpoint.classes, dataset.classes):
         if ours != theirs:
-            raise UserError(
-                f"the classes of {dataset.name} are not the model's: {theirs!r} instead of {ours!r}"
-            )
+            instead = f"{theirs!r} instead of {ours!r}"
+            raise UserError(f"the classes of {dataset.name} are not the model's: {instead}")
     before, now = checkpoint.drawn_from, dataset.drawn_from
     drawn = now or (dataset.held_out and checkpoint.training.dataset.startswith(FOLDER))
     if before and drawn and before != now:
@@ -303,10 +298,8 @@ class RunFolder:
     def refuse_existing(self, overwrite: bool) -> None:
         """Raises UserError where the folder holds a run that is not to be replaced."""
         if any((self.path / name).exists() for name in RUN_FILES) and not overwrite:
-            raise UserError(
-                f"{self.path} exists; --resume continues it, --overwrite replaces it, --name names "
-                "another"
-            )
+            hint = "--resume continues it, --overwrite replaces it, --name names another"
+            raise UserError(f"{self.path} exists; {hint}")
 
     def make(self, overwrite: bool) -> None:
         """Makes and takes the folder of a new run."""
@@ -388,13 +381,9 @@ class RunFolder:
         try:
             self._hold()
             write_json(self.path / "result.json", result)
-        except (OSError, UserError) as error:
-            complain(f"cannot write the result to {self.path}: {error}")
-            return False
-        try:
             draw(self.path / "curves.png")
-        except Exception as error:  # the result counts, whatever ails a picture of it
-            complain(f"cannot draw {self.path / 'curves.png'}: {one_line(error)}")
+        except Exception as error:  # whatever ails the picture
+            complain(f"cannot write the result to {self.path}, or not all: {one_line(error)}")
             return False
         if self.save_failed:
             complain(f"the last checkpoint could not be written to {self.path}")

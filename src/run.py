@@ -58,9 +58,8 @@ class State:
     step: int = 0  # done since the run began
     history: list[EpochRecord] = field(default_factory=list)
     sums: dict[str, Tensor] = field(default_factory=dict)  # over the epoch so far, of one number
-    epoch_seconds: float = 0.0  # of the epoch so far
+    seconds: dict[str, float] = field(default_factory=lambda: {"epoch": 0.0, "compile": 0.0})
     compiled: str | bool = False  # or how the model is: "default", or "graphs" for CUDA graphs
-    compile_seconds: float = 0.0
     started: float = _STARTED  # on the clock of `time.perf_counter`, less what came before
 
     @property
@@ -91,7 +90,7 @@ class State:
 
     def end_epoch(self, record: EpochRecord) -> None:
         self.history.append(record)
-        self.sums, self.epoch_seconds = {}, 0.0
+        self.sums, self.seconds["epoch"] = {}, 0.0
 
     def to_dict(self, totals: dict[str, Tensor]) -> dict[str, Any]:
         """The state as a `Checkpoint` has it; the totals are the sums over all ranks."""
@@ -102,11 +101,7 @@ class State:
             "step": self.step,
             "history": list(self.history),
             "sums": totals,
-            "seconds": {
-                "epoch": self.epoch_seconds,
-                "compile": self.compile_seconds,
-                "total": self.total_seconds,
-            },
+            "seconds": self.seconds | {"total": self.total_seconds},
         }
 
     def load(self, saved: Checkpoint, world: World = ALONE) -> None:
@@ -118,9 +113,8 @@ class State:
         self.step, self.history = saved.step, list(saved.history)
         device = next(self.model.parameters()).device
         self.sums = {name: (value * world.leads).to(device) for name, value in saved.sums.items()}
-        seconds = {"epoch": 0.0, "compile": 0.0, "total": 0.0} | saved.seconds
-        self.epoch_seconds, self.compile_seconds = seconds["epoch"], seconds["compile"]
-        self.started -= seconds["total"]
+        self.seconds |= saved.seconds
+        self.started -= self.seconds.pop("total", 0.0)
 
 
 # ---------------------------------------------------------------------------- what it works with
@@ -147,6 +141,7 @@ class Run(Place):
     model_config: ViTConfig
     parallel: Callable[..., Tensor]  # the model of the state, over all ranks
     augment: Augmentation
+    normalize: Callable[[Tensor], Tensor]  # what a batch is to the model
     class_weights: Tensor | None  # (K,)
     stop: StopSignals = field(default_factory=StopSignals)
 
@@ -169,8 +164,8 @@ class Run(Place):
         train = self.dataset.train
         features = features_of(state.model, train, self.dataset.preprocessing)  # (n, D)
         dataset = dataclasses.replace(self.dataset, train=Split(features, train.labels))
-        head = self.world.parallel(state.model.head)
-        return dataclasses.replace(self, dataset=dataset, parallel=lambda z, kept: head(z))
+        head, plain = self.world.parallel(state.model.head), {"normalize": lambda z: z}
+        return dataclasses.replace(self, dataset=dataset, parallel=lambda z, kept: head(z), **plain)
 
     def steps_done(self, state: State) -> int:
         """Steps of the current epoch that are done."""
@@ -188,12 +183,8 @@ class Run(Place):
         def clock(step: int) -> float:
             return min(step, first_whole) + cost * max(0, step - first_whole)
 
-        return learning_rate_factor(
-            clock(step),
-            steps=clock(config.epochs * an_epoch),
-            warmup=clock(round(config.warmup_epochs * an_epoch)),
-            schedule=config.schedule,
-        )
+        steps, warmup = config.epochs * an_epoch, round(config.warmup_epochs * an_epoch)
+        return learning_rate_factor(clock(step), clock(steps), clock(warmup), config.schedule)
 
     def flops(self) -> dict[float, float]:
         """Floating-point operations of the training, by the share of patches left out."""
@@ -246,12 +237,6 @@ class Run(Place):
             if isinstance(module, DropPath):
                 module.train(not waits)
 
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) as the model takes them; features (B, D) stay as they are."""
-        if images.is_floating_point():
-            return images
-        return self.dataset.preprocessing.normalize(images)
-
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The sum over some images of the cross-entropy between (n, K) logits and targets."""
         return F.cross_entropy(
@@ -280,8 +265,8 @@ class Run(Place):
             learning_rate=self.config.learning_rate * rate,
             train_loss=totals["loss"].item() / self.steps_per_epoch,
             train_accuracy=totals["correct"].item() / images,
-            seconds=state.epoch_seconds,
-            images_per_second=images / state.epoch_seconds,
+            seconds=state.seconds["epoch"],
+            images_per_second=images / state.seconds["epoch"],
         )
 
     def diverged(self, state: State, what: str) -> Diverged:
@@ -317,8 +302,8 @@ class Run(Place):
 
     def save_best(self, state: State) -> None:
         """Keeps the model of the last epoch if no other was better on the validation images."""
-        accuracies = [row.validation_accuracy or 0 for row in state.history]
-        accuracies = accuracies[self.folder.best_from :]
+        rows = state.history[self.folder.best_from :]
+        accuracies = [row.validation_accuracy or 0 for row in rows]
         if self.world.leads and accuracies[-1] == max(accuracies):
             self.folder.save_best(self.checkpoint(state, {}))
 
@@ -352,7 +337,7 @@ class Run(Place):
             "torch": str(torch.__version__),
             "compiled": state.compiled,
             "validation_accuracy": state.history[-1].validation_accuracy,
-            "seconds": {"training": training, "compile": state.compile_seconds},
+            "seconds": {"training": training, "compile": state.seconds["compile"]},
             "images_per_second": len(self.dataset.train) * self.config.epochs / training,
             "training_flops": sum(self.flops().values()),
             "peak_memory_bytes": devices.peak_memory_bytes(self.device),
@@ -451,6 +436,7 @@ def assemble(
         model_config=model.config,
         parallel=world.parallel(model),
         augment=Augmentation(config, model.config, count, device),
+        normalize=dataset.preprocessing.normalize,
         class_weights=class_weights,
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -539,10 +525,7 @@ def resumed_run(path: Path, changes: dict[str, Any], place: Place) -> tuple[Run,
     run.folder.saved_step = state.step
     run.folder.best_from = 0 if (path.parent / "best.pt").exists() else state.epoch
     if state.step > config.epochs * run.steps_per_epoch:
-        raise UserError(
-            f"--epochs {config.epochs} is less than {run.folder.path} has done: epoch {state.epoch}"
-            f" and {run.steps_done(state)} steps"
-        )
+        raise UserError(f"--epochs {config.epochs} is less than is done, epoch {state.epoch}")
     if config.epochs != (before := checkpoint.training.epochs):
         rate = config.learning_rate * run.rate_factor(state.step)
         run.say(

@@ -59,7 +59,7 @@ def train_epoch(run: Run, state: State, model: Forward) -> None:
     """
     world, train = run.world, run.dataset.train
     order = run.batches_left(state)  # rows of the training images, for each step
-    started = time.perf_counter() - state.epoch_seconds
+    started = time.perf_counter() - state.seconds["epoch"]
     run.ready(state.model, state.epoch)  # in training mode
     with progress_bar(run, state) as bar:
         for rows, (images, labels) in zip(order, train.batches(order), strict=True):
@@ -73,11 +73,11 @@ def train_epoch(run: Run, state: State, model: Forward) -> None:
                 state.scaler.scale(loss * world.size).backward()
                 state.count(loss, logits, part.targets)
             update(run, state)
-            state.epoch_seconds = time.perf_counter() - started
+            state.seconds["epoch"] = time.perf_counter() - started
             bar.update(len(rows))
             after_step(run, state, bar)
     totals = run.totals(state)  # which waits for the device
-    state.epoch_seconds = time.perf_counter() - started
+    state.seconds["epoch"] = time.perf_counter() - started
     state.end_epoch(run.record(state, totals))
 
 
@@ -169,7 +169,7 @@ def compiled(run: Run, state: State) -> Forward:
         return run.parallel
     finally:
         state.model.zero_grad()
-        state.compile_seconds += time.perf_counter() - started
+        state.seconds["compile"] += time.perf_counter() - started
 
     state.compiled = "graphs" if mode else "default"
 

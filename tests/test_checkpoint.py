@@ -113,7 +113,7 @@ INVALID = [
     ("model.width", 32, "size mismatch"),
     ("model.width", 10**30, "not a usable checkpoint"),
     ("model.depth", 1000, "depth is 1000, but there are"),
-    ("training.epochs", 10**12, "epochs must be in [1, 1e6]"),
+    ("training.epochs", 10**12, "epochs must be in [0, 1e6]"),
     ("model.color", "red", "ViTConfig.__init__() got an unexpected keyword argument 'color'"),
     ("model.image_size", (32, 32, 32), "image_size must be"),
     ("model.image_size", (2**20, 2**20), "1048576x1048576 is above 8192"),

@@ -60,7 +60,7 @@ def test_a_result_is_written_even_if_its_picture_cannot_be_drawn(
 
     monkeypatch.setattr("curves.draw_curves", fail)
     assert train("--name a --epochs 1") == 1
-    assert "a/curves.png: a label that no one can draw\n" in capsys.readouterr().err
+    assert "a, or not all: a label that no one can draw\n" in capsys.readouterr().err
     assert json.loads((tmp_path / "a/result.json").read_text())["epochs"] == 1
 
 
@@ -114,7 +114,7 @@ def test_compiling_pays_by_operations_steps_and_the_kind_of_device(monkeypatch):
     (operations,) = run.flops().values()
 
     def pays(kind, share):
-        epochs = round(10 * share * {"cpu": 2e13, "cuda": 3e15, "mps": 1e18}[kind] / operations)
+        epochs = round(10 * share * {"cpu": 2e13, "cuda": 3e15, "mps": 1e17}[kind] / operations)
         longer = dataclasses.replace(config, epochs=epochs)
         there = dataclasses.replace(run, config=longer, device=torch.device(kind))
         return trainer.compile_pays(there, 0.0)
@@ -309,7 +309,7 @@ def test_what_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
 # ---------------------------------------------------------------------------- ways to start a run
 
 
-def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path):
+def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path, monkeypatch):
     assert train("--name a --epochs 2") == 0
     saved = load_checkpoint(tmp_path / "a/last.pt")
     recipe = Recipe("from Python", saved.model, saved.training)
@@ -321,10 +321,10 @@ def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path):
     assert same_weights(saved.weights, weights_of(tmp_path / "mine/last.pt"))
     with pytest.raises(UserError, match="mine exists"):
         trainer.fit(recipe, options, name="mine")
+    whole = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *a, **b: broken_loss(whole(*a, **b)))
     with pytest.raises(Diverged, match="the loss is"):
-        broken = dataclasses.replace(saved.training, learning_rate=1e30)
-        options = dataclasses.replace(options, name="b")
-        trainer.fit(Recipe("", saved.model, broken), options)
+        trainer.fit(recipe, dataclasses.replace(options, name="b"))
 
 
 def test_runs_of_one_process_and_of_another_thread_have_times_of_their_own(train, tmp_path):

@@ -93,13 +93,16 @@ class World:
         return self.sum(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
 
     def refuse_differing(self, argv: list[str]) -> None:
-        """Raises UserError, on every rank, unless all ranks have the same command line."""
-        lines = [argv] * self.size
+        """Raises UserError, on every rank, unless all have the same flags, apart from places."""
+        own = {"--data-dir", "--output-dir", "--wait-minutes"}  # of a host
+        pairs = zip(["", *argv], argv, strict=False)
+        line = shlex.join(word for before, word in pairs if not {before, word.split("=")[0]} & own)
+        lines = [line] * self.size
         if self.size > 1:
-            dist.all_gather_object(lines, argv)
-        for rank, line in enumerate(map(shlex.join, lines)):
-            if line != (first := shlex.join(lines[0])):
-                raise UserError(f"rank {rank} was started with {line}, rank 0 with {first}")
+            dist.all_gather_object(lines, line)
+        for rank, other in enumerate(lines):
+            if other != lines[0]:
+                raise UserError(f"rank {rank} was started with {other}, rank 0 with {lines[0]}")
 
     def wait(self) -> None:
         """Waits until every rank is here."""

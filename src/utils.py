@@ -23,7 +23,7 @@ import numpy as np
 
 # Read when torch is loaded: its idle threads soon sleep instead of spinning. Alone, training takes
 # as long; beside two busy processes, half as long.
-if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
 import torch

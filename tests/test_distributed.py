@@ -408,7 +408,11 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_a_checkpoint(train, tmp_path):
         ("--name a --init-from nowhere.pth", "nowhere.pth"),
         # 200 images in batches of 199: rank 1 would have no share of the second.
         ("--name a --batch-size 199", "the last batch of an epoch has 1 images, too few for 2"),
-        (["--name a", "--name a --seed 3"], "--seed 3 --device cpu, rank 0 with --recipe demo"),
+        # The data may lie elsewhere on each host.
+        (
+            ["--name a --data-dir here", "--name a --seed 3 --data-dir=there"],
+            "--name a --seed 3 --device cpu, rank 0 with --recipe demo",
+        ),
     ],
 )
 def test_bad_input_ends_every_rank_with_2_and_its_line(tmp_path, flags, named):

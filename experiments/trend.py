@@ -49,8 +49,7 @@ PUBLISHED = (
 # Folders of results/, with the seeds that are averaged.
 OURS = {
     "cpu": ("cpu/seed0", "cpu/seed1", "cpu/seed2"),
-    "width 160": ("shipped/width-160",),
-    "110 epochs": ("shipped/epochs-110",),
+    "core": ("core",),
     "shipped": ("shipped",),
 }
 STYLE = {"font.size": 8, "legend.fontsize": 8, "legend.frameon": False}

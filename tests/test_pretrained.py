@@ -338,12 +338,16 @@ def test_every_tensor_is_checked(name, change, said, tiny):
 
 @pytest.mark.parametrize(
     "other",
-    ["head.1.weight", "heads.0.weight", "pre_logits.fc.weight", "pooler.dense.bias", "no bias"],
+    ["head.1.weight", "heads.0.weight", "pre_logits.fc.weight", "pooler.dense.bias", "no bias", ""],
 )
 def test_another_head_is_left_out_with_a_note(other, tiny):
     state = {name: weight for name, weight in tiny.state_dict().items() if name != "head.bias"}
     if other == "no bias":  # the same as one of zeros
         assert torch.equal(from_state_dict("x", state).weights["head.weight"], state["head.weight"])
+        return
+    if not other:
+        del state["head.weight"]
+        assert not from_state_dict("x", state).weights["head.weight"].any()
         return
     start = from_state_dict("x", state | {other: ONE}, {"classes": CLASSES})
     assert start.notes[0].startswith("left out: head") and start.classes is None
@@ -426,15 +430,6 @@ def test_free_fields_are_the_user_s_and_the_others_those_of_the_weights(tiny):
     config = start.adapted(wanted, ())
     assert (config.width, config.image_size) == (192, (32, 32))
     assert all(getattr(config, name) == getattr(wanted, name) for name in FREE[1:])
-
-
-def test_a_state_dict_without_a_head_gets_a_new_one():
-    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0)
-    assert isinstance(theirs.head, nn.Identity)
-    start = from_state_dict("x", theirs.state_dict())
-    model = ViT(dataclasses.replace(start.config, classes=2))
-    line = start.initialize(model, ("cat", "dog"))
-    assert "a new head for 2 classes" in line
 
 
 def test_an_exported_state_dict_is_what_the_library_loads(tmp_path, capsys):

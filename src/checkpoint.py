@@ -342,8 +342,11 @@ class RunFolder:
         if not held:
             self.make(overwrite=False)
 
-    def save(self, checkpoint: Checkpoint, *, last: bool = False) -> None:
-        """Writes last.pt and metrics.csv; if that fails, says so and keeps the last good ones."""
+    def save(self, checkpoint: Checkpoint, *, last: bool = False, best: bool = False) -> None:
+        """Writes last.pt and metrics.csv; if that fails, says so and keeps the last good ones.
+
+        `last`: the run does not try again; `best`: also writes best.pt, which no run resumes.
+        """
         try:
             self._hold()
             # The rows first: a run that is killed in between resumes, and writes them again.
@@ -356,22 +359,14 @@ class RunFolder:
             for name in self.replaces - {"metrics.csv", "last.pt"}:
                 (self.path / name).unlink(missing_ok=True)
             self.replaces = set()
+            if best:
+                save_checkpoint(self.path / "best.pt", model_only(checkpoint))
             self.saved_step, self.save_failed = checkpoint.step, False
         except (OSError, UserError) as error:
             self.save_failed = True
             next_try = "" if last else "; training continues, and the next checkpoint tries again"
             reason = getattr(error, "strerror", None) or error
             print(f"cannot save step {checkpoint.step} to {self.path}: {reason}{next_try}")
-
-    def save_best(self, checkpoint: Checkpoint) -> None:
-        """Writes best.pt, a model that no run resumes; where that fails, says so."""
-        if self.replaces:  # the earlier run's files stay together
-            return
-        try:
-            self._hold()
-            save_checkpoint(self.path / "best.pt", model_only(checkpoint))
-        except (OSError, UserError) as error:
-            print(f"cannot write {self.path / 'best.pt'}: {error}")
 
     def write_result(self, result: dict[str, Any], draw: Callable[[Path], None]) -> bool:
         """Writes curves.png, by `draw`, and result.json; returns whether all is written."""

@@ -32,9 +32,7 @@ class TrainConfig(Config):
     ] = False
     epochs: Annotated[int, "times each training image is seen", "[0, 1e6]"] = 100
     steps: Annotated[int, "steps in place of epochs; 5 epochs at least", "[0, 1e9]"] = 0
-    batch_size: Annotated[
-        int, "images per step, over all devices; 0: a fifth of the set, at most 50", "[0, 1e7]"
-    ] = 500
+    batch_size: Annotated[int, "images per step; 0: a fifth of the set or 50", "[0, 1e7]"] = 500
     accumulate: Annotated[int, "parts of a batch, one by one, to save memory", "[1, 1e7]"] = 1
     # Muon is for all matrices but the head's, and then AdamW for the rest.
     optimizer: Annotated[Literal["adamw", "muon", "sgd"], "muon: of the blocks' matrices"] = "adamw"
@@ -44,17 +42,11 @@ class TrainConfig(Config):
     weight_decay: Annotated[float, "of the matrices; decoupled except for SGD", "[0, 1000]"] = 0.05
     warmup_epochs: Annotated[float, "epochs of linear warm-up", "[0, 1e6]"] = 5.0
     schedule: Annotated[Literal["cosine", "linear"], "decay to 0 after the warm-up"] = "cosine"
-    schedule_over: Annotated[
-        Literal["steps", "operations"],
-        "what the decay advances by; operations: a step on whole images counts for more",
-    ] = "steps"
+    schedule_over: Annotated[Literal["steps", "operations"], "decay by step or by cost"] = "steps"
     gradient_clip: Annotated[float, "maximum gradient norm; 0: no clipping", "[0, 1e6]"] = 1.0
     label_smoothing: Annotated[float, "label smoothing", "[0, 1)"] = 0.1
     balance: Annotated[bool, "weight the loss so that all classes count alike"] = False
-    flip: Annotated[
-        Literal["off", "random", "alternating"],
-        "horizontal flip: with probability 1/2, or every other epoch",
-    ] = "random"
+    flip: Annotated[Literal["off", "random", "alternating"], "alternating: by epoch"] = "random"
     crop_padding: Annotated[int, "pixels of padding for a random crop; 0: none", "[0, 1024]"] = 4
     resized_crop: Annotated[float, "least share of a random resized crop; 0: none", "[0, 1]"] = 0.0
     policy: Annotated[Literal["off", "trivial"], "TrivialAugmentWide, as in torchvision"] = "off"

@@ -291,34 +291,31 @@ class Run(Place):
         ends_epoch = self.steps_done(state) == self.steps_per_epoch
         return minutes >= self.options.save_minutes and not ends_epoch
 
-    def save(self, state: State, *, last: bool = False) -> None:
-        """Saves the state on rank 0, or raises `Diverged`; `last`: the run does not try again."""
+    def save(self, state: State, **how: bool) -> None:
+        """Saves the state on rank 0, or raises `Diverged`; `how` is as of `RunFolder.save`."""
         totals = self.totals(state)
         if not all(weight.isfinite().all() for weight in state.model.state_dict().values()):
             raise self.diverged(state, "the weights are not finite")
         self.folder.saved_at = time.perf_counter()
         if self.world.leads:
-            self.folder.save(self.checkpoint(state, totals), last=last)
+            checkpoint = Checkpoint(
+                recipe=self.recipe,
+                model=self.model_config,
+                training=self.config,
+                preprocessing=self.dataset.preprocessing,
+                classes=list(self.dataset.classes),
+                drawn_from=self.dataset.drawn_from,
+                trained=self.dataset.trained,
+                versions=versions(),
+                **state.to_dict(totals),
+            )
+            self.folder.save(checkpoint, **how)
 
-    def save_best(self, state: State) -> None:
-        """Keeps the model of the last epoch if no other was better on the validation images."""
+    def is_best(self, state: State) -> bool:
+        """Whether --keep-best is for the last epoch: none validates better."""
         rows = state.history[self.folder.best_from :]
         accuracies = [row.validation_accuracy or 0 for row in rows]
-        if self.world.leads and accuracies[-1] == max(accuracies):
-            self.folder.save_best(self.checkpoint(state, {}))
-
-    def checkpoint(self, state: State, totals: dict[str, Tensor]) -> Checkpoint:
-        return Checkpoint(
-            recipe=self.recipe,
-            model=self.model_config,
-            training=self.config,
-            preprocessing=self.dataset.preprocessing,
-            classes=list(self.dataset.classes),
-            drawn_from=self.dataset.drawn_from,
-            trained=self.dataset.trained,
-            versions=versions(),
-            **state.to_dict(totals),
-        )
+        return self.options.keep_best and accuracies[-1] == max(accuracies)
 
     def result(self, state: State) -> dict[str, Any]:
         """What result.json says of the training; `train` adds the test and the other timings."""

@@ -16,7 +16,6 @@ run. Ctrl-C, SIGTERM and SIGHUP save first and say how to resume.
 
 import utils  # noqa: F401  # isort: skip  # before torch: sets how its idle threads wait
 import math
-import re
 import shlex
 import signal
 import time
@@ -128,11 +127,6 @@ def progress_bar(run: Run, state: State) -> tqdm:
 # Floating-point operations and steps for which compiling pays: 100 s of a CPU that does 2e11 a
 # second; a minute of a GPU at 5e13, where each step gains some 10 ms of the host: both estimates.
 WORTH_COMPILING = {"cpu": (2e13, 0), "cuda": (3e15, 2000)}
-# How torch says that no compiler works here: for a CPU, for a GPU, for this version of Python.
-NO_COMPILER = (
-    r"InvalidCxxCompiler|CppCompileError|TritonMissing|GPUTooOldForTriton|CalledProcessError"
-    r"|Failed to find C compiler|torch.compile is not supported"
-)
 
 
 def compiled(run: Run, state: State) -> Forward:
@@ -162,10 +156,9 @@ def compiled(run: Run, state: State) -> Forward:
                             logits = fast(run.normalize(part.images), part.kept)
                         logits.float().sum().backward()
     except Exception as error:
-        if not re.search(NO_COMPILER, f"{type(error).__name__} {error}"):
-            error.add_note("--compile off trains without torch.compile")
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        run.say(f"torch.compile is not available ({first_line(error)}); training without it")
+        run.say(f"torch.compile fails here ({first_line(error)}); training without it")
         return run.parallel
     finally:
         state.model.zero_grad()
@@ -260,11 +253,9 @@ def train_epochs(run: Run, state: State, model: Forward) -> None:
         train_epoch(run, state, model)
         is_last = state.epoch == run.config.epochs
         due = is_last or state.epoch % run.config.validate_every == 0
-        validated = due and validate(run, state)
-        if any(run.world.any(is_last, run.save_is_due(state), bool(run.folder.replaces))):
-            run.save(state)
-        if validated and run.options.keep_best:
-            run.save_best(state)
+        best = due and validate(run, state) and run.is_best(state)
+        if any(run.world.any(is_last, best, run.save_is_due(state), bool(run.folder.replaces))):
+            run.save(state, best=best)
         record = state.history[-1]
         for name, value in asdict(record).items() if writer else ():
             if value is not None:
@@ -331,17 +322,14 @@ def hints(run: Run, state: State) -> Iterator[None]:
     """Adds advice to an error on its way out; saves where a file is gone."""
     try:
         yield
-    except Stopped as stop:
-        if run.folder.save_failed:
-            stop.add_note("the last steps could not be saved")
-        hint = cli.resume_hint(run.folder.path, run.options)
-        stop.add_note(hint if run.folder.saved_step else "nothing is saved")
-        raise
-    except UserError as error:  # of a file that was there when the run began
-        if run.world.size == 1 and state.step:  # of several, others may not have met it
+    except (Stopped, UserError) as error:
+        # Of a file that was there when the run began; of several ranks, not all may have met it.
+        if isinstance(error, UserError) and run.world.size == 1 and state.step:
             run.save(state, last=True)
-        if run.folder.saved_step:
-            error.add_note(cli.resume_hint(run.folder.path, run.options))
+        if run.folder.save_failed:
+            error.add_note("the last steps could not be saved")
+        hint = cli.resume_hint(run.folder.path, run.options)
+        error.add_note(hint if run.folder.saved_step else "nothing is saved")
         raise
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):

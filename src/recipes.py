@@ -25,11 +25,7 @@ class TrainConfig(Config):
     mean: Annotated[tuple[float, ...] | None, "of all channels of --init-from, or of each"] = None
     std: Annotated[tuple[float, ...] | None, "standard deviation of the same"] = None
     crop: Annotated[float | None, "share of an image file that is kept, of the same"] = None
-    freeze: Annotated[
-        bool | int,
-        "train only the head, on standardized features; with N: all but the embedding and N blocks",
-        "[0, 1e6]",
-    ] = False
+    freeze: Annotated[bool | int, "all but the head; with N: up to block N", "[0, 1e6]"] = False
     epochs: Annotated[int, "times each training image is seen", "[0, 1e6]"] = 100
     steps: Annotated[int, "steps in place of epochs; 5 epochs at least", "[0, 1e9]"] = 0
     batch_size: Annotated[int, "images per step; 0: a fifth of the set or 50", "[0, 1e7]"] = 500

@@ -164,8 +164,9 @@ class Run(Place):
         train = self.dataset.train
         features = features_of(state.model, train, self.dataset.preprocessing)  # (n, D)
         dataset = dataclasses.replace(self.dataset, train=Split(features, train.labels))
-        head, plain = self.world.parallel(state.model.head), {"normalize": lambda z: z}
-        return dataclasses.replace(self, dataset=dataset, parallel=lambda z, kept: head(z), **plain)
+        head = self.world.parallel(state.model.head)
+        on_features = {"parallel": lambda z, kept: head(z), "normalize": lambda z: z}
+        return dataclasses.replace(self, dataset=dataset, **on_features)
 
     def steps_done(self, state: State) -> int:
         """Steps of the current epoch that are done."""

@@ -54,10 +54,8 @@ class TrainConfig(Config):
     policy_off_epochs: Annotated[int, "epochs at the end without the policy", "[0, 1e6]"] = 0
     mixing_off_epochs: Annotated[int, "epochs at the end without mixing", "[0, 1e6]"] = 0
     validate_every: Annotated[int, "epochs between validations", "[1, 1e6]"] = 1
-    precision: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"],
-        "auto: bf16 where the hardware multiplies it, else fp16 on a GPU of CUDA (not yet run)",
-    ] = "auto"
+    # auto: bf16 where the hardware multiplies it, else fp16 on a GPU of CUDA (not yet run there).
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], "auto: by the hardware"] = "auto"
     compile: Annotated[
         Literal["auto", "on", "graphs", "off"],
         "torch.compile; auto: for long runs; graphs: on, with CUDA graphs (not yet run on a GPU)",

@@ -16,6 +16,7 @@ run. Ctrl-C, SIGTERM and SIGHUP save first and say how to resume.
 
 import utils  # noqa: F401  # isort: skip  # before torch: sets how its idle threads wait
 import math
+import re
 import shlex
 import signal
 import time
@@ -127,6 +128,11 @@ def progress_bar(run: Run, state: State) -> tqdm:
 # Floating-point operations and steps for which compiling pays: 100 s of a CPU that does 2e11 a
 # second; a minute of a GPU at 5e13, where each step gains some 10 ms of the host: both estimates.
 WORTH_COMPILING = {"cpu": (2e13, 0), "cuda": (3e15, 2000)}
+# How torch says that no compiler works here: for a CPU, for a GPU, for this version of Python.
+NO_COMPILER = (
+    r"InvalidCxxCompiler|CppCompileError|TritonMissing|GPUTooOldForTriton|CalledProcessError"
+    r"|Failed to find C compiler|torch.compile is not supported"
+)
 
 
 def compiled(run: Run, state: State) -> Forward:
@@ -156,9 +162,10 @@ def compiled(run: Run, state: State) -> Forward:
                             logits = fast(run.normalize(part.images), part.kept)
                         logits.float().sum().backward()
     except Exception as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
+        if not re.search(NO_COMPILER, f"{type(error).__name__} {error}"):
+            error.add_note("--compile off trains without torch.compile")
             raise
-        run.say(f"torch.compile fails here ({first_line(error)}); training without it")
+        run.say(f"torch.compile is not available ({first_line(error)}); training without it")
         return run.parallel
     finally:
         state.model.zero_grad()

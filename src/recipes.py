@@ -17,7 +17,7 @@ class TrainConfig(Config):
     """Everything besides the model that a run depends on; RunOptions says where it is kept."""
 
     dataset: Annotated[str, f"data set: {', '.join(DATASETS)}, {FOLDER}PATH"] = "cifar10"
-    validation_images: Annotated[float, "held-out images; below 1: their share", "[0, 1e9]"] = 0.1
+    validation_images: Annotated[float, "training images held out, or a share", "[0, 1e9]"] = 0.1
     initialization: Annotated[Literal["paper", "mimetic"], "mimetic: of attention"] = "paper"
     whiten_patches: Annotated[bool, "begin with a patch embedding that whitens pixels"] = False
     init_from: Annotated[str | None, "weights: FILE, timm:NAME, torchvision:NAME[:WEIGHTS]"] = None
@@ -31,7 +31,7 @@ class TrainConfig(Config):
     batch_size: Annotated[int, "images per step; 0: a fifth of the set or 50", "[0, 1e7]"] = 500
     accumulate: Annotated[int, "parts of a batch, one by one, to save memory", "[1, 1e7]"] = 1
     # Muon is for all matrices but the head's, and then AdamW for the rest.
-    optimizer: Annotated[Literal["adamw", "muon", "sgd"], "muon: of the blocks' matrices"] = "adamw"
+    optimizer: Annotated[Literal["adamw", "muon", "sgd"], "muon: of matrices, else adamw"] = "adamw"
     learning_rate: Annotated[float, "peak learning rate of AdamW or SGD", "[0, 1000]"] = 1e-3
     muon_learning_rate: Annotated[float, "Muon's peak learning rate", "[0, 1000]"] = 0.02
     layer_decay: Annotated[float, "learning rate of a block over the next one's", "(0, 1]"] = 1.0

@@ -342,8 +342,9 @@ def hints(run: Run, state: State) -> Iterator[None]:
         if is_out_of_memory(error):
             batch, parts = run.config.batch_size, run.config.accumulate
             error.__notes__ = [
-                f"of --batch-size {batch} --accumulate {parts}, try --accumulate {2 * parts} for "
-                "the same batch in smaller parts, or a smaller --batch-size",
+                f"of --batch-size {batch} --accumulate {parts}, try --accumulate "
+                f"{min(2 * parts, batch)} for the same batch in smaller parts, or a smaller "
+                "--batch-size",
                 *run.folder.kept(),
             ]
         raise

@@ -50,7 +50,7 @@ class Options(Config):
     dir: Path | None = None  # all image files in a folder
     layer: int | str = "all"
     head: int | str = "all"  # or "mean", "max" or "min" over the heads
-    start_layer: Annotated[int, "the first of rollout, relevance and LeGrad", "[1, inf)"] = 1
+    start_layer: Annotated[int, "first layer of rollout, relevance and LeGrad", "[1, inf)"] = 1
     query: str | tuple[int, int] | None = None  # "cls" for the classifier, or a patch
     checkpoint: Annotated[Path | None, "a file, or a run's folder (the newest one)"] = None
     weights: Annotated[

@@ -1,7 +1,7 @@
 """The speed of this code beside that of its peers: alternating in one process, median ratios.
 
     python experiments/benchmark.py                  all but memory; checkpoints/benchmark/all.json
-    python experiments/benchmark.py memory           one part; --recipe demo: of another's sizes
+    python experiments/benchmark.py --part memory    one part; --recipe demo: of another's sizes
     python experiments/benchmark.py --json FILE      writes FILE and, beside it, the plot
 
     train_step   images/s of a training step of this ViT and of those of torchvision, timm,
@@ -33,7 +33,6 @@ import torchvision
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
@@ -76,22 +75,16 @@ def of_this_code(config: ViTConfig) -> Iterator[Candidate]:
 
 
 def of_torchvision(config: ViTConfig) -> Iterator[Candidate]:
-    class Plain(torchvision.models.VisionTransformer):
-        def forward(self, images: Tensor) -> Tensor:
-            with sdpa_kernel(SDPBackend.MATH):
-                return super().forward(images)
-
-    for attention, kind in (("fused", torchvision.models.VisionTransformer), ("plain", Plain)):
-        model = kind(
-            image_size=config.image_size[0],
-            patch_size=config.patch_size,
-            num_layers=config.depth,
-            num_heads=config.heads,
-            hidden_dim=config.width,
-            mlp_dim=config.hidden,
-            num_classes=config.classes,
-        )
-        yield Candidate("torchvision", attention, model)
+    model = torchvision.models.VisionTransformer(
+        image_size=config.image_size[0],
+        patch_size=config.patch_size,
+        num_layers=config.depth,
+        num_heads=config.heads,
+        hidden_dim=config.width,
+        mlp_dim=config.hidden,
+        num_classes=config.classes,
+    )
+    yield Candidate("torchvision", "fused", model)
 
 
 def of_timm(config: ViTConfig) -> Iterator[Candidate]:
@@ -141,8 +134,6 @@ def of_transformers(config: ViTConfig) -> Iterator[Candidate]:
             num_attention_heads=config.heads,
             hidden_size=config.width,
             intermediate_size=config.hidden,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
             num_labels=config.classes,
             attn_implementation=name,
         )
@@ -230,7 +221,7 @@ def ratio_to_fastest_peer(taken: dict[tuple, list[float]], mode: str) -> float |
     return ratio(min(peers, key=statistics.median), own[0]) if peers and own else None
 
 
-# ---------------------------------------------------------------------------- input
+# ---------------------------------------------------------------------------- other parts
 
 
 def as_batch(transform: Callable[[Image.Image], Tensor], pictures: list[Image.Image]) -> Tensor:
@@ -282,9 +273,6 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
     return {"input_images_per_second": speeds, "input_ratio": ratio(fastest, own)}
 
 
-# ---------------------------------------------------------------------------- outside the model
-
-
 def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) -> dict[str, float]:
     """Times epochs of `train_epoch`, bare steps, and their passes alone, alternating."""
     run, state = common.run_of(recipe, setting, steps)
@@ -301,9 +289,6 @@ def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) ->
         "outside_share": 1 - passes_share,
         "optimizers_share": step_share - passes_share,
     }
-
-
-# ---------------------------------------------------------------------------- memory
 
 
 def peak_bytes(config: ViTConfig, setting: Setting) -> int:
@@ -345,8 +330,8 @@ def draw(result: dict[str, Any]) -> Figure:
         label = f"{row['attention']} attention, {row['mode']}"
         place = row["images_per_second"], names.index(row["implementation"])
         axes.plot(*place, f"C0{marker}", markerfacecolor=face, label=label)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.tick_params(axis="x", labelsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(labelsize=8)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlim(left=0)
@@ -357,24 +342,15 @@ def draw(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def said(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {said(each)}" for name, each in value.items())
-    if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
-
-
 def show(result: dict[str, Any]) -> None:
     """Prints a line for each figure, and a table in Markdown for each list of rows."""
     for name, value in result.items():
         if isinstance(value, list):
-            print(f"\n{name}\n\n| {' | '.join(value[0])} |\n|{'---|' * len(value[0])}")
-            for row in value:
-                print(f"| {' | '.join(map(said, row.values()))} |")
+            print(f"\n{name}\n")
+            common.show_rows(value)
             print()
         else:
-            print(f"{name}: {said(value)}")
+            print(f"{name}: {common.said(value)}")
 
 
 PARTS = ("input", "train_step", "outside", "memory")
@@ -408,8 +384,7 @@ def measure(part: str, name: str, modes: list[str], setting: Setting) -> dict[st
 
 def main(argv: list[str]) -> int:
     parser = Parser(prog="benchmark.py", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("all", *PARTS), default="all", help="(all)")
-    parser.add_argument("--part", choices=PARTS, dest="named", help="the same")
+    parser.add_argument("--part", choices=("all", *PARTS), default="all", help="(all)")
     parser.add_argument("--peers", default="", metavar="A,B", help=f"(all: {','.join(PEERS)})")
     parser.add_argument("--recipe", choices=RECIPES, help="whose sizes (that of the device)")
     parser.add_argument("--device", help="cuda, mps or cpu (the best available)")
@@ -418,27 +393,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=11, help="how often each is timed (11)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="(checkpoints/benchmark/)")
     arguments = parser.parse_args(argv)
-    part = arguments.named or arguments.part
     peers = tuple(filter(None, arguments.peers.split(",")))
     if not set(peers) <= set(PEERS):
         parser.error(f"--peers {arguments.peers} must be some of {','.join(PEERS)}")
     if arguments.rounds < 1:
         parser.error(f"--rounds must be at least 1, not {arguments.rounds}")
-    out = arguments.json or ROOT / f"checkpoints/benchmark/{part}.json"
+    out = arguments.json or ROOT / f"checkpoints/benchmark/{arguments.part}.json"
     if out.suffix != ".json":
         parser.error(f"--json {out} must end in .json; the plot goes beside it")
     modes = [arguments.mode] if arguments.mode else ["eager", "compiled"]
     setting = Setting.of(arguments.device, arguments.precision, arguments.rounds, *peers)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass  # fails now rather than after minutes of work
+        tempfile.TemporaryFile(dir=out.parent).close()  # fails now rather than after minutes
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     devices.keep_freed_memory()
     warnings.filterwarnings("ignore", module="torch|timm|transformers")
     recipe = arguments.recipe or cli.default_recipe(arguments.device)[0]
-    result = measure(part, recipe, modes, setting)
+    result = measure(arguments.part, recipe, modes, setting)
     show(result)
     utils.write_json(out, result)
     if "train_step" in result:

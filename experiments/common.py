@@ -33,6 +33,7 @@ from ViT import ViT
 
 LONG_ENOUGH = 0.05  # seconds of work between two clock readings
 PATIENCE = 60  # seconds that a run has to save and end
+COMMAND = "python src/trainer.py {}"
 
 
 class Setting(NamedTuple):
@@ -159,33 +160,23 @@ def step_of(run: Run, state: State, forward: Forward, optimize: bool = True) -> 
     return step
 
 
-# ---------------------------------------------------------------------------- runs of the trainer
+# -------------------------------------------------------------------------- runs and their tables
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file."""
-    with path.open() as file:
-        return list(csv.DictReader(file))
+    """The rows of a CSV file; none where there is no file."""
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
-def flags_in(command: str) -> dict[str, str]:
-    """The flags of a command line and their values; of a flag that is given twice, the last."""
-    words = shlex.split(command)
-    pairs = zip(words, [*words[1:], "--"], strict=True)
-    return {w: "" if v.startswith("--") else v for w, v in pairs if w.startswith("--")}
-
-
-def kept_result(kept: Path, *commands: str) -> dict[str, Any] | None:
-    """The result.json in a folder, if its command has the flags of one of these, in any order.
+def kept_result(kept: Path, *flags: str) -> dict[str, Any] | None:
+    """The result.json in a folder, if its command has one of these flags.
 
     Nothing else is compared: a result outlives changes of recipes and options.
     """
-    try:
-        result = json.loads((kept / "result.json").read_text())
-    except OSError:
+    if not (path := kept / "result.json").exists():
         return None
-    found = flags_in(result["command"])
-    return result if any(flags_in(command) == found for command in commands) else None
+    result = json.loads(path.read_text())
+    return result if result["command"] in map(COMMAND.format, flags) else None
 
 
 def train_and_keep(
@@ -203,7 +194,7 @@ def train_and_keep(
     Raises:
         UserError: the trainer failed; with its own message.
     """
-    made = kept / "unfinished"
+    made, log = kept / "unfinished", kept / "output.txt"
     command = cli.parse(shlex.split(flags), description="")
     meaning, stated = repr(command), made / "meaning.txt"
     if (made / "last.pt").exists() and stated.exists() and stated.read_text() == meaning:
@@ -215,12 +206,8 @@ def train_and_keep(
         utils.write_whole(stated, meaning.encode())
         program = [*shlex.split(flags), "--output-dir", str(kept), "--name", made.name]
     program = [sys.executable, str(utils.ROOT / "src/trainer.py"), *program, *where]
-    pipes, errors, log = {"stderr": subprocess.PIPE, "text": True}, "", kept / "output.txt"
-    environment = os.environ | environment
-    with (
-        log.open("a") as out,
-        subprocess.Popen(program, env=environment, stdout=out, **pipes) as process,
-    ):
+    options = {"env": os.environ | environment, "stderr": subprocess.PIPE, "text": True}
+    with log.open("a") as out, subprocess.Popen(program, stdout=out, **options) as process:
         try:
             _, errors = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -234,9 +221,24 @@ def train_and_keep(
     if process.returncode:
         raise UserError(errors.strip())
     result = json.loads((made / "result.json").read_text())
-    result["command"] = f"python src/trainer.py {flags}"
+    result["command"] = COMMAND.format(flags)
     utils.write_whole(kept / "metrics.csv", (made / "metrics.csv").read_bytes())
     utils.write_json(kept / "result.json", result)
     save_model(kept / "model.pt", load_checkpoint(made / "last.pt"))
     shutil.rmtree(made)
     return result
+
+
+def said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {said(each)}" for name, each in value.items())
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
+
+
+def show_rows(rows: list[dict[str, Any]]) -> None:
+    """Prints a table in Markdown."""
+    print(f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}")
+    for row in rows:
+        print(f"| {' | '.join(map(said, row.values()))} |")

@@ -26,9 +26,9 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +91,7 @@ DRY_PLAN = Plan(
 def throughput(plan: Plan, setting: Setting) -> None:
     """Writes throughput.csv, a row at a time."""
     path = plan.folder / "throughput.csv"
-    rows = rows_of(path) if path.exists() else []
+    rows = rows_of(path)
     measured = {(row["recipe"], row["mode"]) for row in rows}
     wanted = [(name, mode) for mode in MODES for name in plan.steps if mode in plan.steps[name]]
     missing = [pair for pair in wanted if pair not in measured]
@@ -139,7 +139,7 @@ def pace_of(row: dict[str, Any]) -> str:
 
 
 def trained(
-    plan: Plan, part: str, setting: Setting, name: str = "", more: str = ""
+    plan: Plan, setting: Setting, part: str, name: str = "", more: str = ""
 ) -> dict[str, Any] | None:
     """The result.json of a run, trained now unless it exists; None if it was stopped."""
     flags = f"{plan.flags[part]} --device {setting.device} {more}".strip()
@@ -152,7 +152,7 @@ def trained(
 
 
 def seeds(plan: Plan, setting: Setting) -> None:
-    if not (curve := trained(plan, "curve", setting)):
+    if not (curve := trained(plan, setting, "curve")):
         return
     times, share = curve["seconds"], 1 - curve["training"]["validation_images"]
     taken = times["first_step_to_end"] or times["training"]  # the former of a run in one go
@@ -160,7 +160,7 @@ def seeds(plan: Plan, setting: Setting) -> None:
     epochs = max(1, math.floor(0.98 * plan.seconds / taken * curve["epochs"] * share))
     for seed in range(plan.seeds):
         more = f"--epochs {epochs} --seed {seed}"
-        trained(plan, "seeds", setting, f"seed{seed}", more)
+        trained(plan, setting, "seeds", f"seed{seed}", more)
 
 
 def summary_of(result: dict[str, Any], rate: float | None = None) -> str:
@@ -178,16 +178,12 @@ def summary_of(result: dict[str, Any], rate: float | None = None) -> str:
     )
 
 
-# ---------------------------------------------------------------------------- the report
-
-
 def report(plan: Plan, setting: Setting) -> None:
     """Prints what is in the folder, in Markdown, and writes it to report.md."""
     found = sorted(plan.folder.glob("*/result.json"))
     results = {path.parent.name: json.loads(path.read_text()) for path in found}
     machines = {f"**{r['device_name']}, torch {r['torch']}**" for r in results.values()}
-    path = plan.folder / "throughput.csv"
-    rows = rows_of(path) if path.exists() else []
+    rows = rows_of(plan.folder / "throughput.csv")
     rate = float(rows[0]["matrix_rate"]) if rows else None
     lines = [*sorted(machines), ""]
     lines += [f"- {row['recipe']}, {row['mode']}: {pace_of(row)}" for row in rows]
@@ -213,17 +209,8 @@ def time_to(accuracy: float, metrics: Path) -> str:
     return f"{accuracy:.0%} on validation images was not reached"
 
 
-# ---------------------------------------------------------------------------- command line
-
-PARTS: dict[str, Callable[[Plan, Setting], Any]] = {
-    "default": lambda plan, setting: trained(plan, "default", setting),
-    "throughput": throughput,
-    "curve": lambda plan, setting: trained(plan, "curve", setting),
-    "seeds": seeds,
-    "baseline": lambda plan, setting: trained(plan, "baseline", setting),
-    "best": lambda plan, setting: trained(plan, "best", setting),
-    "report": report,
-}
+PARTS = ("default", "throughput", "curve", "seeds", "baseline", "report", "best")
+NOT_A_RUN = {"throughput": throughput, "seeds": seeds, "report": report}
 
 
 def main(argv: list[str]) -> int:
@@ -246,10 +233,9 @@ def main(argv: list[str]) -> int:
     setting, status = Setting.of(arguments.device, "auto", rounds=5), 0
     if setting.device.type == "cpu" and not arguments.dry_run and arguments.part != "report":
         raise UserError("this measurement needs a GPU; --dry-run runs a small version anywhere")
-    half_hour = [name for name in PARTS if name != "best"]
-    for name in half_hour if arguments.part == "all" else [arguments.part]:
+    for name in PARTS[:-1] if arguments.part == "all" else [arguments.part]:
         try:
-            PARTS[name](plan, setting)
+            NOT_A_RUN.get(name, partial(trained, part=name))(plan, setting)
         except Exception as error:  # whatever it is, the other parts do not need this one
             complain(f"{name} has failed: {error}")
             status = 1

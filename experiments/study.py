@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 import utils
-from common import kept_result, train_and_keep
+from common import kept_result, show_rows, train_and_keep
 from config import Parser
 from utils import UserError, run_program
 
@@ -175,20 +175,15 @@ def result_of(study: Study, change: str, seed: int) -> dict[str, Any] | None:
     return kept_result(study.folder / change / f"seed{seed}", *flags_of(study, change, seed))
 
 
-def results_of(study: Study, change: str) -> list[dict[str, Any]]:
-    """The results of a change, of the seeds that were run."""
-    return [result for seed in study.seeds if (result := result_of(study, change, seed))]
-
-
 def run(study: Study, change: str, seed: int) -> bool:
     """Trains with a change and a seed and prints the accuracy; returns whether that worked."""
     kept, (_, flags) = study.folder / change / f"seed{seed}", flags_of(study, change, seed)
+    result, said = None, "stopped; the next call resumes it"
     try:
-        result = train_and_keep(flags, kept, {"OMP_NUM_THREADS": "1"})
+        if result := train_and_keep(flags, kept, {"OMP_NUM_THREADS": "1"}):
+            said = f"{result['validation_accuracy']:.2%}"
     except UserError as error:
-        print(f"{change}, seed {seed}: {error}", flush=True)
-        return False
-    said = f"{result['validation_accuracy']:.2%}" if result else "stopped; the next call resumes it"
+        said = str(error)
     print(f"{change}, seed {seed}: {said}", flush=True)
     return result is not None
 
@@ -197,27 +192,17 @@ def table(study: Study) -> list[dict[str, Any]]:
     """A row for each change that was run: percent over the seeds, seconds of the fastest seed."""
     rows: list[dict[str, Any]] = []
     for change, flags in study.changes.items():
-        if not (results := results_of(study, change)):
+        results = [found for seed in study.seeds if (found := result_of(study, change, seed))]
+        if not results:
             continue
         accuracies = [100 * result["validation_accuracy"] for result in results]
         row = {"change": change, "flags": flags, "seeds": len(results)}
-        row["validation_accuracy"] = statistics.mean(accuracies)
-        row["deviation"] = statistics.stdev(accuracies) if len(results) > 1 else None
+        row["validation_accuracy"] = round(statistics.mean(accuracies), 2)
+        row["deviation"] = round(statistics.stdev(accuracies), 2) if len(results) > 1 else None
         # The fastest, as other work on the machine only ever slows a run.
-        row["seconds"] = min(result["seconds"]["training"] for result in results)
+        row["seconds"] = round(min(result["seconds"]["training"] for result in results), 2)
         rows.append(row)
     return rows
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Prints the table in Markdown, as docs/ has it."""
-    print("| change | flags | seeds | validation | training |\n|---|---|---|---|---|")
-    for row in rows:
-        flags = f"`{row['flags']}`" if row["flags"] else ""
-        spread = f" ± {row['deviation']:.1f}" if row["seeds"] > 1 else ""
-        accuracy = f"{row['validation_accuracy']:.1f}{spread}%"
-        seconds = f"{row['seconds']:.0f} s"
-        print(f"| {row['change']} | {flags} | {row['seeds']} | {accuracy} | {seconds} |")
 
 
 def main(argv: list[str]) -> int:
@@ -235,13 +220,9 @@ def main(argv: list[str]) -> int:
         missing = [key for key in wanted if result_of(study, *key) is None]
         with ThreadPoolExecutor(arguments.jobs) as pool:
             worked = all(list(pool.map(lambda key: run(study, *key), missing)))
-    rows = table(study)
-    if rows:
-        rounded = (
-            {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
-        utils.write_table(study.folder / "table.csv", rows[0], rounded)
-        show(rows)
+    if rows := table(study):
+        utils.write_table(study.folder / "table.csv", rows[0], rows)
+        show_rows(rows)
     return 0 if worked else 1
 
 

@@ -67,12 +67,12 @@ def point_of(name: str, folders: tuple[str, ...]) -> Point:
 def draw() -> Figure:
     figure = Figure(figsize=(6.4, 3.8), layout="constrained", dpi=200)
     axes, ours = figure.subplots(), [point_of(*run) for run in OURS.items()]
-    for points, style in ((ours, "o-"), (PUBLISHED, "x")):
-        color, label = ("tab:blue", "this repository") if points is ours else ("0.35", "published")
+    kinds = [(ours, "this repository", "o-", "tab:blue", "right")]
+    kinds += [(PUBLISHED, "published", "x", "0.35", "left")]
+    for points, label, style, color, side in kinds:
         x, y = zip(*((point.operations, point.accuracy) for point in points), strict=True)
         axes.plot(x, y, style, markersize=5, color=color, label=label)
         for point in points:
-            side = "right" if points is ours else "left"
             axes.annotate(
                 point.name, point[:2], (point.dx, point.dy), textcoords="offset points",
                 fontsize=7, color=color, horizontalalignment=side,

@@ -95,8 +95,7 @@ class World:
     def refuse_differing(self, argv: list[str]) -> None:
         """Raises UserError, on every rank, unless all have the same flags, apart from places."""
         own = {"--data-dir", "--output-dir", "--wait-minutes"}  # of a host
-        pairs = zip(["", *argv], argv, strict=False)
-        line = shlex.join(word for before, word in pairs if not {before, word.split("=")[0]} & own)
+        line = shlex.join(w for i, w in enumerate(argv) if not {argv[i - 1], w.split("=")[0]} & own)
         lines = [line] * self.size
         if self.size > 1:
             dist.all_gather_object(lines, line)

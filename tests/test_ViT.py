@@ -23,7 +23,6 @@ from ViT import (
     ViT,
     ViTConfig,
     parameters_of,
-    patchify,
     sincos_positions,
 )
 
@@ -111,13 +110,6 @@ def test_the_named_sizes_have_the_published_numbers_of_parameters(name, patch_si
 
 
 # ---------------------------------------------------------------------------- patches
-
-
-@pytest.mark.parametrize("shape, patch_size", [((2, 3, 8, 12), 4), ((3, 1, 12, 6), 3)])
-def test_patchify_equals_unfold(shape, patch_size):
-    images = torch.randn(shape)
-    expected = F.unfold(images, patch_size, stride=patch_size).mT  # row by row, channel first
-    assert torch.equal(patchify(images, patch_size), expected)
 
 
 @poolings

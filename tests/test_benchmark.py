@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ import benchmark
 import common
 from common import Setting, ratio, time_alternating
 from recipes import Recipe, TrainConfig
-from utils import status_of
 from ViT import ViTConfig
 
 CPU = Setting(torch.device("cpu"), "fp32", rounds=3)
@@ -101,7 +99,7 @@ def test_the_benchmark_writes_all_its_parts(tiny, tmp_path, capsys):
     assert "memory" not in result and "| this code | own | eager | " in printed
     assert "a_package_that_nobody_has is not installed; skipping it" in printed
     found = {f"{row['implementation']} {row['attention']}" for row in result["train_step"]}
-    assert found == {"torchvision fused", "torchvision plain", "this code own"}
+    assert found == {"torchvision fused", "this code own"}
     assert all(row["images_per_second"] > 0 for row in result["train_step"])
     assert len({row["parameters"] for row in result["train_step"]}) == 1
     assert result["ratio_to_fastest_peer"].keys() == {"eager"}
@@ -129,24 +127,10 @@ def test_the_matrix_rate_is_that_of_the_median(monkeypatch):
 
 def test_memory_is_a_part_by_itself_and_recomputing_saves_some(tiny, tmp_path, capsys):
     out = tmp_path / "m.json"
-    assert benchmark.main(["memory", "--device", "cpu", "--json", str(out)]) == 0
+    assert benchmark.main(["--part", "memory", "--device", "cpu", "--json", str(out)]) == 0
     (row,) = json.loads(out.read_text())["memory"]
     assert not (tmp_path / "m.png").exists()  # as no step was timed
     assert (row["model"], row["parameters"]) == ("small", 22_050_664)
     assert row["GFLOP an image"] == pytest.approx(6 * 4.6, rel=0.02)  # timm: 4.6e9 forward
     assert 0.2 < row["GB with --checkpoint-activations"] < row["GB"]
     assert f"| small | 22,050,664 | 27.6 | {row['GB']:.3g} | " in capsys.readouterr().out
-
-
-BAD = ["--rounds 0", "nonsense", "--json b.txt", "--device cpu --json /dev/null/b.json"]
-
-
-@pytest.mark.parametrize("flags", [*BAD, "--peers x", "--device tpu", "--recipe nonsense"])
-def test_bad_input_is_one_line_and_exit_status_2(monkeypatch, capsys, flags):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py"])
-    try:
-        status = status_of(benchmark.main, flags.split())
-    except SystemExit as stop:  # of the parser
-        status = stop.code
-    (line,) = capsys.readouterr().err.splitlines()
-    assert status == 2 and line.startswith("benchmark.py: ") and flags.split()[-1] in line

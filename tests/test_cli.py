@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmark
 import cli
 import datasets
 import predict
 import shapes
 import small
+import speedrun
+import study
 import trainer
 import vis
 from recipes import RECIPES, RunOptions
@@ -88,6 +91,16 @@ BAD_INPUT = [
     (vis, "image --dir {loop}", "Too many levels of symbolic links"),
     (vis, "model --checkpoint {long}", "File name too long"),
     (vis, "model --out {long}", "File name too long"),
+    # What measures.
+    (benchmark, "--rounds 0", "--rounds must be at least 1, not 0"),
+    (benchmark, "--part nonsense", "nonsense"),
+    (benchmark, "--peers x", "--peers x must be some of torchvision,timm"),
+    (benchmark, "--recipe nonsense", "nonsense"),
+    (benchmark, "--device tpu", "tpu"),
+    (benchmark, "--json b.txt", "--json b.txt must end in .json"),
+    (benchmark, "--device cpu --json {text}/b.json", "cannot write {text}/b.json"),
+    (study, "--jobs 0", "--jobs must be at least 1, not 0"),
+    (speedrun, "--device cpu --out {empty}", "--dry-run"),
 ]
 
 

@@ -60,28 +60,23 @@ def test_drop_path_waits_for_the_whole_images(train, monkeypatch, whole_epochs, 
     assert seen == drops
 
 
-def test_a_finished_run_says_so_and_resumes_when_epochs_are_raised(train, tmp_path, capsys):
-    assert train("--name a --epochs 1") == 0
+def test_a_finished_run_may_see_the_test_set_and_more_epochs(train, tmp_path, capsys):
+    def result():
+        return json.loads((tmp_path / "a/result.json").read_text())
+
+    assert train("--name a --epochs 1 --no-test") == 0
+    assert train(f"--resume {tmp_path / 'a'} --no-test") == 0
+    assert "already finished; raise --epochs" in capsys.readouterr().out
+    assert result()["test_accuracy"] is None
     assert train(f"--resume {tmp_path / 'a'}") == 0
-    assert "raise --epochs" in capsys.readouterr().out
+    assert result()["test_accuracy"] is not None
     assert train(f"--resume {tmp_path / 'a'} --epochs 2 --accumulate 2") == 0
     # Linear from 3e-3 over 10 steps with 2 of warm-up, 5 of them done.
     said = "the linear schedule now reaches 0 at epoch 2 instead of 1: "
     assert said + "the learning rate continues at 0.0019" in capsys.readouterr().out
     assert len(rows_of(tmp_path / "a/metrics.csv")) == 2
-    assert json.loads((tmp_path / "a/result.json").read_text())["epochs"] == 2
+    assert result()["epochs"] == 2 and result()["seconds"]["first_step_to_end"] is None
 
-
-def test_a_run_that_did_not_see_the_test_set_can_see_it_later(train, tmp_path, capsys):
-    assert train("--name a --epochs 1 --no-test") == 0
-    assert train(f"--resume {tmp_path / 'a'} --no-test") == 0
-    assert "already finished" in capsys.readouterr().out
-    assert train(f"--resume {tmp_path / 'a'}") == 0
-    assert json.loads((tmp_path / "a/result.json").read_text())["test_accuracy"] is not None
-
-
-def test_epochs_cannot_be_fewer_than_are_done(train, tmp_path, capsys):
-    assert train("--name a --epochs 2") == 0
     before = (tmp_path / "a/last.pt").read_bytes()
     assert train(f"--resume {tmp_path / 'a'} --epochs 1") == 2
     (line,) = capsys.readouterr().err.splitlines()

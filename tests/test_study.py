@@ -34,7 +34,7 @@ def test_missing_runs_are_trained_and_a_failure_is_reported(study, tmp_path, cap
     assert studies.main(["--jobs", "2"]) == 1
     printed = capsys.readouterr().out
     assert "wrong, seed 0: trainer.py: cannot read " in printed and "nowhere.pt" in printed
-    assert "| none |  | 1 | " in printed and " ± " not in printed and "| wrong |" not in printed
+    assert "| none |  | 1 | " in printed and "| wrong |" not in printed
     result = json.loads((tmp_path / "none/seed0/result.json").read_text())
     assert result["test_accuracy"] is None and result["seed"] == 0
     assert result["command"] == f"python src/trainer.py {TINY} --seed 0"
@@ -51,22 +51,6 @@ def write_result(folder, command, accuracy=0.5, seconds=10.0):
     (folder / "result.json").write_text(json.dumps(content | {"seconds": {"training": seconds}}))
 
 
-@pytest.mark.parametrize(
-    ("recorded", "is_of"),
-    [
-        ("--recipe cpu --epochs 3 --seed 0 --no-test --epochs 5", True),
-        ("--epochs 5 --no-test --seed 0 --recipe cpu", True),
-        ("--recipe cpu --epochs 3 --seed 0 --no-test", False),
-        ("--recipe cpu --epochs 5 --seed 0", False),
-        ("--recipe cpu --epochs 5 --seed 0 --no-test --width 64", False),
-    ],
-)
-def test_a_result_is_recognized_by_the_flags_it_records(tmp_path, recorded, is_of):
-    write_result(tmp_path, recorded)
-    found = kept_result(tmp_path, "--recipe best", "--recipe cpu --epochs 5 --seed 0 --no-test")
-    assert (found is not None) == is_of
-
-
 def test_a_changed_recipe_or_option_leaves_older_results_known(study):
     made = study({"none": "--old 1"}, (0, 1), "--recipe cpu --no-test")
     made = made._replace(now={"--recipe cpu": "--recipe cpu --width 64", "--old 1": "--epochs 2"})
@@ -75,7 +59,9 @@ def test_a_changed_recipe_or_option_leaves_older_results_known(study):
     assert now == "--recipe cpu --width 64 --no-test --seed 1 --epochs 2"
     write_result(made.folder / "none/seed0", recorded.replace("seed 1", "seed 0"))
     write_result(made.folder / "none/seed1", now)  # which a missing run is trained with
-    assert len(studies.results_of(made, "none")) == 2
+    for seed, known in ((0, True), (1, True), (2, False)):
+        assert (studies.result_of(made, "none", seed) is not None) == known
+    assert kept_result(made.folder / "none/seed0", now, f"{recorded} --width 8") is None
 
 
 @pytest.mark.parametrize("case", ["the same", "another recipe", "other flags"])
@@ -110,7 +96,7 @@ def test_the_table_is_the_mean_and_deviation_over_seeds(study, tmp_path, capsys)
         _, command = studies.flags_of(made, "none", seed)
         write_result(tmp_path / f"none/seed{seed}", command, accuracy, 10.0 + seed)
     assert studies.main(["--table"]) == 0
-    assert "| none |  | 3 | 73.0 ± 3.6% | 10 s |" in capsys.readouterr().out
+    assert "| none |  | 3 | 73 | 3.61 | 10 |" in capsys.readouterr().out
     (row,) = common.rows_of(tmp_path / "table.csv")
     assert row["seeds"] == "3" and float(row["validation_accuracy"]) == pytest.approx(73)
     assert float(row["deviation"]) == pytest.approx(statistics.stdev((70, 72, 77)), abs=0.01)
@@ -126,16 +112,6 @@ def test_every_study_has_valid_flags_and_leaves_the_test_set_alone(name):
 
 @pytest.mark.parametrize("name", ["shape", "size"])
 def test_all_shapes_do_as_many_operations(name):
-    results = {
-        change: studies.results_of(STUDIES[name], change) for change in STUDIES[name].changes
-    }
-    done = {change: each[0]["training_flops"] for change, each in results.items()}
-    for change, operations in done.items():
-        assert operations == pytest.approx(done["none"], rel=0.04), change
-
-
-def test_bad_input_is_one_line_and_exit_status_2(capsys):
-    with pytest.raises(SystemExit) as stop:
-        studies.main(["--jobs", "0"])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and line == "study.py: --jobs must be at least 1, not 0"
+    results = [studies.result_of(STUDIES[name], change, 0) for change in STUDIES[name].changes]
+    first, *others = (result["training_flops"] for result in results)
+    assert others == pytest.approx([first] * len(others), rel=0.04)

@@ -40,7 +40,9 @@ def test_a_run_leaves_its_files_and_the_figures_agree(train, tmp_path, capsys):
     wanted = "command commit recipe model parameters epochs seed device torch validation_accuracy "
     wanted += "test_accuracy test_loss seconds images_per_second training_flops peak_memory_bytes"
     assert set(wanted.split()) <= result.keys()
-    assert {"training", "evaluation", "compile", "total"} <= result["seconds"].keys()
+    seconds = result["seconds"]
+    assert seconds["training"] + seconds["evaluation"] < seconds["first_step_to_end"]
+    assert seconds["first_step_to_end"] + seconds["compile"] < seconds["total"]
     assert result["command"].startswith("python src/trainer.py --recipe demo --patch-size 8")
 
     capsys.readouterr()
@@ -187,16 +189,6 @@ def test_the_last_epochs_see_whole_images_and_compiling_is_for_what_pays(
     assert tokens[:2] == [8, 8] and tokens[2:] == [8] * 40 + [16] * 10  # in each of 2 blocks
 
 
-def test_the_measured_seconds_hold_the_steps_the_validation_and_the_test(train, tmp_path):
-    assert train("--name a --epochs 2") == 0
-    seconds = json.loads((tmp_path / "a/result.json").read_text())["seconds"]
-    assert seconds["training"] + seconds["evaluation"] < seconds["first_step_to_end"]
-    assert seconds["first_step_to_end"] < seconds["total"]
-    assert train(f"--resume {tmp_path / 'a'} --epochs 3") == 0
-    seconds = json.loads((tmp_path / "a/result.json").read_text())["seconds"]
-    assert seconds["first_step_to_end"] is None
-
-
 def no_compiler(*_, **__):
     raise InvalidCxxCompiler
 
@@ -309,12 +301,14 @@ def test_what_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
 # ---------------------------------------------------------------------------- ways to start a run
 
 
-def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path, monkeypatch):
+def test_a_run_in_a_thread_is_that_of_the_command_line(train, tmp_path, monkeypatch):
     assert train("--name a --epochs 2") == 0
     saved = load_checkpoint(tmp_path / "a/last.pt")
     recipe = Recipe("from Python", saved.model, saved.training)
     options = RunOptions(output_dir=tmp_path, device="cpu")
-    result = trainer.fit(recipe, options, name="mine")
+    began = time.perf_counter()
+    result = ThreadPoolExecutor().submit(trainer.fit, recipe, options, name="mine").result()
+    assert result["seconds"]["total"] <= time.perf_counter() - began  # not the process'
     written = json.loads((tmp_path / "mine/result.json").read_text())
     assert written == json.loads(json.dumps(result))
     assert result["recipe"] == "mine" and result["command"] == ""
@@ -322,19 +316,9 @@ def test_a_run_from_python_is_that_of_the_command_line(train, tmp_path, monkeypa
     with pytest.raises(UserError, match="mine exists"):
         trainer.fit(recipe, options, name="mine")
     whole = F.cross_entropy
-    monkeypatch.setattr(F, "cross_entropy", lambda *a, **b: broken_loss(whole(*a, **b)))
+    monkeypatch.setattr(F, "cross_entropy", lambda *a, **b: math.nan * whole(*a, **b))
     with pytest.raises(Diverged, match="the loss is"):
         trainer.fit(recipe, dataclasses.replace(options, name="b"))
-
-
-def test_runs_of_one_process_and_of_another_thread_have_times_of_their_own(train, tmp_path):
-    assert train("--name a --epochs 1") == 0
-    saved = load_checkpoint(tmp_path / "a/last.pt")
-    recipe = Recipe("", saved.model, saved.training)
-    options = RunOptions(output_dir=tmp_path, device="cpu", name="threaded")
-    began = time.perf_counter()
-    result = ThreadPoolExecutor().submit(trainer.fit, recipe, options).result()
-    assert result["seconds"]["total"] <= time.perf_counter() - began
 
 
 def test_without_a_recipe_the_machine_chooses_one_and_says_so(tmp_path, monkeypatch, capsys):

@@ -264,19 +264,6 @@ def test_the_model_equals_torchvisions(options):
     assert_all_close(gradients(ours, images), gradients(expected, images), 1e-5)
 
 
-@poolings
-@pytest.mark.parametrize("positions", ["learned", "sincos"])
-def test_only_the_positions_tell_the_order_of_the_patches(pooling, positions):
-    model = randomize(ViT(small(pooling=pooling, positions=positions)))
-    images = random_images(model.config)
-    patches = F.unfold(images, 4, stride=4)[..., torch.randperm(16)]
-    permuted = F.fold(patches, (16, 16), 4, stride=4)
-    with torch.no_grad():
-        assert (model(images) - model(permuted)).abs().max() > 0.01
-        model.embed.pos_embed.zero_()
-        assert_all_close([model(images)], [model(permuted)], 1e-5)
-
-
 @pytest.mark.parametrize("kind", ["plain", "fused"])
 @pytest.mark.parametrize("name", ["dropout", "attention_dropout", "drop_path"])
 def test_each_dropout_acts_in_training_and_not_in_evaluation(name, kind):

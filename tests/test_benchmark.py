@@ -109,14 +109,11 @@ def test_the_benchmark_writes_all_its_parts(tiny, tmp_path, capsys):
     assert (tmp_path / "b.png").stat().st_size > 10_000
 
 
-def test_a_part_and_some_peers_by_name(tiny, monkeypatch, tmp_path):
-    out, used = tmp_path / "b.json", (*benchmark.IMPLEMENTATIONS, benchmark.of_timm)
-    monkeypatch.setattr(benchmark, "IMPLEMENTATIONS", used)
-    flags = f"--part train_step --peers torchvision,vit-pytorch --mode eager --json {out}"
-    assert benchmark.main([*flags.split(), "--device", "cpu", "--rounds", "1"]) == 0
-    result = json.loads(out.read_text())
-    found = {row["implementation"] for row in result["train_step"]}
-    assert found == {"torchvision", "this code"} and "input_ratio" not in result
+def test_peers_are_those_that_are_named(tiny):
+    found = benchmark.candidates(TINY.model, ("timm", "vit-pytorch"))
+    assert {each.implementation for each in found} == {"this code"}
+    found = benchmark.candidates(TINY.model, ("torchvision", "timm"))
+    assert {each.implementation for each in found} == {"this code", "torchvision"}
 
 
 def test_the_matrix_rate_is_that_of_the_median(monkeypatch):
@@ -125,6 +122,7 @@ def test_the_matrix_rate_is_that_of_the_median(monkeypatch):
     assert common.matrix_rate(CPU.device, "fp32") == 2 * 1024**3 / 10.5
 
 
+@pytest.mark.timeout(300)  # two processes import torch
 def test_memory_is_a_part_by_itself_and_recomputing_saves_some(tiny, tmp_path, capsys):
     out = tmp_path / "m.json"
     assert benchmark.main(["--part", "memory", "--device", "cpu", "--json", str(out)]) == 0

@@ -1,6 +1,5 @@
 """Choosing a device and a precision, on a machine that may have only a CPU."""
 
-import json
 import os
 
 import pytest
@@ -20,15 +19,6 @@ def test_without_a_name_the_best_device_is_chosen(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: bool(cuda))
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: bool(mps))
         assert devices.choose_device(None).type == best
-
-
-def test_the_runs_of_the_tests_use_no_gpu(train, tmp_path, monkeypatch):
-    """With a GPU pretended, which fails where it is used."""
-    monkeypatch.setattr(devices, "best_device", lambda: torch.device("cuda"))
-    folder = tmp_path / "a"
-    for task in ("--name a --epochs 1", f"--resume {folder} --epochs 2", f"--evaluate {folder}"):
-        assert train(task) == 0
-    assert json.loads((folder / "result.json").read_text())["device"] == "cpu"
 
 
 @pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99", "", "a b"])

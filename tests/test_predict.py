@@ -37,21 +37,16 @@ def test_json_has_each_file_that_is_named_with_its_most_probable_classes(
     files, capsys, monkeypatch
 ):
     monkeypatch.setattr(predict, "batch_size_for", lambda config: 1)
-    assert (
-        predict.main([str(files), str(DEER), str(DEER), "--top", "3", "--json", "--device", "cpu"])
-        == 0
-    )
+    flags = ["--top", "3", "--json", "--device", "cpu"]
+    assert predict.main([str(files), *[str(DEER)] * 2, *flags]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [row["file"] for row in rows] == [
-        *map(str, sorted(files.glob("*.*g"))),
-        *[str(DEER)] * 2,
-    ]
+    named = [*map(str, sorted(files.glob("*.*g"))), *[str(DEER)] * 2]
+    assert [row["file"] for row in rows] == named
     for row in rows:
         expected, checkpoint = probabilities(row["file"])
         best = expected.topk(3)
-        assert [each["class"] for each in row["predictions"]] == [
-            checkpoint.classes[number] for number in best.indices
-        ]
+        classes = [checkpoint.classes[number] for number in best.indices]
+        assert [each["class"] for each in row["predictions"]] == classes
         found = torch.tensor([each["probability"] for each in row["predictions"]])
         torch.testing.assert_close(found, best.values, rtol=0, atol=1e-5)
 
@@ -91,10 +86,8 @@ def test_a_file_that_cannot_be_read_does_not_keep_back_the_others(files, capsys)
     (files / "ab.png").write_text("not a picture")
     assert predict.main([str(files), "--device", "cpu"]) == 2
     captured = capsys.readouterr()
-    assert [line.split(":")[0] for line in captured.out.splitlines()] == [
-        str(files / "a.png"),
-        str(files / "b.jpg"),
-    ]
+    printed = [line.split(":")[0] for line in captured.out.splitlines()]
+    assert printed == [str(files / "a.png"), str(files / "b.jpg")]
     others, constant, unreadable = captured.err.splitlines()
     assert constant.endswith(f"1 of 3 are nearly constant, such as {files / 'a.png'}")
     assert f"left out of {files}: 1 .txt" in others

@@ -259,25 +259,20 @@ def test_bf16_is_close_to_fp32(train, tmp_path):
     assert bf16["train_loss"] != fp32["train_loss"]
 
 
-def broken_loss(loss, *_, **__):
-    return loss * math.nan
+NAN = math.nan
 
 
-def broken_validation(result, *_):
-    return result._replace(loss=math.nan)
-
-
-def broken_weights(_, optimizer):
-    optimizer.param_groups[0]["params"][0].data.flatten()[3] = math.nan
+def break_weight(_, optimizer):
+    optimizer.param_groups[0]["params"][0].data.flatten()[3] = NAN
 
 
 @pytest.mark.parametrize(
     ("place", "name", "broken", "call", "images", "named"),
     [
-        (F, "cross_entropy", broken_loss, 9, 0, "the loss is nan"),
-        (trainer, "evaluate", broken_validation, 2, 50, "the validation loss is nan"),
+        (F, "cross_entropy", lambda loss, *_: loss * NAN, 9, 0, "the loss is nan"),
+        (trainer, "evaluate", lambda e, *_: e._replace(loss=NAN), 2, 50, "validation loss is nan"),
         # The last step of the second epoch: no loss has met these weights.
-        (torch.optim.AdamW, "step", broken_weights, 10, 0, "the weights are not finite"),
+        (torch.optim.AdamW, "step", break_weight, 10, 0, "the weights are not finite"),
     ],
 )
 def test_what_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(

@@ -116,7 +116,7 @@ def random_dataset(count: int, device: torch.device) -> Dataset:
 
 def run_of(recipe: Recipe, setting: Setting, steps: int) -> tuple[Run, State]:
     """A run of a recipe on random images, with that many steps an epoch, that saves nothing."""
-    endless = {"epochs": 10_000, "warmup_epochs": 1, "whole_epochs": 0}
+    endless = {"epochs": 10_000, "steps": 0, "warmup_epochs": 1, "whole_epochs": 0}
     compiling = "graphs" if recipe.train.compile == "graphs" else "on"
     endless |= {"precision": setting.precision, "compile": compiling}
     config = replace(recipe.train, **endless)

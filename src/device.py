@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import sys
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -95,6 +96,9 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     """Most memory in use at any time: the GPU's for tensors, or the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # of Linux, where `ru_maxrss` begins with the parent's
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     try:
         import resource
     except ImportError:  # Windows

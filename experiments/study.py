@@ -44,6 +44,7 @@ class Study(NamedTuple):
 
 # A study's flags are those of the recorded commands, and stay when a recipe or an option changes.
 _CPU = "--recipe cpu --batch-size 250 --flip random --no-whiten-patches"
+_CPU += " --whole-epochs 0 --schedule-over steps"
 _WIDTH_128 = {
     "--recipe cpu": f"{_CPU} --width 128 --heads 4 --label-smoothing 0.1 --muon-learning-rate 0.02"
 }

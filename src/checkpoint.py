@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -369,20 +370,26 @@ class RunFolder:
             print(f"cannot save step {checkpoint.step} to {self.path}: {reason}{next_try}")
 
     def write_result(self, result: dict[str, Any], draw: Callable[[Path], None]) -> bool:
-        """Writes curves.png, by `draw`, and result.json; returns whether all is written."""
+        """Writes curves.png, by `draw`, and result.json; returns whether all is written.
+
+        The result is last, as it marks a run as finished.
+        """
         if self.replaces:
             complain(f"{self.path} still has the earlier run: this one could not be saved")
             return False
-        try:
-            self._hold()
-            write_json(self.path / "result.json", result)
-            draw(self.path / "curves.png")
-        except Exception as error:  # whatever ails the picture
-            complain(f"cannot write the result to {self.path}, or not all: {one_line(error)}")
-            return False
-        if self.save_failed:
+        writers = {"curves.png": draw, "result.json": partial(write_json, content=result)}
+        failed = []
+        for name, write in writers.items():
+            try:
+                self._hold()
+                write(self.path / name)
+            except Exception as error:  # whatever ails the picture
+                failed.append(f"{name}: {one_line(error)}")
+        if failed:
+            complain(f"cannot write the result to {self.path}: {', '.join(failed)}")
+        elif self.save_failed:
             complain(f"the last checkpoint could not be written to {self.path}")
-        return not self.save_failed
+        return not failed and not self.save_failed
 
     def kept(self) -> list[str]:
         """Of the last good checkpoint, if there is one, a line for an error."""

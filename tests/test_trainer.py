@@ -62,7 +62,7 @@ def test_a_result_is_written_even_if_its_picture_cannot_be_drawn(
 
     monkeypatch.setattr("curves.draw_curves", fail)
     assert train("--name a --epochs 1") == 1
-    assert "a, or not all: a label that no one can draw\n" in capsys.readouterr().err
+    assert "a: curves.png: a label that no one can draw\n" in capsys.readouterr().err
     assert json.loads((tmp_path / "a/result.json").read_text())["epochs"] == 1
 
 

@@ -68,7 +68,8 @@ def predictions(
             logits = head(pooled)  # (B, K)
             if not logits.isfinite().all():
                 raise UserError(f"the model of {checkpoint} computes no finite numbers")
-            outputs.append((pooled.cpu(), logits.cpu()))
+            if features:  # which may be many
+                outputs.append((pooled.cpu(), logits.cpu()))
             best = logits.softmax(dim=1).topk(top)  # (B, top)
             for file, values, rows in zip(read, *(each.tolist() for each in best), strict=True):
                 names = (described.classes[row] for row in rows)

@@ -10,7 +10,7 @@
     size      the width at a third of these operations; 15 minutes
     trend     what could make the cpu recipe better, one seed; two hours
     transfer  CIFAR-10 from scratch and from a model of CIFAR-100, which a command in
-              docs/finetuning.md trains first; and the other way; an hour
+              results/README.md trains first; and the other way; an hour
 
 Each run is one of trainer.py on one thread, judged on the validation images (--no-test). It leaves
 result.json and metrics.csv in <study's folder>/<change>/seed<seed>/; table.csv sums up the study. A

@@ -163,7 +163,7 @@ _SGD = TrainConfig(
 # Intel Xeon with AMX, in bfloat16, with torch 2.14.1; accuracies are means over the seeds.
 RECIPES = {
     "default": Recipe(
-        about="For a GPU, untested: `core` with the model of `shipped`, for 300 epochs.",
+        about="For a GPU, untested: the model of `shipped`, for 300 epochs that end as in `core`.",
         model=replace(_SHIPPED, drop_path=0.1),
         train=replace(
             _STRONG, epochs=300, whole_epochs=20, policy_off_epochs=20, mixing_off_epochs=20

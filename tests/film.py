@@ -55,5 +55,5 @@ def main(page_file: str, out: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("pass the page and the file to write, as in docs/figures.md")
+        sys.exit("pass the page and the file to write, as in results/README.md")
     main(*sys.argv[1:])

@@ -171,16 +171,6 @@ def named_path(text: str | Path) -> Path:
     return path
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a file, or UserError: of a pipe or a device, reading might never end."""
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is not a regular file")
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-
-
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Writes a file so that a reader finds the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

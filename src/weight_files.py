@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils import UserError, one_line, read_file
+from utils import UserError, one_line
 
 SAVED_AS = ("last.pt", "model.safetensors", "pytorch_model.bin")  # in a folder: ours, or others'
 NOT_WEIGHTS = {  # how files begin that are taken for weights
@@ -69,7 +69,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_bytes(path: Path) -> bytes:
     """The content of a file, unless that shows that it is no file of weights."""
-    content = read_file(path)
+    try:
+        if path.exists() and not path.is_file():  # of a pipe, reading might never end
+            raise OSError("it is not a regular file")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if not content:
         raise UserError(f"{path} is empty; copy or download it again")
     for beginning, what in NOT_WEIGHTS.items():

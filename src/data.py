@@ -112,13 +112,6 @@ class Preprocessing(Config):
             flat = Image.alpha_composite(Image.new("RGBA", flat.size, "white"), flat)
         return flat.convert("RGB" if self.channels == 3 else "L")
 
-    def kept_of(self, width: int, height: int) -> tuple[float, float, float, float]:
-        """x and y of the corners of what `fit` keeps of an image of that size."""
-        H, W = self.size
-        scale = self.crop * min(width / W, height / H)
-        x, y = (width - scale * W) / 2, (height - scale * H) / 2
-        return x, y, x + scale * W, y + scale * H
-
     def measured(self, files: Sequence[Path]) -> tuple["Preprocessing", list[str]]:
         """With one range for all the files of each deep kind of gray, and a line on each.
 

@@ -261,7 +261,10 @@ class Model:
 
         pixels, photo = preprocessing.read(file), preprocessing.read(file, photo_of)
         title = f"{shown(file.name, 40)} at {by(*self.config.image_size)}"
-        crop = preprocessing.kept_of(photo.shape[1], photo.shape[0])
+        (height, width), (H, W) = photo.shape[:2], preprocessing.size
+        scale = preprocessing.crop * min(width / W, height / H)  # of what `fit` keeps of it
+        x, y = (width - scale * W) / 2, (height - scale * H) / 2
+        crop = (x, y, x + scale * W, y + scale * H)
         return Subject(name, title, pixels, None, photo, crop)
 
     @property

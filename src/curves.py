@@ -14,13 +14,6 @@ from recipes import TrainConfig
 from utils import write_whole
 
 
-def write_curves(path: Path, history: list[EpochRecord], training: TrainConfig, title: str) -> None:
-    figure = Figure(figsize=(10, 3.4), layout="constrained", dpi=150)
-    figure.suptitle(shown(title, 110), parse_math=False)
-    draw_curves(figure, history, training)
-    write_figure(path, figure)
-
-
 def shown(name: str, most: int = 28) -> str:
     """A class or file name as text of at most so many characters, its middle left out.
 
@@ -55,12 +48,14 @@ def changes(training: TrainConfig) -> dict[int, list[str]]:
     return {epochs - time: [name for name, end in ends.items() if end == time] for time in times}
 
 
-def draw_curves(figure: Figure, history: list[EpochRecord], training: TrainConfig) -> None:
-    """Draws into an empty figure.
+def write_curves(path: Path, history: list[EpochRecord], training: TrainConfig, title: str) -> None:
+    """Draws the curves of a run into a file.
 
-    The training curves are of augmented images and smoothed labels, as the model sees them.
+    Those of training are of augmented images and smoothed labels, as the model sees them.
     Vertical lines mark where an augmentation ends.
     """
+    figure = Figure(figsize=(10, 3.4), layout="constrained", dpi=150)
+    figure.suptitle(shown(title, 110), parse_math=False)
     losses, accuracies, rates = figure.subplots(1, 3)
 
     def curve(axes, name: str, label: str | None = None, scale: float = 1.0, **style) -> None:
@@ -86,3 +81,4 @@ def draw_curves(figure: Figure, history: list[EpochRecord], training: TrainConfi
             axes.axvline(after, color="0.5", linewidth=1, linestyle=style, label=label)
     handles, labels = losses.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    write_figure(path, figure)

@@ -60,7 +60,7 @@ def test_a_result_is_written_even_if_its_picture_cannot_be_drawn(
     def fail(*_, **__):
         raise ValueError("a label\nthat no one can draw")
 
-    monkeypatch.setattr("curves.draw_curves", fail)
+    monkeypatch.setattr("curves.changes", fail)
     assert train("--name a --epochs 1") == 1
     assert "a: curves.png: a label that no one can draw\n" in capsys.readouterr().err
     assert json.loads((tmp_path / "a/result.json").read_text())["epochs"] == 1

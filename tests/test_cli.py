@@ -18,7 +18,7 @@ import study
 import trainer
 import vis
 from recipes import RECIPES, RunOptions
-from utils import UserError, status_of
+from utils import status_of
 from ViT import MODELS
 
 # ---------------------------------------------------------------------------- bad input
@@ -142,20 +142,6 @@ def test_bad_input_is_one_line_and_exit_status_2(
     (line,) = captured.err.splitlines()
     assert status == 2 and line.isprintable() and named.format(**brought) in line
     assert captured.out == "" and [each.name for each in tmp_path.iterdir()] == ["brought"]
-
-
-def test_an_error_of_a_user_is_one_line_with_the_program_and_the_rank(monkeypatch, capsys):
-    def refusing(argv):
-        raise UserError(f"{argv} cannot be done")
-
-    def interrupted(argv):
-        raise KeyboardInterrupt
-
-    assert status_of(refusing, ["a"]) == 2
-    assert capsys.readouterr().err == "trainer.py: ['a'] cannot be done\n"
-    monkeypatch.setenv("RANK", "3")
-    assert status_of(interrupted, []) == 130
-    assert capsys.readouterr().err == "rank 3: trainer.py: stopped\n"
 
 
 # ---------------------------------------------------------------------------- flags

@@ -119,13 +119,3 @@ def test_a_weight_has_the_decay_of_its_kind_and_the_rate_of_its_layer(optimizer,
         fast = optimizer == "muon" and part != "head" and weight.ndim == 2
         full = config.muon_learning_rate if fast else 1.0
         assert rates[name] == pytest.approx(full * layer_decay**exponent), name
-
-
-def test_what_is_frozen_is_in_no_group():
-    model = ViT(MICRO)
-    for part in (model.embed, model.blocks):
-        part.requires_grad_(False)
-    optimizers = make_optimizers(model, TrainConfig(optimizer="muon"), "bf16")
-    assert [type(optimizer).__name__ for optimizer in optimizers] == ["AdamW"]
-    names = settings(model, optimizers, "peak_lr")
-    assert names and not any(name.startswith(("embed.", "blocks.")) for name in names)

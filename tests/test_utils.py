@@ -113,8 +113,3 @@ def test_ctrl_c_while_modules_are_imported_ends_the_program_with_130_and_no_word
     command = [sys.executable, "-c", when_torch_is_imported(hook, "src/predict.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
-
-
-def test_control_characters_of_names_in_messages_are_escaped(capsys):
-    utils.complain("cannot read é\n\x1b[31m\udce9.png")
-    assert capsys.readouterr().err.endswith("cannot read é\\n\\x1b[31m\\udce9.png\n")

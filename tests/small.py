@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -188,6 +189,12 @@ def start(flags, folder, *, log="log", environment=None, death=None, double=Fals
     process = context.Process(target=work, args=parts, daemon=True)  # a failed test leaves none
     process.start()
     return process
+
+
+def ran(*command, **options):
+    """A program that has ended, with what it printed."""
+    pipes = {"capture_output": True, "text": True, "timeout": PATIENCE}
+    return subprocess.run(command, **pipes | options)
 
 
 def finished(process):

@@ -4,7 +4,6 @@ import math
 import pickle
 import random
 import re
-import subprocess
 
 import pytest
 import torch
@@ -238,8 +237,7 @@ def test_the_commit_of_the_code_has_a_mark_where_files_have_changed(tmp_path, mo
 
     def git(*arguments):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        command = ["git", "-C", str(tmp_path), *identity, *arguments]
-        subprocess.run(command, check=True, timeout=small.PATIENCE)
+        small.ran("git", "-C", tmp_path, *identity, *arguments, check=True)
 
     (tmp_path / "src").mkdir()
     (tmp_path / "src/ViT.py").write_text("committed")

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -454,10 +453,8 @@ def test_torchrun_trains_and_evaluates_with_2_processes_and_resumes_with_3(tmp_p
 
     def torchrun(size, *flags):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        program = [f"--nproc-per-node={size}", str(ROOT / "src/trainer.py"), "--device", "cpu"]
-        command = [*launcher, *program, *flags]
-        pipes = {"capture_output": True, "text": True, "timeout": 300}
-        return subprocess.run(command, env=environment, **pipes)
+        program = [f"--nproc-per-node={size}", ROOT / "src/trainer.py", "--device", "cpu"]
+        return small.ran(*launcher, *program, *flags, env=environment, timeout=300)
 
     done = torchrun(2, *recipe, "--name", "a", "--output-dir", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -326,12 +325,10 @@ def test_without_a_recipe_the_machine_chooses_one_and_says_so(tmp_path, monkeypa
 
 def test_the_program_runs_from_any_folder(tmp_path):
     """The real program, on the real Shapes, as small as its flags allow."""
-    flags = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1"
-    command = [sys.executable, str(ROOT / "src/trainer.py"), *flags.split(), "--name", "a"]
-    command += ["--output-dir", "runs", "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipes = {"capture_output": True, "text": True, "timeout": small.PATIENCE}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
+    flags = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1 --name a"
+    flags += " --output-dir runs --device cpu"
+    program = [sys.executable, ROOT / "src/trainer.py", *flags.split()]
+    done = small.ran(*program, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
     assert json.loads((tmp_path / "runs/a/result.json").read_text())["epochs"] == 1

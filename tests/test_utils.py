@@ -1,14 +1,13 @@
 """Seeds, and how a program ends."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import utils
-from small import PATIENCE, ROOT
+from small import ROOT, ran
 from utils import generator_for
 
 
@@ -49,28 +48,24 @@ def test_idle_threads_sleep_unless_the_user_has_set_how_they_wait(program):
     )
     for setting, expected in (({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, "not set")):
         plain = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-        command = [sys.executable, "-c", source]
-        done = subprocess.run(
-            command, env=plain | setting, capture_output=True, text=True, timeout=PATIENCE
-        )
+        done = ran(sys.executable, "-c", source, env=plain | setting)
         assert done.stderr.strip() == expected
 
 
 @pytest.mark.parametrize(
     ("name", "encoding", "printed"),
     [
-        (b"\xe2\x98\x83.txt", "cp1252", b"\\u2603.txt"),  # a snowman
-        (b"\xff.txt", "utf-8", b"\\udcff.txt"),  # not UTF-8
+        (b"\xe2\x98\x83.txt", "cp1252", "\\u2603.txt"),  # a snowman
+        (b"\xff.txt", "utf-8", "\\udcff.txt"),  # not UTF-8
     ],
 )
 def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, name, encoding, printed):
     file = os.fsencode(tmp_path) + b"/" + name
     with open(file, "w"):
         pass
-    command = [sys.executable, str(ROOT / "src/predict.py"), file, "--device", "cpu"]
     environment = os.environ | {"PYTHONIOENCODING": encoding}
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=PATIENCE)
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and printed in done.stderr
+    done = ran(sys.executable, ROOT / "src/predict.py", file, "--device", "cpu", env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and printed in done.stderr
 
 
 MAIN = """
@@ -101,15 +96,13 @@ def test_output_that_cannot_be_written_ends_no_program_and_is_no_traceback(
 ):
     """Only where a result is written nowhere else, the program says that it is lost."""
     command = f'set -o pipefail; {sys.executable} -c "{MAIN}" {tmp_path}/file {output}'
-    pipes = {"capture_output": True, "env": os.environ | {"PYTHONPATH": str(ROOT / "src")}}
-    done = subprocess.run(["bash", "-c", command], **pipes, timeout=PATIENCE)
+    done = ran("bash", "-c", command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
     assert done.returncode == status and (tmp_path / "file").exists()
-    said = b"the output cannot be written: No space left on device"
-    assert b"Traceback" not in done.stderr and (said in done.stderr) == (output == ">/dev/full")
+    said = "the output cannot be written: No space left on device"
+    assert "Traceback" not in done.stderr and (said in done.stderr) == (output == ">/dev/full")
 
 
 def test_ctrl_c_while_modules_are_imported_ends_the_program_with_130_and_no_word():
     hook = "os.kill(os.getpid(), signal.SIGINT)"
-    command = [sys.executable, "-c", when_torch_is_imported(hook, "src/predict.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    done = ran(sys.executable, "-c", when_torch_is_imported(hook, "src/predict.py"))
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

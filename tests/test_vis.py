@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
@@ -521,10 +520,9 @@ def test_names_that_repeat_are_numbered():
 def test_it_runs_from_any_folder_without_a_display(draw, tmp_path):
     assert draw("model") == 0
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")}
-    command = [sys.executable, str(ROOT / "visualization/vis.py"), "model", "--format", "svg"]
-    command += ["--checkpoint", "run/last.pt", "--out", "here", "--device", "cpu"]
-    pipes = {"capture_output": True, "text": True, "timeout": small.PATIENCE}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, **pipes)
+    flags = "model --format svg --checkpoint run/last.pt --out here --device cpu"
+    program = [sys.executable, ROOT / "visualization/vis.py", *flags.split()]
+    done = small.ran(*program, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     written = {path.name for path in (tmp_path / "here/model").iterdir()}
     assert written == {"filters.svg", "positions.svg"}

@@ -159,13 +159,8 @@ def test_a_failed_download_is_one_line_that_says_what_to_do(
 
 
 @needs_cifar10
-def test_the_real_cifar10_is_what_torchvision_reads():
+def test_the_stated_mean_and_deviation_of_cifar10_are_the_data_sets():
     dataset = load_dataset("cifar10", validation_images=5000, data_dir=CIFAR10)
-    reference = torchvision.datasets.CIFAR10(CIFAR10, train=False)
-    for row in (0, 1234, 9999):
-        image, label = reference[row]
-        assert np.array_equal(np.asarray(image), images_of(dataset.test)[row].permute(1, 2, 0))
-        assert dataset.test.labels[row] == label
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (45000, 5000, 10000)
     assert dataset.validation.labels.bincount().tolist() == [500] * 10
     pixels = torch.cat([images_of(dataset.train), images_of(dataset.validation)])

@@ -89,16 +89,13 @@ def write_checkpoint(path, dataset, training=None, **options):
 
 def cropped(rows, columns, channels=3):
     """SHAPES with a part of each image."""
-    splits = map(whole, (SHAPES.train, SHAPES.validation, SHAPES.test))
-    parts = (data.Split(images[:, :channels, rows, columns], labels) for images, labels in splits)
+    parts = (
+        data.Split(images_of(split)[:, :channels, rows, columns], split.labels)
+        for split in SHAPES.splits().values()
+    )
     size = (rows.stop - rows.start, columns.stop - columns.start)
     expected = data.Preprocessing(size=size, mean=(0.3,) * channels, std=(0.2,) * channels)
     return data.Dataset("shapes", SHAPES.classes, expected, *parts)
-
-
-def whole(split):
-    """All images (n, C, H, W) and labels (n,) of a split."""
-    return split.take(torch.arange(len(split)))
 
 
 @torch.no_grad()
@@ -149,7 +146,7 @@ def test_all_draws_every_figure(train, draw, readable, tmp_path, pooling, capsys
     assert f"{len(names) + 1} figures in {tmp_path / 'out'}" in capsys.readouterr().out
 
     model, checkpoint = load_model(path)
-    images, labels = whole(SHAPES.validation)
+    images, labels = images_of(SHAPES.validation), SHAPES.validation.labels
     logits, attention, _ = recorded(model, checkpoint, images)
     for name, patch in (("attention", None), ("attention-of-patch", (2, 2))):
         saved = load(tmp_path, f"image/validation-3/{name}")["attention"]
@@ -178,8 +175,7 @@ def test_the_probe_does_not_depend_on_its_batches_but_on_the_seed(draw, tmp_path
     monkeypatch.setattr("model.PROBE_IMAGES", 20)
     whole = model_of(tmp_path).probe
     monkeypatch.setattr("model.PROBE_BATCH", 7)
-    for field, values in model_of(tmp_path).probe._asdict().items():
-        torch.testing.assert_close(values, getattr(whole, field), msg=field)
+    torch.testing.assert_close(model_of(tmp_path).probe, whole)
     assert not torch.equal(model_of(tmp_path, seed=1).probe.labels, whole.labels)
 
 
@@ -307,7 +303,7 @@ def test_above_20_classes_the_most_frequent_confusions_are_named(
     draw, readable, monkeypatch, tmp_path
 ):
     names = tuple(f"number {k}" for k in range(25))
-    images = [whole(split).images for split in (SHAPES.train, SHAPES.validation, SHAPES.test)]
+    images = map(images_of, SHAPES.splits().values())
     splits = [data.Split(each, torch.arange(len(each)) % 25) for each in images]
     dataset = data.Dataset("shapes", names, SHAPES.preprocessing, *splits)
     monkeypatch.setattr("model.load_dataset", lambda *_, **__: dataset)
@@ -331,7 +327,7 @@ def test_non_square_images_have_a_wide_grid(draw, readable, monkeypatch, tmp_pat
     assert len(manifest(tmp_path)["figures"]) == 3 + 11 + 1 + 2 + 7 + 3
     # The model sees them normalized as the checkpoint states.
     patches = load(tmp_path, "steps/validation-1/1-image")["patches"]
-    pixels = whole(dataset.validation).images[1] / 255
+    pixels = images_of(dataset.validation)[1] / 255
     assert patches.mean() == pytest.approx((pixels.mean().item() - 0.3) / 0.2, rel=1e-4)
 
 

@@ -277,18 +277,23 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_1(
     assert not (tmp_path / "a/last.pt").exists()
 
 
-def test_an_overwritten_run_is_whole_until_the_new_one_is_saved(
+def test_a_run_is_overwritten_only_on_request_and_whole_until_the_new_one_is_saved(
     train, tmp_path, failing_saves, capsys
 ):
-    folder = tmp_path / "a"
+    folder, other = tmp_path / "a", "--name a --epochs 1 --seed 3 --keep-best"
     assert train("--name a --epochs 2 --keep-best") == 0
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {"last.pt", "best.pt", "result.json", "curves.png"} <= before.keys()
+    assert train(other) == 2
+    assert "--overwrite replaces it" in capsys.readouterr().err
     failing_saves(first=2)  # the first last.pt, and all that comes after it
-    assert train("--name a --epochs 1 --seed 3 --overwrite --keep-best") == 1
+    assert train(f"{other} --overwrite") == 1
     assert "still has the earlier run" in capsys.readouterr().err
     now = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert all(now[name] == before[name] for name in before.keys() - {"metrics.csv"})
+    failing_saves(first=math.inf)
+    assert train(f"{other} --overwrite") == 0
+    assert load_checkpoint(folder / "last.pt").training.seed == 3
 
 
 def test_a_stop_that_cannot_save_says_so(train, signal_at, failing_saves, capsys):

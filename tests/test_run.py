@@ -1,4 +1,4 @@
-"""A run: begun in a folder, saved and resumed; what it refuses; its operations."""
+"""A run: begun in a folder, saved and resumed; its operations; fine-tuning."""
 
 import dataclasses
 import json
@@ -15,24 +15,13 @@ import trainer
 from checkpoint import RunFolder, load_checkpoint
 from data import Preprocessing
 from evaluation import Evaluation
-from recipes import RunOptions, TrainConfig
+from recipes import TrainConfig
 from run import Place, Run, State, assemble, new_run, training_flops
 from small import SHAPES, result_of, rows_of, weights_of
-from utils import UserError
 from ViT import ViT, ViTConfig
 
 CPU = Place(device=torch.device("cpu"))
 SAVE_IS_DUE = Run.save_is_due  # which the fixture `train` replaces
-
-
-def test_a_name_that_exists_is_refused_and_overwritten_only_on_request(train, tmp_path, capsys):
-    assert train("--name a --epochs 1") == 0
-    before = (tmp_path / "a/last.pt").read_bytes()
-    assert train("--name a --epochs 1 --seed 3") == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert (tmp_path / "a/last.pt").read_bytes() == before
-    assert train("--name a --epochs 1 --seed 3 --overwrite") == 0
-    assert load_checkpoint(tmp_path / "a/last.pt").training.seed == 3
 
 
 def test_a_sum_that_a_begun_epochs_checkpoint_lacks_is_not_begun_within_it():
@@ -122,15 +111,6 @@ def test_the_best_epoch_is_kept(train, tmp_path, monkeypatch):
     assert best.optimizers is None and best.sums == {}
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 4
     assert train("--name b --keep-best --validation-images 0") == 2
-
-
-# ---------------------------------------------------------------------------- what it refuses
-
-
-@pytest.mark.parametrize("name", [".", "../a", "a/b", "a b", "-"])
-def test_a_name_that_is_no_folder_of_its_own_is_refused(name):
-    with pytest.raises(UserError, match="must be letters"):
-        RunOptions(name=name)
 
 
 def test_the_model_has_the_channels_and_classes_of_the_data_set(tmp_path, monkeypatch):

@@ -107,11 +107,8 @@ def rows_of(path):
         return [{k: v for k, v in row.items() if k not in timed} for row in csv.DictReader(file)]
 
 
-def result_of(path):
-    """result.json without what depends on the process that wrote it."""
-    timed = ("seconds", "images_per_second", "peak_memory_bytes", "command", "commit")
-    result = json.loads(path.read_text())
-    return {key: value for key, value in result.items() if key not in timed}
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
 
 
 def weights_of(path):
@@ -128,7 +125,10 @@ def differing(first, second):
     a, b = map(tensors_of, ends)
     count = sum(int((x[key] != y[key]).sum()) for x, y in zip(a, b, strict=True) for key in x)
     count += rows_of(first / "metrics.csv") != rows_of(second / "metrics.csv")
-    return count + (result_of(first / "result.json") != result_of(second / "result.json"))
+    one, other = map(result_of, (first, second))
+    of_a_process = {"seconds", "images_per_second", "peak_memory_bytes", "command", "commit"}
+    keys = (one.keys() | other.keys()) - of_a_process
+    return count + sum(one[key] != other[key] for key in keys)
 
 
 def tensors_of(checkpoint):

@@ -374,7 +374,7 @@ def test_two_ranks_train_as_one_does(train, tmp_path, flags):
     assert greatest_difference(one, two) < 1e-9
     assert rows_of(one / "metrics.csv") == rows_of(two / "metrics.csv")
     counted = ("validation_accuracy", "test_accuracy")
-    results = [result_of(folder / "result.json") for folder in (one, two)]
+    results = [result_of(folder) for folder in (one, two)]
     assert [results[0][name] for name in counted] == [results[1][name] for name in counted]
     assert results[1]["test_loss"] == pytest.approx(results[0]["test_loss"], abs=1e-9)
     assert (tmp_path / "log1").read_text() == ""  # only rank 0 prints
@@ -466,7 +466,7 @@ def test_torchrun_trains_and_evaluates_with_2_processes_and_resumes_with_3(tmp_p
     assert done.stdout.count("epoch   1/1") == 1 and "not available" not in done.stdout
     done = torchrun(3, "--resume", str(tmp_path / "a"), "--epochs", "2")
     assert done.returncode == 0, done.stderr
-    result = result_of(tmp_path / "a/result.json")
+    result = result_of(tmp_path / "a")
     assert result["processes"] == 3 and result["epochs"] == 2
     done = torchrun(2, "--evaluate", str(tmp_path / "a/last.pt"))
     assert f"{result['test_accuracy']:.2%}" in done.stdout, done.stderr

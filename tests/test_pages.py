@@ -20,7 +20,7 @@ from checkpoint import load_model
 from datasets import load_dataset
 from evaluation import evaluate
 from recipes import RECIPES
-from small import CIFAR10, ROOT, needs_cifar10
+from small import CIFAR10, ROOT, needs_cifar10, result_of
 
 README = ROOT / "README.md"
 CARD = ROOT / "checkpoints/README.md"
@@ -166,7 +166,7 @@ def test_every_row_of_a_record_states_what_the_record_does():
 
 def test_the_shipped_model_is_small_and_that_of_its_recipe():
     model, checkpoint = load_model(SHIPPED)
-    result = json.loads((ROOT / "results/shipped/result.json").read_text())
+    result = result_of(ROOT / "results/shipped")
     assert SHIPPED.stat().st_size < 25e6
     assert {weight.dtype for weight in checkpoint.weights.values()} == {torch.float16}
     assert checkpoint.recipe == "shipped"
@@ -182,7 +182,7 @@ def test_the_shipped_model_is_about_as_good_as_stated_on_some_test_images():
     model, checkpoint = load_model(SHIPPED)
     dataset = load_dataset("cifar10", validation_images=5000, data_dir=CIFAR10)
     some = dataset.test.subset(torch.arange(100))
-    stated = json.loads((ROOT / "results/shipped/result.json").read_text())["test_accuracy"]
+    stated = result_of(ROOT / "results/shipped")["test_accuracy"]
     found = evaluate(model, some, checkpoint.preprocessing).top1
     assert abs(found - stated) < 4 * (stated * (1 - stated) / 100) ** 0.5
 

@@ -1,7 +1,6 @@
 """A run: begun in a folder, saved and resumed; its operations; fine-tuning."""
 
 import dataclasses
-import json
 import math
 import sys
 from unittest.mock import MagicMock
@@ -50,21 +49,19 @@ def test_drop_path_waits_for_the_whole_images(train, monkeypatch, whole_epochs, 
 
 
 def test_a_finished_run_may_see_the_test_set_and_more_epochs(train, tmp_path, capsys):
-    def result():
-        return json.loads((tmp_path / "a/result.json").read_text())
-
     assert train("--name a --epochs 1 --no-test") == 0
     assert train(f"--resume {tmp_path / 'a'} --no-test") == 0
     assert "already finished; raise --epochs" in capsys.readouterr().out
-    assert result()["test_accuracy"] is None
+    assert result_of(tmp_path / "a")["test_accuracy"] is None
     assert train(f"--resume {tmp_path / 'a'}") == 0
-    assert result()["test_accuracy"] is not None
+    assert result_of(tmp_path / "a")["test_accuracy"] is not None
     assert train(f"--resume {tmp_path / 'a'} --epochs 2 --accumulate 2") == 0
     # Linear from 3e-3 over 10 steps with 2 of warm-up, 5 of them done.
     said = "the linear schedule now reaches 0 at epoch 2 instead of 1: "
     assert said + "the learning rate continues at 0.0019" in capsys.readouterr().out
     assert len(rows_of(tmp_path / "a/metrics.csv")) == 2
-    assert result()["epochs"] == 2 and result()["seconds"]["first_step_to_end"] is None
+    result = result_of(tmp_path / "a")
+    assert result["epochs"] == 2 and result["seconds"]["first_step_to_end"] is None
 
     before = (tmp_path / "a/last.pt").read_bytes()
     assert train(f"--resume {tmp_path / 'a'} --epochs 1") == 2
@@ -233,10 +230,9 @@ def test_frozen_blocks_stay_as_they_are(flags, train, tmp_path):
 def test_a_head_on_features_that_are_computed_once_is_that_on_images(train, tmp_path, monkeypatch):
     flags = "--freeze --flip off --crop-padding 0 --epochs 2 --precision fp32"
     assert train(f"--name once {flags}") == 0
-    result = result_of(tmp_path / "once/result.json")
     monkeypatch.setattr(Run, "features_once", False)
     assert train(f"--name each {flags}") == 0
     once, each = (weights_of(tmp_path / name / "last.pt") for name in ("once", "each"))
     torch.testing.assert_close(once, each, rtol=0, atol=1e-5)
-    repeated = result_of(tmp_path / "each/result.json")["training_flops"]
-    assert result["training_flops"] < 0.6 * repeated
+    once, each = (result_of(tmp_path / name)["training_flops"] for name in ("once", "each"))
+    assert once < 0.6 * each

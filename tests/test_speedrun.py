@@ -1,6 +1,5 @@
 """A small version of the measurement: each part does its work once and reports its result."""
 
-import json
 import statistics
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -13,6 +12,7 @@ import common
 import speedrun
 import trainer
 from checkpoint import load_model
+from small import result_of
 from utils import status_of
 from ViT import ViTConfig
 
@@ -33,10 +33,6 @@ def measure(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more would spin beside the other tests
     flags = ["--dry-run", "--device", "cpu", "--out", str(tmp_path), "--data-dir", str(tmp_path)]
     return lambda part: status_of(speedrun.main, [*part.split(), *flags])
-
-
-def result_of(folder):
-    return json.loads((folder / "result.json").read_text())
 
 
 class Here:

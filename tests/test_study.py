@@ -10,6 +10,7 @@ import common
 import study as studies
 import trainer
 from common import kept_result, train_and_keep
+from small import result_of
 from study import STUDIES, Study
 from utils import status_of
 
@@ -35,7 +36,7 @@ def test_missing_runs_are_trained_and_a_failure_is_reported(study, tmp_path, cap
     printed = capsys.readouterr().out
     assert "wrong, seed 0: trainer.py: cannot read " in printed and "nowhere.pt" in printed
     assert "| none |  | 1 | " in printed and "| wrong |" not in printed
-    result = json.loads((tmp_path / "none/seed0/result.json").read_text())
+    result = result_of(tmp_path / "none/seed0")
     assert result["test_accuracy"] is None and result["seed"] == 0
     assert result["command"] == f"python src/trainer.py {TINY} --seed 0"
     assert (tmp_path / "none/seed0/metrics.csv").exists()
@@ -70,7 +71,7 @@ def test_only_a_run_of_the_same_meaning_is_resumed(tmp_path, case):
     made, smoothing = tmp_path / "unfinished", ["--label-smoothing", "0.3"] * (case != "the same")
     command = [*TINY.split(), *smoothing, "--output-dir", str(tmp_path), "--name", made.name]
     assert status_of(trainer.main, command) == 0
-    before = json.loads((made / "result.json").read_text())
+    before = result_of(made)
     meaning = repr(cli.parse(TINY.split(), ""))
     if case != "other flags":
         old = meaning.replace("label_smoothing=0.0", "label_smoothing=0.3")

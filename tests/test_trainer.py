@@ -25,7 +25,7 @@ from checkpoint import load_checkpoint
 from initialization import mimetic, whiten_patches
 from recipes import Recipe, RunOptions, TrainConfig
 from run import Place, Run, assemble
-from small import ROOT, rows_of, same_weights, weights_of
+from small import ROOT, result_of, rows_of, same_weights, weights_of
 from utils import Diverged, UserError
 from ViT import EncoderBlock, ViT, ViTConfig
 
@@ -35,7 +35,7 @@ def test_a_run_leaves_its_files_and_the_figures_agree(train, tmp_path, capsys):
     folder = tmp_path / "a"
     names = {"last.pt", "metrics.csv", "result.json", "curves.png"}
     assert {path.name for path in folder.iterdir()} == names
-    result = json.loads((folder / "result.json").read_text())
+    result = result_of(folder)
     wanted = "command commit recipe model parameters epochs seed device torch validation_accuracy "
     wanted += "test_accuracy test_loss seconds images_per_second training_flops peak_memory_bytes"
     assert set(wanted.split()) <= result.keys()
@@ -62,7 +62,7 @@ def test_a_result_is_written_even_if_its_picture_cannot_be_drawn(
     monkeypatch.setattr("curves.changes", fail)
     assert train("--name a --epochs 1") == 1
     assert "a: curves.png: a label that no one can draw\n" in capsys.readouterr().err
-    assert json.loads((tmp_path / "a/result.json").read_text())["epochs"] == 1
+    assert result_of(tmp_path / "a")["epochs"] == 1
 
 
 def watch_tokens(monkeypatch):
@@ -146,7 +146,7 @@ def test_the_test_images_are_looked_at_once_or_not_at_all(
     monkeypatch.setattr(evaluation, "predict", watched)
     assert train(f"--name a --epochs 2 {flags}") == 0
     assert looked_at == looks
-    result = json.loads((tmp_path / "a/result.json").read_text())
+    result = result_of(tmp_path / "a")
     assert (result["test_accuracy"] is None) == (60 not in looks)
     assert (result["validation_accuracy"] is None) == (50 not in looks)
     assert (rows_of(tmp_path / "a/metrics.csv")[0]["validation_loss"] == "") == (50 not in looks)
@@ -156,7 +156,7 @@ def test_validation_may_skip_epochs_but_not_the_last(train, tmp_path):
     assert train("--name a --epochs 5 --validate-every 2") == 0
     rows = rows_of(tmp_path / "a/metrics.csv")
     assert [row["validation_loss"] != "" for row in rows] == [False, True, False, True, True]
-    result = json.loads((tmp_path / "a/result.json").read_text())
+    result = result_of(tmp_path / "a")
     assert float(rows[4]["validation_accuracy"]) == pytest.approx(result["validation_accuracy"])
     assert train(f"--evaluate {tmp_path / 'a'}") == 0  # its checkpoint is a good one
 
@@ -168,7 +168,7 @@ def test_an_epoch_that_becomes_the_last_is_validated(train, tmp_path, monkeypatc
     monkeypatch.setattr(trainer, "validate", validate)
     (tmp_path / "a/result.json").unlink()
     assert train(f"--resume {tmp_path / 'a'}") == 0
-    assert json.loads((tmp_path / "a/result.json").read_text())["validation_accuracy"] is not None
+    assert result_of(tmp_path / "a")["validation_accuracy"] is not None
     assert rows_of(tmp_path / "a/metrics.csv")[2]["validation_accuracy"] != ""
 
 
@@ -208,7 +208,7 @@ def test_a_compiled_run_is_the_same_also_with_short_batches_or_without_a_compile
     assert len(calls) == compiled
     said = "torch.compile is not available (No working C++ compiler found"
     assert (said in capsys.readouterr().out) == (compiler is no_compiler)
-    result = json.loads((tmp_path / "compiled/result.json").read_text())
+    result = result_of(tmp_path / "compiled")
     assert result["compiled"] == ("default" if compiled and not compiler else False)
     plain, compiled = (weights_of(tmp_path / name / "last.pt") for name in ("plain", "compiled"))
     assert same_weights(plain, compiled)
@@ -303,7 +303,7 @@ def test_a_run_in_a_thread_is_that_of_the_command_line(train, tmp_path, monkeypa
     began = time.perf_counter()
     result = ThreadPoolExecutor().submit(trainer.fit, recipe, options, name="mine").result()
     assert result["seconds"]["total"] <= time.perf_counter() - began  # not the process'
-    written = json.loads((tmp_path / "mine/result.json").read_text())
+    written = result_of(tmp_path / "mine")
     assert written == json.loads(json.dumps(result))
     assert result["recipe"] == "mine" and result["command"] == ""
     assert same_weights(saved.weights, weights_of(tmp_path / "mine/last.pt"))
@@ -331,7 +331,7 @@ def test_the_program_runs_from_any_folder(tmp_path):
     done = small.ran(*program, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
-    assert json.loads((tmp_path / "runs/a/result.json").read_text())["epochs"] == 1
+    assert result_of(tmp_path / "runs/a")["epochs"] == 1
 
 
 def test_balanced_classes_weigh_alike(train, monkeypatch):

@@ -8,14 +8,7 @@ import torch.nn.functional as F
 import torchvision.transforms.v2 as v2
 import torchvision.transforms.v2.functional as reference
 
-from augment import (
-    Augmentation,
-    cutmix,
-    mixup,
-    random_crop,
-    random_resized_crop,
-    resized_crop,
-)
+from augment import Augmentation, cutmix, mixup, random_crop, random_resized_crop, resized_crop
 from recipes import TrainConfig
 from small import generator
 from ViT import ViTConfig

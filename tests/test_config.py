@@ -56,12 +56,6 @@ def test_the_closed_end_of_a_range_belongs_to_it_and_an_int_is_a_float():
     assert Inner(count=1, rate=1).rate == 1 and Inner(count=2).rate == 0.5
 
 
-def test_fields_have_their_type_help_and_range():
-    assert Inner.fields()["rate"] == (float, "how fast", "(0, 1]")
-    assert Outer.fields()["kind"] == (Literal["a", "b"], "which", "")
-    assert Outer.fields()["note"] == (str | None, "", "")
-
-
 @pytest.mark.parametrize("config", [ViTConfig, TrainConfig])
 def test_every_number_of_a_recipe_has_a_range_with_two_ends(config):
     for name, (kind, _, limits) in config.fields().items():

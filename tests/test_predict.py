@@ -11,7 +11,6 @@ import predict
 from checkpoint import load_model
 from data import Preprocessing
 from small import ROOT
-from trainer import main as train_main
 from utils import status_of
 
 SHIPPED = ROOT / "checkpoints/vit_cifar10.pt"
@@ -69,11 +68,10 @@ def test_features_and_logits_of_each_file_are_written_for_numpy(files, capsys, m
             torch.testing.assert_close(torch.tensor(features), seen[-1], rtol=0, atol=1e-5)
 
 
-def test_a_line_for_each_file_by_the_model_of_a_run(files, capsys):
-    flags = "--recipe demo --epochs 1 --width 16 --depth 1 --heads 1 --patch-size 16 --no-test"
-    train_main([*flags.split(), "--device", "cpu", "--output-dir", str(files), "--name", "run"])
+def test_a_line_for_each_file_by_the_model_of_a_run(train, tmp_path, capsys):
+    assert train("--name run --epochs 1 --no-test") == 0
     capsys.readouterr()
-    assert predict.main([str(DEER), "--checkpoint", str(files / "run"), "--device", "cpu"]) == 0
+    assert predict.main([str(DEER), "--checkpoint", str(tmp_path / "run"), "--device", "cpu"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{DEER}: ") and line.endswith("%") and line.count(",") == 0
 

@@ -36,7 +36,7 @@ def test_gelu_is_the_formula_in_values_and_gradients(dtype):
 # ---------------------------------------------------------------------------- DropPath
 
 
-@pytest.mark.parametrize("rate, training", [(0.3, True), (0.0, True), (0.0, False), (0.9, False)])
+@pytest.mark.parametrize("rate, training", [(0.3, True), (0.0, True), (0.9, False)])
 @pytest.mark.parametrize("shape", [(64,), (64, 3), (64, 5, 6)])
 def test_drop_path_draws_and_scales_as_torchvision_does(shape, rate, training):
     x = torch.randn(shape)

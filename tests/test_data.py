@@ -40,7 +40,7 @@ CLASSES = [f"class {label}" for label in range(10)]
 
 @pytest.fixture
 def archive(monkeypatch):
-    """CIFAR-10's archive with 110 images in place of 60,000, whose md5 torchvision now expects."""
+    """CIFAR-10's archive of 110 images in place of 60,000; torchvision expects its md5."""
     random = np.random.default_rng(0)
     source = torchvision.datasets.CIFAR10
     files = {"batches.meta": {"label_names": CLASSES}}

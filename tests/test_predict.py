@@ -71,7 +71,8 @@ def test_features_and_logits_of_each_file_are_written_for_numpy(files, capsys, m
 def test_a_line_for_each_file_by_the_model_of_a_run(train, tmp_path, capsys):
     assert train("--name run --epochs 1 --no-test") == 0
     capsys.readouterr()
-    assert predict.main([str(DEER), "--checkpoint", str(tmp_path / "run"), "--device", "cpu"]) == 0
+    flags = ["--checkpoint", str(tmp_path / "run"), "--device", "cpu"]
+    assert predict.main([str(DEER), *flags]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{DEER}: ") and line.endswith("%") and line.count(",") == 0
 

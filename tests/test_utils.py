@@ -63,8 +63,8 @@ def test_a_name_that_the_output_cannot_encode_is_escaped(tmp_path, name, encodin
     file = os.fsencode(tmp_path) + b"/" + name
     with open(file, "w"):
         pass
-    environment = os.environ | {"PYTHONIOENCODING": encoding}
-    done = ran(sys.executable, ROOT / "src/predict.py", file, "--device", "cpu", env=environment)
+    program = [sys.executable, ROOT / "src/predict.py", file, "--device", "cpu"]
+    done = ran(*program, env=os.environ | {"PYTHONIOENCODING": encoding})
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and printed in done.stderr
 
 

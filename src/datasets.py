@@ -96,9 +96,9 @@ def _split(images: Tensor, labels: Tensor, wanted: Preprocessing) -> Split:
 
 
 PARTS = {  # what the folders of the parts are called, in any case
-    "train": "train",
+    **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    "test": "test",
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 
 
@@ -130,8 +130,9 @@ def _folder(name: str, path: Path, wanted: Preprocessing, validation_images: flo
             alone = ", ".join(repr(list(classes)[label]) for label in sorted(few)[:3])
             notes.append(f"no {part} image of {len(few)} classes with a single image: {alone}")
     if undivided:
-        count = f"{len(parts['test'])} of its pictures are"
-        notes.append(f"{path} has no folder train: {count} the test set, chosen by their names")
+        each = f"its {len(classes)} folders, such as {next(iter(classes))!r}, are the classes"
+        count = f"{len(parts['test'])} of its pictures the test set, chosen by their names"
+        notes.append(f"{path} has no folder train: {each}, and {count}")
     if others:
         notes.append(f"left out of {path}: {by_kind(others)}")
     trained = torch.tensor([digest(each) for each in names("train")])
@@ -161,9 +162,9 @@ def _listed(
 def part_folders(path: Path) -> dict[str, Path]:
     """Folders of training, validation and test pictures; `path` where that holds the classes."""
     names = _folders_in(path)
-    if "train" not in map(str.lower, names):
-        if names and all(name.lower() in PARTS for name in names):
-            raise UserError(f"{path} has {', '.join(sorted(names))}, but no folder train")
+    if "train" not in map(PARTS.get, map(str.lower, names)):
+        if parts := sorted(name for name in names if name.lower() in PARTS):  # no classes
+            raise UserError(f"{path} has {', '.join(parts)}, but no folder train")
         return {"train": path}
     found: dict[str, Path] = {}
     for name in sorted(names):
@@ -198,6 +199,8 @@ def class_folders(path: Path) -> dict[str, Path]:
             f"{path} must hold a folder for each of at least 2 classes, not {len(found)}"
         )
     named = {normalize("NFC", name): path / name for name in found}  # as macOS may not spell it
+    if twice := {path / name for name in found} - {*named.values()}:
+        raise UserError(f"{min(twice)} is in other bytes the name of another folder; rename one")
     return {name: named[name] for name in sorted(named, key=natural)}
 
 

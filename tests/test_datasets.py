@@ -150,7 +150,7 @@ def test_a_share_of_each_class_is_held_out_by_name_and_at_least_one_where_there_
 @pytest.mark.parametrize(
     "parts",
     [("train", name, "test") for name in ("val", "valid", "validation", "dev")]
-    + [("Train", "Val", "TEST")],
+    + [("Train", "Val", "TEST"), ("Training", "dev", "Testing")],
     ids=str,
 )
 def test_a_folder_with_its_own_splits_keeps_them_by_any_usual_name(tmp_path, parts):
@@ -178,6 +178,8 @@ def test_a_folder_with_its_own_splits_keeps_them_by_any_usual_name(tmp_path, par
         ("train/a/1.png extra/a/1.png", "extra lies beside a folder train and is none of train, "),
         ("train/a/1.png val/a/1.png Valid/a/1.png", "Valid and .*val are both validation"),
         ("valid/a/1.png test/a/1.png", "pets has test, valid, but no folder train"),
+        ("a/1.png b/1.png Testing/a/1.png", "pets has Testing, but no folder train"),
+        ("é/1.png e\u0301/1.png b/1.png", "is in other bytes the name of another folder"),
         ("Train/a/1.png Train/b/1.png test/a/1.png test/c/1.png", "'c', which .*Train has not"),
     ],
 )

@@ -83,7 +83,9 @@ def parse(argv: list[str], description: str) -> Command:
                 raise UserError(f"--{flag} works only with --{its_task}")
         length = {"epochs": 0, "steps": 0}  # the recipe's, which either flag replaces
         training = length | changes if length.keys() & changes else changes
-        configs = replace(recipe.model, **model_changes), replace(recipe.train, **training)
+        train = replace(recipe.train, **training)
+        sizes = {} if train.init_from else model_changes  # which then fit those of the weights
+        configs = replace(recipe.model, **sizes), train
     else:
         allowed = ", ".join(f"--{each}" for each in TASK_FLAGS[task])
         for flag, value in vars(arguments).items():

@@ -77,18 +77,18 @@ class Pretrained:
     classes: tuple[str, ...] | None  # where they are known
     notes: tuple[str, ...] = ()  # what was left out, and what was assumed
 
-    def adapted(self, wanted: ViTConfig, chosen: tuple[str, ...]) -> ViTConfig:
+    def adapted(self, wanted: ViTConfig, chosen: dict[str, Any]) -> ViTConfig:
         """The config of these weights, with what they leave free from another.
 
-        The fields of `wanted` that the user has `chosen` must not contradict the weights.
+        The fields that the user has `chosen` must not contradict the weights.
         """
-        for name in chosen:
-            asked, found = getattr(wanted, name), getattr(self.config, name)
-            if name not in FREE and asked != found:
+        for name, asked in chosen.items():
+            if name not in FREE and asked != (found := getattr(self.config, name)):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} {asked} is not that of {self.origin}, {found}")
-        free = [name for name in FREE if name != "image_size" or name in chosen]
-        return replace(self.config, **{name: getattr(wanted, name) for name in free})
+        free = {name: getattr(wanted, name) for name in FREE if name != "image_size"}
+        free |= {name: asked for name, asked in chosen.items() if name in FREE}
+        return replace(self.config, **free)
 
     def initialize(self, model: ViT, classes: tuple[str, ...]) -> str:
         """Gives a model these weights; returns what was done, in a line.

@@ -446,19 +446,19 @@ def new_run(
     model_config: ViTConfig,
     config: TrainConfig,
     place: Place,
-    chosen: tuple[str, ...] = (),
+    chosen: dict[str, Any] | None = None,
 ) -> tuple[Run, State]:
     """A fresh run; the model's channels and classes are those of the data set.
 
-    Weights to start from must agree with the `chosen` fields of the model's config, and set the
-    others. Where anything cannot be used, nothing was changed.
+    Weights to start from must agree with the `chosen` fields of a model's config, and set those
+    that are not free. Where anything cannot be used, nothing was changed.
     """
     config = dataclasses.replace(config, dataset=datasets.anchored(config.dataset))
     if place.world.leads:
         place.folder.refuse_existing(place.options.overwrite)  # before what may be a long download
     start = None
     if config.init_from:
-        heads = model_config.heads if "heads" in chosen else None
+        heads, chosen = (chosen or {}).get("heads"), chosen or {}
         start = load_pretrained(config.init_from, heads, config.mean, config.std, config.crop)
         start = start.for_channels(datasets.preprocessing_for(config.dataset).channels)
         model_config = start.adapted(model_config, chosen)

@@ -369,13 +369,14 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
         Diverged: a loss or a weight is not finite.
         Stopped: a signal has come; the run has saved, or tried to.
     """
-    chosen, started = recipe.model.changed(), time.perf_counter()
+    started, model = time.perf_counter(), recipe.model
+    chosen = {each: getattr(model, each) for each in model.changed()}
     devices.keep_freed_memory()
     with joined_world(options.device, options.wait_minutes) as world:
         device = devices.choose_device(options.device, world)
         with RunFolder(options.output_dir / (options.name or name)) as folder:
             place = Place(device=device, options=options, world=world, folder=folder)
-            run, state = new_run(name, recipe.model, recipe.train, place, chosen)
+            run, state = new_run(name, model, recipe.train, place, chosen)
             state.started = started
             return train(run, state)
 
@@ -389,8 +390,8 @@ def begin_or_resume(
         if command.task == "resume":
             run, state = resumed_run(command.path, command.training_changes, place)
         else:
-            chosen = tuple(command.model_changes)
-            run, state = new_run(command.recipe, command.model, command.training, place, chosen)
+            configs = command.model, command.training
+            run, state = new_run(command.recipe, *configs, place, command.model_changes)
             if command.note:
                 run.say(command.note)
         if run.is_finished(state):

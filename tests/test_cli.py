@@ -164,6 +164,8 @@ def test_flags_have_their_types_and_override_a_model_size():
         name="a", output_dir=Path("x"), test=False, overwrite=True, save_minutes=2.0
     )
     assert cli.parse("--recipe demo --image-size 40".split(), "").model.image_size == (40, 40)
+    of_weights = cli.parse("--recipe finetune --image-size 518".split(), "")  # of patches of 14
+    assert of_weights.model_changes == {"image_size": (518, 518)}
     by_steps = cli.parse("--recipe demo --steps 9 --freeze".split(), "").training
     assert (by_steps.epochs, by_steps.steps, by_steps.freeze) == (0, 9, True)
     assert cli.parse("--recipe demo --freeze 3".split(), "").training.freeze == 3

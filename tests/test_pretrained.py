@@ -398,7 +398,7 @@ def test_a_run_with_a_frozen_backbone(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--heads 4", "--width 96", "--depth 3", "--patch-size 16", "--pooling mean"]
+    "flags", ["--heads 5", "--width 96", "--depth 3", "--patch-size 16", "--pooling mean"]
 )
 def test_a_flag_that_contradicts_the_weights_is_refused(flags, tiny, tmp_path, monkeypatch, capsys):
     torch.save(tiny.state_dict(), tmp_path / "weights.pth")
@@ -413,7 +413,7 @@ def test_a_flag_that_contradicts_the_weights_is_refused(flags, tiny, tmp_path, m
 
 def test_the_same_classes_keep_their_head_and_positions_go_to_a_larger_grid(tiny):
     start = dataclasses.replace(from_state_dict("x", tiny.state_dict()), classes=CLASSES)
-    config = start.adapted(ViTConfig(image_size=(48, 64)), ("image_size",))
+    config = start.adapted(ViTConfig(), {"image_size": (48, 64)})
     model = ViT(config)
     line = start.initialize(model, CLASSES)
     assert line.startswith("weights of x: loaded, positions interpolated from 4x4 to 6x8; assumed")
@@ -427,7 +427,7 @@ def test_the_same_classes_keep_their_head_and_positions_go_to_a_larger_grid(tiny
 def test_free_fields_are_the_user_s_and_the_others_those_of_the_weights(tiny):
     start = from_state_dict("x", tiny.state_dict())
     wanted = ViTConfig(dropout=0.1, drop_path=0.2, attention="plain", width=64, heads=4)
-    config = start.adapted(wanted, ())
+    config = start.adapted(wanted, {})
     assert (config.width, config.image_size) == (192, (32, 32))
     assert all(getattr(config, name) == getattr(wanted, name) for name in FREE[1:])
 

@@ -5,6 +5,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
@@ -13,6 +14,8 @@ from checkpoint import EpochRecord
 from recipes import TrainConfig
 from utils import write_whole
 
+# A user's matplotlibrc may ask for what is not here, such as TeX.
+PLAIN = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")}
 
 def shown(name: str, most: int = 28) -> str:
     """A class or file name as text of at most so many characters, its middle left out.
@@ -48,6 +51,7 @@ def changes(training: TrainConfig) -> dict[int, list[str]]:
     return {epochs - time: [name for name, end in ends.items() if end == time] for time in times}
 
 
+@matplotlib.rc_context(PLAIN)
 def write_curves(path: Path, history: list[EpochRecord], training: TrainConfig, title: str) -> None:
     """Draws the curves of a run into a file.
 

@@ -18,6 +18,8 @@ _folder = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve
 _ours = _folder in [ROOT / name for name in ("src", "visualization", "experiments")]
 if _ours and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if _ours:  # a notebook's, which may not be installed here, would fail as matplotlib is imported
+    os.environ.pop("MPLBACKEND", None)
 
 import numpy as np
 

@@ -506,6 +506,7 @@ def test_the_newest_checkpoint_is_the_default(monkeypatch, tmp_path, capsys):
         path.parent.mkdir(exist_ok=True, parents=True)
         path.touch()
         os.utime(path, (age, age))
+    (tmp_path / "checkpoints/moved.pt").symlink_to("nowhere")
     assert vis.newest_checkpoint() == tmp_path / "checkpoints/c/last.pt"
 
 
@@ -515,7 +516,9 @@ def test_names_that_repeat_are_numbered():
 
 def test_it_runs_from_any_folder_without_a_display(draw, tmp_path):
     assert draw("model") == 0
-    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "MPLBACKEND")}
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True")  # and there is no TeX
+    environment = {k: v for k, v in os.environ.items() if k != "DISPLAY"}
+    environment |= {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://of_a_notebook"}
     flags = "model --format svg --checkpoint run/last.pt --out here --device cpu"
     program = [sys.executable, ROOT / "visualization/vis.py", *flags.split()]
     done = small.ran(*program, cwd=tmp_path, env=environment)

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
-from curves import write_figure
+from curves import PLAIN, write_figure
 
 # Of attention weights times T, so that 1 is uniform attention: one scale for all figures of them,
 # from an eighth to eight times, which is white in the middle.
@@ -51,7 +51,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "vit",  # the same figure gives the same file
 }
-styled = matplotlib.rc_context(STYLE)  # decorates what draws or saves
+styled = matplotlib.rc_context(PLAIN | STYLE)  # decorates what draws or saves
 
 QUERY_OF_CLASSIFIER = {  # in captions, by the model's pooling
     "class": "of the class token",

@@ -166,13 +166,13 @@ def _read(text: str, read: Callable[[], Any], wanted: str) -> Any:
 def newest_checkpoint() -> Path:
     """Raises UserError where there is none."""
     folder = ROOT / "checkpoints"
-    found = sorted(folder.glob("**/*.pt"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in folder.glob("**/*.pt") if path.is_file()]  # no link to nowhere
     if not found:
         raise UserError(
             f"there is no checkpoint in {folder}; train one with "
             "'python src/trainer.py --recipe demo', or name one with --checkpoint"
         )
-    return found[-1]
+    return max(found, key=lambda path: path.stat().st_mtime)
 
 
 def check_options(model: Model) -> None:

@@ -235,6 +235,14 @@ def test_the_target_comes_first_and_then_the_most_probable_other_class(draw, tmp
     assert drawn - entries.keys() == {"image/validation-0/attention-of-patch"}
 
 
+def test_two_patches_in_all_have_no_three_principal_components(draw, tmp_path, monkeypatch):
+    only(monkeypatch, "data", "token-pca")
+    monkeypatch.setattr("model.PROBE_IMAGES", 2)
+    write_checkpoint(tmp_path / "run/last.pt", SHAPES, patch_size=32)
+    assert draw("data") == 0
+    assert "data/token-pca" in manifest(tmp_path)["not_applicable"]
+
+
 def test_without_held_out_images_the_test_images_are_shown(draw, tmp_path, monkeypatch, capsys):
     only(monkeypatch, "run", "confusion")
     assert draw("run") == 0
@@ -381,6 +389,17 @@ def test_weights_of_torchvision_are_explained_on_the_photo(
     assert entry["targets"] == ["class 3", f"class {best}"]
 
 
+def test_a_folder_of_weights_names_the_figures_and_its_heads_hold(of_torchvision, tmp_path):
+    (folder := tmp_path / "b16").mkdir()
+    (tmp_path / "vit.pth").rename(folder / "pytorch_model.bin")
+    stated = {"architecture": "", "model_args": {"num_heads": 2}}
+    utils.write_json(folder / "config.json", stated)
+    for path in (folder, folder / "pytorch_model.bin"):
+        assert Model(path, torch.device("cpu"), Options(weights=str(path))).run == "b16"
+    with pytest.raises(UserError, match=r"--heads 4 is not that of .*b16, 2"):
+        Model(folder, torch.device("cpu"), Options(weights=str(folder), heads=4))
+
+
 def test_a_start_layer_leaves_out_the_layers_before_it(of_torchvision, tmp_path):
     options = {"weights": str(tmp_path / "vit.pth"), "heads": 2}
     subject = Subject("", "", images_of(SHAPES.test)[0], None)
@@ -475,6 +494,8 @@ def test_a_scene_points_at_the_chosen_patch(tmp_path):
         ("image --weights x.pth", "--weights and --checkpoint each name a model"),
         ("image --image nowhere.png", "cannot read nowhere.png as an image: No such file"),
         ("image --dir nowhere", "cannot read the folder nowhere: No such file or directory"),
+        ("image --dir=", "'' cannot be a path: it is empty"),
+        ("model --image-size 64", "--image-size is for --weights, which takes a checkpoint too"),
         ("image --index 0 --dir nowhere", "not allowed with"),
         ("faces", "invalid choice: 'faces'"),
         ("model --dpi 5", "dpi must be in [20, 1200], not 5"),

@@ -30,6 +30,7 @@ from recipes import TrainConfig
 from style import by, to_picture
 from utils import UserError, printable
 from ViT import ViT
+from weight_files import SAVED_AS
 
 PROBE_IMAGES = 128  # of the figures of many images
 PROBE_BATCH = 32
@@ -68,6 +69,7 @@ class Options(Config):
     images: Annotated[int, "of faithfulness: how many images", "[2, inf)"] = 100
     removal: Annotated[Literal["drop", "mean", "black"], "of a patch: drop it or paint it"] = "drop"
     seed: Annotated[int, "of the random choice of images", "[0, 1e15]"] = 0
+    dataset: Annotated[str | None, "folder:PATH, where the model's pictures are now"] = None
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
     device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
     out: Annotated[Path | None, "where to write (visualization/out/<run>)"] = None
@@ -107,10 +109,8 @@ def load_weights(options: Options, device: torch.device) -> tuple[ViT, Checkpoin
     """
     stated = options.heads, options.mean, options.std, options.crop
     found = load_pretrained(options.weights, *stated)
-    config, expected, names = found.config, found.preprocessing, found.classes
-    if options.image_size:
-        config = replace(config, image_size=options.image_size)
-        expected = replace(expected, size=config.image_size)
+    chosen = {n: value for n in ("heads", "image_size") if (value := getattr(options, n))}
+    config, names = found.adapted(found.config, chosen), found.classes
     if names is None and config.classes == len(IMAGENET):
         print(f"{config.classes:,} classes: taken to be those of ImageNet, in their usual order")
         names = IMAGENET
@@ -121,7 +121,7 @@ def load_weights(options: Options, device: torch.device) -> tuple[ViT, Checkpoin
         recipe="",
         model=config,
         training=TrainConfig(),
-        preprocessing=expected,
+        preprocessing=replace(found.preprocessing, size=config.image_size),
         classes=list(names),
         versions={},
         weights=dict(model.state_dict()),
@@ -150,8 +150,8 @@ class Model:
         self.path, self.device, self.options = path, device, options
         if options.weights:
             self.vit, self.checkpoint = load_weights(options, device)
-            name = options.weights.partition(":")[2].replace(":", "-").replace("/", "-")
-            self.run = path.stem if path.is_file() else name
+            name = options.weights.partition(":")[2] or path.resolve().name  # of a folder
+            self.run = name.replace(":", "-").replace("/", "-")
         else:
             try:
                 self.vit, self.checkpoint = load_model(path, device)
@@ -159,7 +159,9 @@ class Model:
                 if path.suffix == ".safetensors" or "did not write it" in str(error):
                     error.add_note(f"weights of others are named by --weights {path}")
                 raise
-            self.run = path.resolve().parent.name if path.name in RUN_FILES else path.stem
+        if path.is_file():
+            in_folder = path.name in (*RUN_FILES, *SAVED_AS)
+            self.run = path.resolve().parent.name if in_folder else path.stem
         self.vit.requires_grad_(False)  # gradients are those of attention and of pixels
         self.config, self.classes = self.checkpoint.model, self.checkpoint.classes
 
@@ -172,7 +174,7 @@ class Model:
             raise UserError(f"{self.path} have no data set here; --image names pictures")
         training = self.checkpoint.training
         dataset = load_dataset(
-            training.dataset,
+            self.options.dataset or training.dataset,
             self.checkpoint.preprocessing,
             validation_images=training.validation_images,
             device=self.device,

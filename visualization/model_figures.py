@@ -128,8 +128,8 @@ def attention_examples(model: Model) -> Picture:
 
 def token_pca(model: Model) -> Picture:
     """The patch tokens of one image of each class as colors, after several layers."""
-    if model.config.width < 3:
-        raise NotApplicable("three principal components need a width of at least 3")
+    if min(model.config.width, len(model.probe.labels) * model.config.patches) < 3:
+        raise NotApplicable("three principal components need a width and patches of at least 3")
     depth, layers = model.config.depth, model.options.layer
     chosen = {0, *(round(depth * k / 3) for k in (1, 2, 3))} if layers == "all" else {layers}
     rows, arrays = {}, {}

@@ -49,7 +49,7 @@ from device import choose_device
 from explorer import Page, explorer
 from model import Model, Options, Subject
 from style import NotApplicable, Picture, styled
-from utils import UserError, run_program
+from utils import UserError, named_path, run_program
 
 # ---------------------------------------------------------------------------- the figures
 
@@ -120,8 +120,8 @@ def parse_arguments(argv: list[str]) -> Options:
     parser.add_argument("what", nargs="?", choices=("all", *GROUPS), default="all", help="(all)")
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--index", type=_index, metavar="I,J", help="images of the data set (0,7)")
-    images.add_argument("--image", nargs="+", metavar="FILE", type=Path, help="image files")
-    images.add_argument("--dir", metavar="DIR", type=Path, help="all image files in a folder")
+    images.add_argument("--image", nargs="+", metavar="FILE", type=named_path, help="image files")
+    images.add_argument("--dir", metavar="DIR", type=named_path, help="all image files in a folder")
     layer, head = (partial(_number_or, words) for words in (["all"], ["all", "mean", "max", "min"]))
     parser.add_argument("--layer", type=layer, metavar="L|all", help="(all)")
     parser.add_argument("--head", type=head, metavar="H|mean|max|min|all", help="(all)")
@@ -340,6 +340,10 @@ def main(argv: list[str]) -> int:
     options = parse_arguments(argv)
     if options.weights and options.checkpoint:
         raise UserError("--weights and --checkpoint each name a model; pass one of them")
+    of_weights = {"heads", "mean", "std", "crop", "image_size"} & set(options.changed())
+    if of_weights and not options.weights:
+        flag = min(of_weights).replace("_", "-")
+        raise UserError(f"--{flag} is for --weights, which takes a checkpoint too")
     path = find_checkpoint(options.weights or str(options.checkpoint or newest_checkpoint()))
     if options.weights and not path.is_file():
         path = Path(options.weights)

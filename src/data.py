@@ -35,6 +35,7 @@ from utils import UserError, complain, copied, one_line
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # red, green, blue
 SPLIT_SEED = 0  # the held-out images do not depend on a run's seed, so that runs compare
 AHEAD = 2  # batches that are decoded while one is used
+HINTS = dict.fromkeys((".heic", ".heif"), " (pip install pillow-heif)")  # on what is not read
 MOST_BROKEN = 0.1  # share of streamed images that may turn out not to be readable
 
 
@@ -87,7 +88,9 @@ class Preprocessing(Config):
                 return (use or self.fit)(file)
         except Exception as error:  # a damaged file can fail in any way inside a decoder
             reason = getattr(error, "strerror", None) or one_line(error)
-            raise UserError(f"cannot read {path} as an image: {reason}") from error
+            kind = Path(path).suffix.lower()
+            hint = "" if kind in Image.registered_extensions() else HINTS.get(kind, "")
+            raise UserError(f"cannot read {path} as an image: {reason}{hint}") from error
 
     def fit(self, image: Image.Image) -> Tensor:
         """An image as the model sees it: uint8 (C, H, W).
@@ -225,10 +228,7 @@ def image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 def by_kind(others: Counter[str]) -> str:
     """What is left out of a folder, in a line."""
-    hints = dict.fromkeys((".heic", ".heif"), " (pip install pillow-heif)")
-    return ", ".join(
-        f"{count:,} {kind}{hints.get(kind, '')}" for kind, count in sorted(others.items())
-    )
+    return ", ".join(f"{n:,} {kind}{HINTS.get(kind, '')}" for kind, n in sorted(others.items()))
 
 
 # ---------------------------------------------------------------------------- splits

@@ -84,8 +84,8 @@ def predictions(
         np.savez(buffer, names=names, features=pooled, logits=logits, classes=described.classes)
         try:
             write_whole(features, buffer.getbuffer())
-        except OSError as error:
-            raise UserError(f"cannot write {features}: {error.strerror}") from error
+        except OSError as error:  # the predictions are printed all the same
+            errors.append(f"cannot write {features}: {error.strerror}")
     return found, errors
 
 

@@ -148,7 +148,7 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
 
 
 def load_pretrained(
-    origin: str,
+    origin: str | Path,
     heads: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
@@ -169,7 +169,7 @@ def load_pretrained(
     """
     given = {"mean": mean, "std": std, "crop": crop}
     given = {name: value for name, value in given.items() if value is not None}
-    library, _, name = origin.partition(":")
+    library, _, name = (origin := str(origin)).partition(":")
     if library in ("timm", "torchvision") and name:
         return _from_library(origin, library, name, given)
     path = named_path(origin)
@@ -282,10 +282,17 @@ def _renamed(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
 
 
 def _left_out(weights: dict[str, Tensor]) -> list[str]:
-    """What pretraining leaves, and a head that is not one linear layer on the pooled token."""
+    """What pretraining leaves, and a head that is not one linear layer on the pooled token.
+
+    One of a single logit, whose softmax is always 1, was trained for a sigmoid or a number.
+    """
     head = [name for name in weights if re.match(HEAD, name)]
     plain = {"head.weight"} <= set(head) <= {"head.weight", "head.bias"}
-    if plain and weights["head.weight"].shape[1:] == weights["norm.weight"].shape:
+    if (
+        plain
+        and len(weights["head.weight"]) > 1
+        and weights["head.weight"].shape[1:] == weights["norm.weight"].shape
+    ):
         head = []
     return [*head, *(name for name in weights if re.match(NOT_NEEDED, name))]
 
@@ -400,12 +407,12 @@ def _stated_by_timm(config: dict[str, Any]) -> dict[str, Any]:
 def _stated_by_transformers(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     if (activation := config.get("hidden_act")) != "gelu":
         raise UserError(f"its hidden_act {activation!r} is not this model's, 'gelu'")
-    size = config.get("image_size", ())
+    size, names = config.get("image_size", ()), config.get("id2label") or {}
     stated = {
         "heads": config.get("num_attention_heads"),
         "blocks": True,
         "size": (size, size) if isinstance(size, int) else tuple(size),
-        "classes": tuple((config.get("id2label") or {}).values()),
+        "classes": tuple(names[number] for number in sorted(names, key=int)),  # "10" after "2"
     }
     if not (folder / "preprocessor_config.json").is_file():
         return stated

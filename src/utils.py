@@ -161,7 +161,8 @@ def complain(message: str) -> None:
 def named_path(text: str | Path) -> Path:
     """A path that a user names, which need not exist; UserError where none can be reached."""
     try:
-        path = Path(text).expanduser()
+        path = Path(text)
+        path = path if path.exists() else path.expanduser()  # "~x.png" may be a file's name
         if not str(text):
             raise ValueError("it is empty")
         path.stat()

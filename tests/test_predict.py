@@ -77,16 +77,19 @@ def test_a_line_for_each_file_by_the_model_of_a_run(train, tmp_path, capsys):
     assert line.startswith(f"{DEER}: ") and line.endswith("%") and line.count(",") == 0
 
 
-def test_a_file_that_cannot_be_read_does_not_keep_back_the_others(files, capsys):
-    (files / "ab.png").write_text("not a picture")
-    assert predict.main([str(files), "--device", "cpu"]) == 2
+def test_what_cannot_be_read_or_written_does_not_keep_back_the_rest(files, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    (files / "~ab.heic").write_text("not a picture")  # "~" is no user's home here
+    command = [str(files), "~ab.heic", "--features", "notes.txt/out.npz", "--device", "cpu"]
+    assert predict.main(command) == 2
     captured = capsys.readouterr()
     printed = [line.split(":")[0] for line in captured.out.splitlines()]
     assert printed == [str(files / "a.png"), str(files / "b.jpg")]
-    others, constant, unreadable = captured.err.splitlines()
+    others, constant, unreadable, unwritten = captured.err.splitlines()
     assert constant.endswith(f"1 of 3 are nearly constant, such as {files / 'a.png'}")
-    assert f"left out of {files}: 1 .txt" in others
-    assert f"cannot read {files / 'ab.png'}" in unreadable
+    assert f"left out of {files}: 1 .heic (pip install pillow-heif), 1 .txt" in others
+    assert "cannot read ~ab.heic" in unreadable and unreadable.endswith("pillow-heif)")
+    assert "cannot write notes.txt/out.npz" in unwritten
 
 
 def test_numbers_that_are_not_finite_are_no_prediction(files, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Trained models for others: model.pt, state dicts of timm and torchvision, ONNX."""
 
+import json
 import math
 import warnings
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from torch import Tensor
 from checkpoint import EXPORTED, TIMM_CONFIG, Checkpoint, load_checkpoint, load_model, save_model
 from utils import UserError, write_json, write_torch, write_whole
 from ViT import ViT
+from weight_files import read_json
 
 NAMES = {  # ours, and theirs
     "timm": (
@@ -121,11 +123,13 @@ def onnx_bytes(path: Path) -> bytes:
 
 def export(path: Path, library: str | None, overwrite: bool) -> None:
     """--export: writes model.pt beside a checkpoint, or the model for a library, for sharing."""
-    target = path.with_name(EXPORTED[library])
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} exists; --overwrite replaces it")
+    target, states = path.with_name(EXPORTED[library]), path.with_name(TIMM_CONFIG)
     checkpoint, then = load_checkpoint(path), "--evaluate checks it"
     config = timm_config(checkpoint)
+    found = read_json(states) if library in NAMES and states.exists() else None
+    of_others = found not in (None, json.loads(json.dumps(config)))
+    if (target.exists() or of_others) and not overwrite:
+        raise UserError(f"{states if of_others else target} exists; --overwrite replaces it")
     try:
         if library == "onnx":
             write_whole(target, onnx_bytes(path))
@@ -133,7 +137,7 @@ def export(path: Path, library: str | None, overwrite: bool) -> None:
             then = f"it takes any number of images, of mean {mean} and std {std}"
         elif library:
             write_torch(target, state_dict_for(library, checkpoint))
-            write_json(target.with_name(TIMM_CONFIG), config)
+            write_json(states, config)
             then = f"{library} loads it strictly; {TIMM_CONFIG} beside it states what it does not"
         else:
             save_model(target, checkpoint)

@@ -443,6 +443,10 @@ def test_an_exported_state_dict_is_what_the_library_loads(tmp_path, capsys):
     (tmp_path / "last.pt").write_bytes(shipped)
     assert load_pretrained(str(tmp_path)).classes[0] == "airplane"  # a run's folder will do
     export = ["--export", str(tmp_path), "--library"]
+    write_json(tmp_path / "config.json", {"a user's": 1})
+    assert status_of(trainer.main, [*export, "timm"]) == 2
+    assert "config.json exists; --overwrite replaces it" in capsys.readouterr().err
+    (tmp_path / "config.json").unlink()
     assert status_of(trainer.main, [*export, "timm"]) == 0
     ours, checkpoint = load_model(tmp_path / "last.pt")
     printed = capsys.readouterr().out

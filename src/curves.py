@@ -14,8 +14,9 @@ from checkpoint import EpochRecord
 from recipes import TrainConfig
 from utils import write_whole
 
-# A user's matplotlibrc may ask for what is not here, such as TeX.
+# A user's matplotlibrc may ask for what is not installed, such as TeX.
 PLAIN = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")}
+
 
 def shown(name: str, most: int = 28) -> str:
     """A class or file name as text of at most so many characters, its middle left out.

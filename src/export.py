@@ -126,10 +126,11 @@ def export(path: Path, library: str | None, overwrite: bool) -> None:
     target, states = path.with_name(EXPORTED[library]), path.with_name(TIMM_CONFIG)
     checkpoint, then = load_checkpoint(path), "--evaluate checks it"
     config = timm_config(checkpoint)
-    found = read_json(states) if library in NAMES and states.exists() else None
-    of_others = found not in (None, json.loads(json.dumps(config)))
-    if (target.exists() or of_others) and not overwrite:
-        raise UserError(f"{states if of_others else target} exists; --overwrite replaces it")
+    if not overwrite:
+        ours = json.loads(json.dumps(config))
+        of_others = library in NAMES and states.exists() and read_json(states) != ours
+        if of_others or target.exists():
+            raise UserError(f"{states if of_others else target} exists; --overwrite replaces it")
     try:
         if library == "onnx":
             write_whole(target, onnx_bytes(path))

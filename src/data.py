@@ -161,14 +161,17 @@ def _pixel_scale(values: tuple[float, ...], device: torch.device, dtype: torch.d
 
 @cache
 def raster_formats() -> tuple[str, ...]:
-    """Pillow's formats but for those that another program draws, which runs what they hold."""
+    """Pillow's formats of pictures.
+
+    Not those that another program draws, which runs what they hold, or that Pillow only recognizes.
+    """
     warnings.filterwarnings("ignore", module="PIL")  # what it cannot read is an error
     Image.init()
     with suppress(ImportError):  # .heic is then left out
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-    return tuple(sorted(Image.OPEN.keys() - {"EPS", "WMF"}))
+    return tuple(sorted(Image.OPEN.keys() - {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}))
 
 
 def _deep_gray(image: Image.Image) -> tuple[str, np.ndarray]:

@@ -448,13 +448,13 @@ def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path, monkeypatch):
 def test_the_image_files_of_a_folder_and_its_subfolders_are_found_and_all_others_counted(tmp_path):
     (tmp_path / "2021/may").mkdir(parents=True)
     (tmp_path / ".cache").mkdir()
-    files = "b.JPG a.png notes.txt 2021/c.webp d.heic 2021/may/e.heic noname .DS_Store .cache/f.png"
+    files = "b.JPG a.png notes.h5 2021/c.webp d.heic 2021/may/e.heic noname .DS_Store .cache/f.png"
     for name in files.split():
         (tmp_path / name).touch()
     (tmp_path / "2021/loop").symlink_to(tmp_path)
     found, others = image_files(tmp_path)
     names = [str(file.relative_to(tmp_path)) for file in found]
     assert names == ["2021/c.webp", "a.png", "b.JPG"]
-    assert others == {".heic": 2, ".txt": 1, "without an extension": 1, "hidden": 1}
-    line = "2 .heic (pip install pillow-heif), 1 .txt, 1 hidden, 1 without an extension"
+    assert others == {".h5": 1, ".heic": 2, "without an extension": 1, "hidden": 1}
+    line = "1 .h5, 2 .heic (pip install pillow-heif), 1 hidden, 1 without an extension"
     assert by_kind(others) == line

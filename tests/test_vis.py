@@ -501,7 +501,7 @@ def test_a_scene_points_at_the_chosen_patch(tmp_path):
         ("model --dpi 5", "dpi must be in [20, 1200], not 5"),
         ("model --checkpoint nowhere.pt", "nowhere.pt"),
         ("model --chekpoint x", "did you mean --checkpoint?"),
-        ("model --checkpoint {tmp}/vit.pth", "weights of others are named by --weights"),
+        ("model --checkpoint {tmp}/vit.pth", "for weights of another program, pass --weights"),
         ("model --out {tmp}/vit.pth", "vit.pth: File exists"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the explanations are worth: patches are removed in their order, and heads are silenced."""
+"""Tests of the explanations: remove patches in the order of each map, and silence heads."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from model import PROBE_BATCH, Model
 from run_figures import wilson_interval
 from style import IN_CELL, SMALLEST, NotApplicable, Picture, new_figure, signed
 
-SHARES = 8  # of the patches, at which a curve is measured
+SHARES = 8  # steps of a curve, each an eighth of the patches
 RANDOM_ORDERS = 10
 RANDOM = "random order"
 CURVES = ("deletion", "insertion", "deletion accuracy", "insertion accuracy")
@@ -70,10 +70,10 @@ def maps(model: Model) -> Picture:
 
 
 def curves_of(model: Model, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-    """For each map (4, B, SHARES): probability by deletion and insertion, then accuracy by both.
+    """For each map, (4, B, SHARES): probability by deletion and by insertion, then accuracy.
 
     Args:
-        generator: of the random orders.
+        generator: draws the random orders.
     """
     images = model.normalize(batch.images)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def table(areas: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def heads(model: Model) -> Picture:
-    """The accuracy that is lost without each head, and without more and more of them."""
+    """The accuracy lost without each head, and the accuracy as more and more are removed."""
     rows = model.sample(model.split, model.options.images)
     sampled = Split(*model.split.take(rows))
 

@@ -27,7 +27,7 @@ from ViT import ViT, ViTConfig, patchify
 
 
 class Record(NamedTuple):
-    """What a model computes of a batch of images; the tensors stay in the autograd graph."""
+    """What a model computes for a batch of images; the tensors stay in the autograd graph."""
 
     logits: Tensor  # (B, K)
     attention: list[Tensor]  # L of (B, h, T, T): A of each block, before any dropout
@@ -35,10 +35,10 @@ class Record(NamedTuple):
 
 
 def record(model: ViT, images: Tensor, start: int = 0) -> Record:
-    """Runs a model on normalized images (B, C, H, W); hooks note what its parts compute.
+    """Runs a model on normalized images (B, C, H, W); hooks record what its parts compute.
 
     Args:
-        start: the block, counted from 0, from which on attention is noted.
+        start: the first block, counted from 0, whose attention is recorded.
     """
     attention, tokens = [], []
     with ExitStack() as hooks:
@@ -58,7 +58,7 @@ def adds_to(outputs: list[Tensor]) -> Callable:
 
 
 def begins_graph(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-    """Where weights are frozen, gradients reach no further back than the first attention."""
+    """With frozen weights, starts the autograd graph at the first recorded attention."""
     if torch.is_grad_enabled() and not output.requires_grad:
         output.requires_grad_()
 
@@ -82,14 +82,14 @@ def over_heads(M: Tensor, head: int | str) -> Tensor:
 
 
 def map_of(M: Tensor, config: ViTConfig, patch: tuple[int, int] | None = None) -> Tensor:
-    """The row of a patch, or else the classifier's, of a token-by-token matrix, as a map.
+    """A map over patches: the row of a token-by-token matrix for the classifier or a patch.
 
-    The classifier's is the class token's row, or with mean pooling, which has no such token, the
-    mean of all. The class token's column is left out.
+    The classifier's row is the class token's or, with mean pooling, which has no class token,
+    the mean of all rows. The class token's column is left out.
 
     Args:
         M: (..., T, T).
-        patch: its row and column, counted from 0.
+        patch: the patch's row and column, counted from 0; None for the classifier.
 
     Returns:
         (..., g_h, g_w)
@@ -106,12 +106,12 @@ def map_of(M: Tensor, config: ViTConfig, patch: tuple[int, int] | None = None) -
 
 
 class Walk(NamedTuple):
-    """What a model computes of one image, with the inside of one block."""
+    """What a model computes for one image, including the inside of one block."""
 
     patches: Tensor  # (N, C P P) x_p
     embedded: Tensor  # (N, D) x_p E, before the positions
     tokens: Tensor  # (L + 1, T, D): z_0, ..., z_L
-    q: Tensor  # (h, T, D_h) of the block, as k and v
+    q: Tensor  # (h, T, D_h) of that block, as are k and v
     k: Tensor
     v: Tensor
     scores: Tensor  # (h, T, T) q k^T / sqrt(D_h)
@@ -122,7 +122,7 @@ class Walk(NamedTuple):
 
 @torch.no_grad()
 def walk(model: ViT, image: Tensor, block: int) -> Walk:
-    """Follows one normalized image (C, H, W); the block is counted from 0."""
+    """Follows one normalized image (C, H, W) through a model; the block is counted from 0."""
     outputs: list[Tensor] = []
     layers = model.embed.proj, model.blocks[block].attn.qkv, model.blocks[block].mlp.fc1
     with ExitStack() as hooks:
@@ -172,10 +172,10 @@ def score(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def bytes_needed(config: ViTConfig, start: int) -> int:
-    """About what `explanations` of one image takes in float32, without the weights.
+    """About how many bytes `explanations` needs for one image in float32, without the weights.
 
-    Of each block from `start` on, counted from 0, the attention, its gradient and the activations
-    that the gradient needs; of one block, three matrices more.
+    For each block from `start` on, counted from 0: the attention, its gradient, and activations
+    that the gradient needs; for one block, three more matrices.
     """
     T, squares = config.tokens, config.heads * config.tokens**2
     of_a_block = 2 * squares + T * (8 * config.width + config.hidden)
@@ -260,24 +260,24 @@ def explanations(
     layer: int | str = "all",
     head: int | str = "mean",
 ) -> dict[str, Tensor]:
-    """Four maps over the patches of images, each for a class, all relative to uniform.
+    """Four maps over each image's patches for its target class, relative to uniform.
 
     Args:
         images: (B, C, H, W), normalized.
         targets: (B,)
-        start: the first block, counted from 0, that those of several blocks combine.
-        layer: counted from 1, whose attention is the first map; "all" is the last one.
-        head: of that map, as in `over_heads`.
+        start: the first block, counted from 0, in the maps that combine several blocks.
+        layer: the layer, counted from 1, whose attention is the first map; "all" is the last.
+        head: the head of that map, as in `over_heads`.
 
     Returns:
-        For each method (B, g_h, g_w), scaled to a mean of 1, so that 1 is uniform.
+        A map (B, g_h, g_w) for each method, scaled to a mean of 1, so that 1 is uniform.
     """
     A, gradients = attention_gradients(model, images, targets, start)
     R = relevance(A, gradients)
     matrices = {
         "attention": over_heads(A[-1 if layer == "all" else layer - 1 - start], head),
         "rollout": rollout(A),
-        # R starts as the identity, which is no evidence; a class token's row does not contain it.
+        # R starts as the identity, which is not evidence; only mean pooling would show it.
         "relevance": R - _identity_like(R),
     }
     maps = {name: map_of(M, model.config) for name, M in matrices.items()}
@@ -310,11 +310,11 @@ def logit_lens(model: ViT, tokens: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def logits_of_kept(model: ViT, images: Tensor, kept: Tensor, fill: Tensor | None) -> Tensor:
-    """Logits (B, K) of images of which only some patches are left.
+    """Logits (B, K) of images with only some of their patches left.
 
     Args:
         images: (B, C, H, W), normalized.
-        kept: (B, n), the rows of the patches that are left.
+        kept: (B, n), the indices of the patches that are left.
         fill: what replaces the others, a normalized pixel (C, 1, 1); None drops their tokens.
     """
     config = model.config
@@ -336,7 +336,7 @@ def kept_probabilities(
     the deletion curve: the patches that the map ranks as most important are missing.
 
     Args:
-        order: (B, N), the rows of all patches; the first are left the longest.
+        order: (B, N), the indices of all patches; the first ones are kept the longest.
         shares: n.
 
     Returns:
@@ -356,7 +356,7 @@ Head = tuple[int, int]  # a block and a head in it, counted from 0
 
 @contextmanager
 def without_heads(model: ViT, heads: Iterable[Head]) -> Iterator[None]:
-    """A block in which the outputs of these heads are zero before they are projected."""
+    """A context in which the outputs of these heads are zero before they are projected."""
     with ExitStack() as hooks:
         for layer, head in heads:
 
@@ -371,18 +371,18 @@ def without_heads(model: ViT, heads: Iterable[Head]) -> Iterator[None]:
 
 
 class HeadWorth(NamedTuple):
-    """What the accuracy on some images owes to the attention heads."""
+    """How much of the accuracy on some images is due to each attention head."""
 
-    lost: Tensor  # (L, h, n): 1 where an image is right only with a head, -1 only without
+    lost: Tensor  # (L, h, n): 1 if an image is right only with a head, -1 if only without it
     pruned: Tensor  # (L h + 1, n): whether it is right without the 0, 1, 2, ... least useful
 
 
 def head_worth(model: ViT, hits_and_loss: Callable[[], tuple[Tensor, float]]) -> HeadWorth:
-    """What images lose without each head, and without more and more, the least useful first.
+    """What is lost without each head, and left without more and more, the least useful first.
 
     Args:
-        hits_and_loss: of the model as it is now: whether each of n images is right, and the mean
-            loss, which orders heads of equal accuracy.
+        hits_and_loss: evaluates the model as it is now: whether each of n images is right, and
+            the mean loss, which orders heads of equal accuracy.
     """
     L, h = model.config.depth, model.config.heads
     found = {}
@@ -476,7 +476,7 @@ def attention_distance(A: Tensor, grid: tuple[int, int], patch_size: int) -> Ten
     """
     N = grid[0] * grid[1]
     A = A[..., -N:, -N:]
-    A = A / A.sum(dim=-1, keepdim=True).clamp(min=1e-12)  # all may go to the class token
+    A = A / A.sum(dim=-1, keepdim=True).clamp(min=1e-12)  # all may be on the class token
     return (A * patch_distances(grid, patch_size).to(A)).sum(dim=-1).mean(dim=-1)
 
 
@@ -512,9 +512,9 @@ def tokens_as_colors(patches: Tensor) -> Tensor:
 
 
 def linear_cka(layers: list[Tensor]) -> Tensor:
-    """Linear centered kernel alignment of every two of m representations of the same images.
+    """Linear centered kernel alignment of each pair of m representations of the same images.
 
-    1 where one is a rotation of the other, 0 in expectation where they are independent: with the
+    1 if one is a rotation of the other; 0 in expectation if they are independent, thanks to the
     unbiased estimator of HSIC (Song et al., 2012, as in Nguyen et al., arXiv 2010.15327).
 
     Args:

@@ -1,4 +1,4 @@
-"""explorer.html with a model in it: the page that computes the model itself, in a browser."""
+"""Puts a model into explorer.html: a page that computes the model itself, in a browser."""
 
 import base64
 import copy
@@ -19,7 +19,7 @@ from style import ATTENTION, RELATIVE, TICKS, NotApplicable, to_picture
 from ViT import parameters_of
 
 LARGEST_IN_PAGE = 10_000_000  # weights
-ROUNDING_IMAGES = 1500  # on which the loss of --int8 is measured
+ROUNDING_IMAGES = 1500  # on which the effect of --int8 is measured
 
 
 @dataclass
@@ -67,25 +67,25 @@ def explorer(model: Model, subjects: list[Subject]) -> Page:
 
 
 def pack(weight: Tensor, int8: bool) -> tuple[bytes, Tensor]:
-    """A weight as the page stores it, and as it reads it back.
+    """A weight as the page stores it, and as the page reads it back.
 
-    In 8 bits, a row is stored as whole numbers from -127 to 127, after the factors of all rows,
-    which like all other weights are in half precision.
+    With 8 bits, the rows are stored as integers from -127 to 127. The factors of all rows come
+    first, in half precision, like all other weights.
     """
     if not int8:
         half = weight.half()
         return half.numpy().astype("<f2").tobytes(), half.float()
     factors = weight.abs().amax(dim=1, keepdim=True) / 127  # (m, 1)
-    stored, factors = pack(factors.clamp(min=2**-24), int8=False)  # the smallest above 0
+    stored, factors = pack(factors.clamp(min=2**-24), int8=False)  # half's smallest above 0
     whole = (weight / factors).round().clamp(-127, 127).to(torch.int8)
     return stored + whole.numpy().tobytes(), whole * factors
 
 
 def precision_of(model: Model, read: dict[str, Tensor]) -> tuple[str, dict[str, Any]]:
-    """What the page says of its precision, and the numbers of that sentence.
+    """What the page says about its precision, and the numbers in that sentence.
 
     Args:
-        read: the weights as the page has them.
+        read: the weights as the page reads them.
     """
     ours = model.vit.state_dict()
     if not model.options.int8:

@@ -1,4 +1,4 @@
-"""Figures of one image: its patches, attention to them, and what speaks for a class."""
+"""Figures of one image: its patches, attention to them, and the evidence for a class."""
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from style import (
 )
 from ViT import patchify
 
-RANDOM_ORDERS = 3  # with which the deletion of a map is compared
+RANDOM_ORDERS = 3  # to compare the deletion of a map with
 
 
 def patches(model: Model, subject: Subject) -> Picture:
@@ -40,7 +40,7 @@ def patches(model: Model, subject: Subject) -> Picture:
     across = g_w if g_w >= 8 else max(8, round((2.5 * N) ** 0.5))
     down = -(-N // across)
     left_width, cell = 2.2, min(0.55, (WIDEST - 2.7) / across)  # inches
-    numbered = cell >= 0.28  # else there is room for the number of the first in a row
+    numbered = cell >= 0.28  # else only the first patch in a row has room for its number
     x_step = P + max(1, round(0.12 * P))  # pixels of the sheet
     y_step = x_step + round(0.15 / cell * x_step) * numbered
     caption = (
@@ -97,7 +97,7 @@ def _attention(
     """Maps of the chosen layers (down) and heads (across), with the image at the left.
 
     Args:
-        query: whose they are, for the caption.
+        query: whose maps they are, for the caption.
         patch: row and column of the query patch, counted from 0; None for the classifier.
     """
     layer, head, (g_h, g_w) = model.options.layer, model.options.head, model.config.grid
@@ -188,7 +188,7 @@ def explanations(model: Model, subject: Subject) -> Picture:
 
 
 def show_subject(axes: Axes, subject: Subject, picture: np.ndarray | None = None) -> None:
-    """An image or, of a photo, all, with what the model sees outlined; in gray where given so."""
+    """The image, or its whole photo with what the model sees outlined; or `picture` instead."""
     show_picture(axes, subject.picture if picture is None else picture)
     if subject.crop:
         x0, y0, x1, y1 = subject.crop

@@ -1,4 +1,4 @@
-"""What the figures are of: the options, a checkpoint with its data set, and some of its images.
+"""What the figures show: the options, a checkpoint with its data set, and some of its images.
 
 What several figures need is computed once, on first use.
 """
@@ -32,10 +32,10 @@ from utils import UserError, printable
 from ViT import ViT
 from weight_files import SAVED_AS
 
-PROBE_IMAGES = 128  # of the figures of many images
+PROBE_IMAGES = 128  # in the figures of many images
 PROBE_BATCH = 32
 IMAGENET = tuple(ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"])
-PHOTO = 1600  # pixels of a photo that is drawn, at most, each way
+PHOTO = 1600  # most pixels of a drawn photo, each way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,25 +57,25 @@ class Options(Config):
     weights: Annotated[
         str | None, "instead: timm:NAME, torchvision:NAME or a file of either's weights"
     ] = None
-    heads: Annotated[int | None, "attention heads of such a file, which does not tell"] = None
-    mean: Annotated[tuple[float, ...] | None, "of its images: of all channels, or of each"] = None
+    heads: Annotated[int | None, "attention heads, which such a file does not state"] = None
+    mean: Annotated[tuple[float, ...] | None, "of its images: one, or one per channel"] = None
     std: Annotated[tuple[float, ...] | None, "standard deviation, likewise"] = None
-    crop: Annotated[float | None, "share of an image file that is kept, likewise"] = None
-    image_size: Annotated[int | tuple[int, int] | None, "of weights: another image size"] = None
+    crop: Annotated[float | None, "share of each side of an image file that is kept"] = None
+    image_size: Annotated[int | tuple[int, int] | None, "other than that of the weights"] = None
     target: Annotated[str, "class to explain: pred, label (the true one) or a name"] = "pred"
     split: Annotated[
         Literal["validation", "test"], "images to show; test, if none were held out for validation"
     ] = "validation"
-    images: Annotated[int, "of faithfulness: how many images", "[2, inf)"] = 100
-    removal: Annotated[Literal["drop", "mean", "black"], "of a patch: drop it or paint it"] = "drop"
-    seed: Annotated[int, "of the random choice of images", "[0, 1e15]"] = 0
+    images: Annotated[int, "how many images faithfulness takes", "[2, inf)"] = 100
+    removal: Annotated[Literal["drop", "mean", "black"], "drop patches or paint them"] = "drop"
+    seed: Annotated[int, "for the random choice of images", "[0, 1e15]"] = 0
     dataset: Annotated[str | None, "folder:PATH, where the model's pictures are now"] = None
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = utils.ROOT / "data"
     device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
     out: Annotated[Path | None, "where to write (visualization/out/<run>)"] = None
     format: Annotated[Literal["png", "pdf", "svg"], "of the figures"] = "png"
     dpi: Annotated[int, "dots per inch", "[20, 1200]"] = 200
-    int8: Annotated[bool, "of explorer: a page of half the size, its weights in 8 bits"] = False
+    int8: Annotated[bool, "explorer: weights in 8 bits, for a page of half the size"] = False
     save_data: Annotated[bool, "also write the arrays of each figure, as .npz"] = False
 
 
@@ -83,12 +83,12 @@ class Options(Config):
 class Subject:
     """One image to explain."""
 
-    name: str  # of its folder of figures
+    name: str  # the name of its folder of figures
     title: str
     pixels: Tensor  # (C, H, W) uint8
     label: int | None  # the true class, where it is known
     photo: np.ndarray | None = None  # all of an image file, (H, W, 3) or (H, W) uint8
-    crop: tuple[float, ...] | None = None  # x and y of the corners of the pixels in it
+    crop: tuple[float, ...] | None = None  # x0, y0, x1, y1: the part of it that the model sees
 
     @property
     def picture(self) -> np.ndarray:
@@ -97,15 +97,15 @@ class Subject:
 
     @property
     def seen(self) -> tuple[float, ...]:
-        """x and y of the corners of the pixels in the picture."""
+        """x0, y0, x1, y1: the part of the picture that the model sees."""
         return self.crop or (0, 0, self.pixels.shape[2], self.pixels.shape[1])
 
 
 def load_weights(options: Options, device: torch.device) -> tuple[ViT, Checkpoint]:
-    """As `load_model`, of --weights; says what is taken for granted.
+    """Like `load_model`, for --weights; prints what it assumes.
 
     Raises:
-        UserError: they cannot be had, or are not of a model of this kind.
+        UserError: the weights are not available, or are those of another kind of model.
     """
     stated = options.heads, options.mean, options.std, options.crop
     found = load_pretrained(options.weights, *stated)
@@ -131,7 +131,7 @@ def load_weights(options: Options, device: torch.device) -> tuple[ViT, Checkpoin
 
 
 class Probe(NamedTuple):
-    """What the model computes of n images of its data set; all on the CPU."""
+    """What the model computes for n images of its data set; all on the CPU."""
 
     pixels: Tensor  # (n, C, H, W) uint8
     labels: Tensor  # (n,)
@@ -144,7 +144,7 @@ class Probe(NamedTuple):
 
 
 class Model:
-    """A checkpoint, or weights of others, and what the figures need of them."""
+    """A checkpoint, or weights from elsewhere, and what the figures need from them."""
 
     def __init__(self, path: Path, device: torch.device, options: Options):
         self.path, self.device, self.options = path, device, options
@@ -157,12 +157,12 @@ class Model:
                 self.vit, self.checkpoint = load_model(path, device)
             except UserError as error:
                 if path.suffix == ".safetensors" or "did not write it" in str(error):
-                    error.add_note(f"weights of others are named by --weights {path}")
+                    error.add_note(f"for weights of another program, pass --weights {path}")
                 raise
         if path.is_file():
             in_folder = path.name in (*RUN_FILES, *SAVED_AS)
             self.run = path.resolve().parent.name if in_folder else path.stem
-        self.vit.requires_grad_(False)  # gradients are those of attention and of pixels
+        self.vit.requires_grad_(False)  # only attention and pixels need gradients
         self.config, self.classes = self.checkpoint.model, self.checkpoint.classes
 
     # ------------------------------------------------------------------------ its data set
@@ -171,7 +171,7 @@ class Model:
     def dataset(self) -> Dataset:
         """Raises UserError where it is not available, or does not fit the model."""
         if self.options.weights:
-            raise UserError(f"{self.path} have no data set here; --image names pictures")
+            raise UserError(f"{self.path} has no data set; name pictures with --image")
         training = self.checkpoint.training
         dataset = load_dataset(
             self.options.dataset or training.dataset,
@@ -231,7 +231,7 @@ class Model:
             for name, file in zip(unique([f.name for f in files]), files, strict=True):
                 try:
                     subjects.append(self.subject_of(file, name, preprocessing))
-                except UserError as error:  # of a folder, the others are drawn
+                except UserError as error:  # in a folder, the others are still drawn
                     if options.image or (file is files[-1] and not subjects):
                         raise
                     print(f"left out of {options.dir}: {error}")
@@ -254,7 +254,7 @@ class Model:
         ]
 
     def subject_of(self, file: Path, name: str, preprocessing: Preprocessing) -> Subject:
-        """An image file, in what the model sees of it and as a photo of at most `PHOTO` pixels."""
+        """An image file: what the model sees, and a photo of at most `PHOTO` pixels a side."""
 
         def photo_of(image: Image.Image) -> np.ndarray:
             flat = preprocessing.flat(image, PHOTO)
@@ -264,7 +264,7 @@ class Model:
         pixels, photo = preprocessing.read(file), preprocessing.read(file, photo_of)
         title = f"{shown(file.name, 40)} at {by(*self.config.image_size)}"
         (height, width), (H, W) = photo.shape[:2], preprocessing.size
-        scale = preprocessing.crop * min(width / W, height / H)  # of what `fit` keeps of it
+        scale = preprocessing.crop * min(width / W, height / H)  # of the part that `fit` keeps
         x, y = (width - scale * W) / 2, (height - scale * H) / 2
         crop = (x, y, x + scale * W, y + scale * H)
         return Subject(name, title, pixels, None, photo, crop)
@@ -281,7 +281,7 @@ class Model:
 
     @torch.no_grad()
     def record(self, images: Tensor) -> Record:
-        """What the model computes of uint8 images (B, C, H, W)."""
+        """What the model computes for uint8 images (B, C, H, W)."""
         return explain.record(self.vit, self.normalize(images))
 
     def probabilities_of(self, subject: Subject) -> Tensor:

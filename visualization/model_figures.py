@@ -169,8 +169,8 @@ def _sheet(
     """Rows of pictures, with the label of each row at its left.
 
     Args:
-        rows: for each label n pictures, or RGB arrays (h, w, 3) from 0 to 1.
-        names: n, for the columns.
+        rows: for each label, n pictures or RGB arrays (h, w, 3) from 0 to 1.
+        names: the n titles of the columns.
     """
     H, W = next(iter(rows.values()))[0].shape[:2]
     margin = 1.2  # inches
@@ -263,7 +263,7 @@ def token_norms(model: Model) -> Picture:
 
 
 def layer_similarity(model: Model) -> Picture:
-    """Linear CKA between the representations after every two layers."""
+    """Linear CKA between the representations after each pair of layers."""
     if len(model.probe.labels) < 4:
         raise NotApplicable("the unbiased estimator needs at least four images")
     layers = list(model.probe.tokens.flatten(2).unbind(dim=1))  # L + 1 of (n, T D)
@@ -302,7 +302,7 @@ def class_tokens(model: Model) -> Picture:
     markers = "os^vDP*Xph"
     for label in sorted(present, key=lambda label: label in named):
         at = points[labels == label]
-        # Beyond ten classes a color comes again, with another marker.
+        # Beyond ten classes, the colors repeat with other markers.
         axes.plot(
             at[:, 0], at[:, 1], markers[(label + label // 10) % len(markers)], ms=4, alpha=0.8,
             mew=0, color=matplotlib.colormaps["tab10"](label % 10) if label in named else "0.7",

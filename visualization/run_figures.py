@@ -53,7 +53,7 @@ def confusion(model: Model) -> Picture:
 
 
 def confusions(model: Model, counts: np.ndarray) -> list[str]:
-    """The ten most frequent ones of counts (K, K), by name."""
+    """The ten most frequent confusions in counts (K, K), by name."""
     wrong = np.where(np.eye(len(counts), dtype=bool), 0, counts)
     pairs = [divmod(int(place), len(counts)) for place in np.argsort(-wrong, axis=None)[:10]]
     return [
@@ -89,7 +89,7 @@ def mistakes(model: Model) -> Picture:
 
 
 def reliability(model: Model) -> Picture:
-    """Accuracy against confidence, and the number of images, of each bin."""
+    """Accuracy against confidence in each bin, and the bin's number of images."""
     confidence, predictions = model.probabilities.max(dim=1)
     result = explain.calibration(confidence.cpu(), (predictions == model.split.labels).cpu())
     accuracy, mean, counts = (values.numpy() for values in result[:3])  # (bins,)
@@ -118,7 +118,7 @@ def reliability(model: Model) -> Picture:
 
 
 def wilson_interval(share: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ends of the 95% intervals of shares of n images, n at least 1 (Wilson, 1927)."""
+    """The ends of the 95% intervals for shares of n images, n at least 1 (Wilson, 1927)."""
     z2 = 1.96**2
     center = (share + z2 / (2 * counts)) / (1 + z2 / counts)
     half = np.sqrt(z2 * (share * (1 - share) / counts + z2 / (4 * counts**2))) / (1 + z2 / counts)

@@ -1,6 +1,6 @@
 """How a ViT works in ten steps, each drawn with the real values of one image in one model.
 
-A step is drawn from a `Scene`; the decorator `step` makes it a figure as all others are.
+A step is drawn from a `Scene`; the decorator `step` turns it into a figure like all others.
 """
 
 from collections.abc import Callable
@@ -42,11 +42,11 @@ from ViT import ViT, ViTConfig
 CHANNELS = (("red", "tab:red"), ("green", "tab:green"), ("blue", "tab:blue"))
 GRAY = (("values", "0.2"),)
 MOST_TILES = 8  # heads or layers side by side
-MOST_COLUMNS = 192  # of a matrix, so that each is a pixel or more
+MOST_COLUMNS = 192  # of a matrix: each is then at least a pixel wide
 
 
 class Scene(NamedTuple):
-    """An image, what a model computes of it, and the patch, block and head that the steps show."""
+    """An image, what a model computes for it, and the patch, block and head that are shown."""
 
     vit: ViT
     picture: np.ndarray  # (H, W, 3) or (H, W) uint8
@@ -97,8 +97,8 @@ class Scene(NamedTuple):
 def scene_of(model: Model, subject: Subject) -> Scene:
     """Follows an image through a model.
 
-    Where the options name none, the patch and the block are the middle ones, and the head is that
-    with the patch's largest single weight.
+    If the options name none, the patch and the block are the middle ones, and the head is that
+    with the patch's largest attention weight.
     """
     options = model.options
     block = options.layer - 1 if isinstance(options.layer, int) else model.config.depth // 2
@@ -113,10 +113,10 @@ def scene_of(model: Model, subject: Subject) -> Scene:
 
 
 def step(*shown: str) -> Callable:
-    """Makes a figure of a model and an image out of a function that draws a `Scene`.
+    """Turns a function that draws a `Scene` into one that draws a model and an image.
 
     Args:
-        shown: the fields of the walk that it draws, which are the figure's arrays.
+        shown: the fields of the walk that it draws; they become the figure's arrays.
     """
 
     def figure_of(draw: Callable[[Scene], Figure]) -> Callable[[Model, Subject], Picture]:
@@ -156,7 +156,7 @@ def _matrix(axes: Axes, values: np.ndarray, title: str, x: str, y: str = "") -> 
 
 
 def _mark_row(axes: Axes, row: int) -> None:
-    """Arrowheads at both ends of a row, which a box around it would hide."""
+    """Arrowheads at both ends of a row; a box around it would hide it."""
     style = {"transform": axes.get_yaxis_transform(), "clip_on": False, "color": MARK, "ms": 4}
     axes.plot(-0.02, row, marker=">", **style)
     axes.plot(1.02, row, marker="<", **style)
@@ -225,14 +225,14 @@ class Canvas:
     def box(
         self, x: float, y: float, width: float, height: float, text: str, fill="0.95", **options
     ) -> None:
-        """A rounded box with text in it; the options are of the text."""
+        """A rounded box with text in it; the options are for the text."""
         style = {"boxstyle": "round,pad=0,rounding_size=0.06", "linewidth": 0.8}
         style |= {"facecolor": fill, "edgecolor": "0.35"}
         self.whole.add_patch(FancyBboxPatch((x, y), width, height, **style))
         self.text(x + width / 2, y + height / 2, text, **options)
 
 
-ROWS = 5  # patches whose tokens the overview shows, the chosen one among them
+ROWS = 5  # patches whose tokens the overview shows, including the chosen one
 CODE = {"family": "monospace", "size": SMALLEST}
 
 
@@ -254,10 +254,10 @@ def overview(scene: Scene) -> Figure:
 
 
 def _draw_tokens(canvas: Canvas, scene: Scene) -> None:
-    """Some patches, what makes tokens of them, and the tokens before and after all blocks."""
+    """Some patches, what turns them into tokens, and the tokens before and after all blocks."""
     N, D = scene.config.patches, scene.config.width
     rows = sorted({*np.linspace(0, N - 1, ROWS).round().astype(int).tolist(), scene.number})
-    while len(rows) > ROWS:  # without the one that is nearest to the chosen patch
+    while len(rows) > ROWS:  # drop the one nearest to the chosen patch
         rows.remove(min(rows, key=lambda row: abs(row - scene.number) or N))
     pieces = scene.pieces().reshape(N, *scene.pieces().shape[2:])
     first = int(scene.config.pooling == "class")  # the class token is not drawn
@@ -282,7 +282,7 @@ def _draw_tokens(canvas: Canvas, scene: Scene) -> None:
 
 
 def _strip(axes: Axes, values: np.ndarray, among: np.ndarray) -> None:
-    """A token's numbers (1, D), on a scale for all tokens (N, D)."""
+    """A token's numbers (1, D), on a scale shared by all tokens (N, D)."""
     most = float(np.quantile(np.abs(among), 0.95)) or 1.0
     axes.imshow(values, aspect="auto", **signed(most))
     axes.set(xticks=[], yticks=[])
@@ -298,7 +298,7 @@ def _draw_output(canvas: Canvas, scene: Scene) -> None:
     axes = canvas.axes(6.37, 2.6, 0.98, 1.1)
     axes.barh(range(len(best)), probabilities[best], 0.3, color="tab:blue")
     for place, k in enumerate(best):
-        name = shown(scene.classes[k], 12)  # which is all there is room for
+        name = shown(scene.classes[k], 12)  # there is no room for more
         axes.text(0, place - 0.38, f"{name} {probabilities[k]:.1%}", fontsize=SMALLEST)
     axes.set(xlim=(0, 1), ylim=(2.5, -0.7))
     axes.set_axis_off()

@@ -2,7 +2,7 @@
 
 Maps over patches are (g_h, g_w) arrays, pictures uint8 (H, W, 3) or (H, W), both numpy. Patch maps
 and small pictures are drawn with nearest-neighbor interpolation; only overlays are smoothed, and
-their captions say so. Text is drawn as it is, a "$" too, unless it is told to be math.
+their captions say so. Text is drawn literally, even a "$", unless math is asked for.
 """
 
 import textwrap
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from curves import PLAIN, write_figure
 
-# Of attention weights times T, so that 1 is uniform attention: one scale for all figures of them,
-# from an eighth to eight times, which is white in the middle.
+# The colors of attention weights times T, so that 1 is uniform attention: one scale for all
+# figures, from an eighth to eight times uniform, with white in the middle.
 COLORS = "#1b0c42", "#5b3fa0", "#b9aee0", "#f7f7f7", "#ffa62b", "#f0501a", "#a01414"
 ATTENTION = LinearSegmentedColormap.from_list("attention", COLORS)
 RELATIVE = LogNorm(1 / 8, 8, clip=True)
@@ -60,7 +60,7 @@ QUERY_OF_CLASSIFIER = {  # in captions, by the model's pooling
 
 
 class NotApplicable(Exception):
-    """The model or its data cannot have this figure; the message says why."""
+    """This figure is impossible for the model or its data; the message says why."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Picture:
 
 @styled
 def save(figure: Figure, path: Path, dpi: int) -> None:
-    """Writes a figure in the format of the path's extension; the same figure, the same file."""
+    """Writes a figure in the format of the path's extension, with the same bytes every time."""
     undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
     write_figure(path, figure, dpi=dpi, metadata=undated.get(path.suffix))
 
@@ -82,9 +82,9 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
 def new_figure(width: float, height: float, title: str, caption: str = "") -> Figure:
     """A figure of a size in inches, with a title above and a caption below.
 
-    The height is for a title of one line; what more lines and the caption need is added.
+    The height assumes a title of one line; more is added for further lines and the caption.
     """
-    head = textwrap.wrap(title, round(width * 14))  # characters of 9 pt to the inch
+    head = textwrap.wrap(title, round(width * 14))  # characters of 9 pt per inch
     lines = textwrap.wrap(caption, round(width * 18))  # of 7 pt
     more = 0.15 * max(0, len(head) - 1) + 0.14 * len(lines)
     figure = Figure(figsize=(width, height + more), layout="constrained")
@@ -130,7 +130,7 @@ def signed(most: float) -> dict[str, Any]:
     return {"cmap": "RdBu_r", "vmin": -most, "vmax": most}
 
 
-SIMILARITY = signed(1)  # of cosines, in all figures of them
+SIMILARITY = signed(1)  # the scale of cosines in all figures
 
 
 def attention_bar(figure: Figure, axes: Any, **options: Any) -> None:
@@ -152,7 +152,7 @@ def overlay(axes: Axes, values: np.ndarray, box: tuple[float, float, float, floa
     """
     share = (2 * np.asarray(RELATIVE(values)) - 1).clip(0, 1)  # 0 at uniform, 1 at eight times
     x0, y0, x1, y1 = np.subtract(box, 0.5)  # imshow has the center of the first pixel at 0
-    # A "bicubic" of matplotlib is a B-spline, which dims a lone peak to 44%.
+    # matplotlib's "bicubic" is a B-spline, which dims a lone peak to 44%.
     smooth = {"interpolation": "hermite", "interpolation_stage": "data"}
     axes.autoscale(False)  # the picture may be larger
     axes.imshow(values, alpha=0.9 * share**0.4, extent=(x0, x1, y1, y0), **WEIGHTS, **smooth)

@@ -101,7 +101,7 @@ OF_THE_MODEL: dict[str, dict[str, Callable[[Model], Picture]]] = {
 OF_IMAGES = (*OF_AN_IMAGE, "explorer")
 GROUPS = (*OF_IMAGES, *OF_THE_MODEL)
 SLOW = ("faithfulness",)  # which `all` leaves out
-HEEDED = {  # flags, and how the names of the figures begin that heed them
+HEEDED = {  # flags, and patterns for the names of the figures that heed them
     "layer": r"image/.*/(attention|explanations)|steps/|data/token-pca",
     "head": r"image/.*/(attention|explanations)|steps/",
     "start_layer": r"image/.*/explanations|faithfulness/maps",
@@ -166,7 +166,7 @@ def _read(text: str, read: Callable[[], Any], wanted: str) -> Any:
 def newest_checkpoint() -> Path:
     """Raises UserError where there is none."""
     folder = ROOT / "checkpoints"
-    found = [path for path in folder.glob("**/*.pt") if path.is_file()]  # no link to nowhere
+    found = [path for path in folder.glob("**/*.pt") if path.is_file()]  # no broken links
     if not found:
         raise UserError(
             f"there is no checkpoint in {folder}; train one with "
@@ -176,7 +176,7 @@ def newest_checkpoint() -> Path:
 
 
 def check_options(model: Model) -> None:
-    """Raises UserError for what this model does not have, or the memory does not hold."""
+    """Raises UserError for options that this model lacks or that memory cannot hold."""
     options, config, (g_h, g_w) = model.options, model.config, model.config.grid
     ranges = {"layer": config.depth, "head": config.heads, "start_layer": config.depth}
     for name, most in ranges.items():
@@ -218,7 +218,7 @@ def check_memory(model: Model) -> None:
 
 
 def plan(model: Model) -> tuple[dict[str, Drawing], dict[str, str]]:
-    """The figures to draw, and for those that lack their data set the reason, by name.
+    """The figures to draw, and the reasons why others lack their data set, by name.
 
     Raises:
         UserError: an image that the command line names is not available.
@@ -256,7 +256,7 @@ def plan(model: Model) -> tuple[dict[str, Drawing], dict[str, str]]:
 
 
 def draw_all(model: Model, command: str) -> None:
-    """Draws the figures of the options, and writes their manifest.
+    """Draws the figures that the options ask for, and writes their manifest.
 
     Raises:
         UserError: the folder cannot be written to, or nothing can be drawn.
@@ -312,7 +312,7 @@ def manifest(
     model: Model, command: str, drawn: dict[str, dict], missing: dict[str, str]
 ) -> dict[str, Any]:
     """The content of manifest.json: the figures, and what made them."""
-    digest = None  # of weights that have no file here
+    digest = None  # for weights that have no file here
     if model.path.is_file():
         with open(model.path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,19 +1,19 @@
-"""The speed of this code beside that of its peers: alternating in one process, median ratios.
+"""The speed of this code beside its peers': alternating in one process, as median ratios.
 
     python experiments/benchmark.py                  all but memory; checkpoints/benchmark/all.json
-    python experiments/benchmark.py --part memory    one part; --recipe demo: of another's sizes
+    python experiments/benchmark.py --part memory    one part; --recipe demo: in its sizes
     python experiments/benchmark.py --json FILE      writes FILE and, beside it, the plot
 
-    train_step   images/s of a training step of this ViT and of those of torchvision, timm,
+    train_step   images/s of a training step of this ViT and those of torchvision, timm,
                  vit-pytorch and transformers, where installed, eager and compiled, with each kind
-                 of attention they offer; and the share of the device's matrix rate that this is
+                 of attention they offer; also as a share of the device's matrix rate
     input        an epoch of augmented batches, beside DataLoader with torchvision's transforms
     outside      the share of a step of the recipe that is neither forward nor backward
     memory       the peak of a forward and backward pass of each named model, with and without
                  checkpointed activations; large ones need 9 GB
 
-The compared models have a class token and learned positions, as all peers offer, and see all
-patches. Images are random: no data set is read.
+The compared models have a class token and learned positions, which all peers offer, and see
+all patches. Images are random: no data set is read.
 """
 
 import multiprocessing
@@ -145,7 +145,7 @@ PEERS = ("torchvision", "timm", "vit-pytorch", "transformers")
 
 
 def candidates(config: ViTConfig, peers: tuple[str, ...]) -> list[Candidate]:
-    """A model of these sizes of every implementation that is installed, or of some peers."""
+    """A model of these sizes from every installed implementation, or only from some peers."""
     found: list[Candidate] = []
     for implementation in IMPLEMENTATIONS:
         name = implementation.__name__.removeprefix("of_").replace("_", "-")
@@ -177,7 +177,7 @@ def peer_step(
 def time_steps(
     config: ViTConfig, batch_size: int, modes: list[str], setting: Setting
 ) -> dict[str, Any]:
-    """Times a training step of every candidate in every mode; the rows begin with the fastest."""
+    """Times a training step of every candidate in every mode; the fastest row comes first."""
     rate = common.matrix_rate(setting.device, setting.precision)
     images = torch.randn(batch_size, config.channels, *config.image_size, device=setting.device)
     labels = torch.arange(batch_size, device=setting.device) % config.classes
@@ -229,7 +229,7 @@ def as_batch(transform: Callable[[Image.Image], Tensor], pictures: list[Image.Im
 
 
 def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
-    """Times an epoch of flipped, cropped and normalized batches, of this code and of DataLoader."""
+    """Times an epoch of flipped, cropped, normalized batches from this code and DataLoader."""
     device, dataset = setting.device, common.random_dataset(INPUT_IMAGES, setting.device)
     config = TrainConfig(flip="random", crop_padding=4)
     augment = Augmentation(config, ViTConfig(), INPUT_IMAGES, device)
@@ -241,7 +241,7 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
 
     def their_epoch(loader: DataLoader) -> None:
         for images in loader:
-            images.to(device, non_blocking=device.type == "cuda")  # where it is pinned
+            images.to(device, non_blocking=device.type == "cuda")  # from pinned memory
 
     rows = torch.arange(INPUT_IMAGES, device=device)
     pictures = list(map(transforms.functional.to_pil_image, dataset.train.take(rows).images.cpu()))
@@ -274,11 +274,11 @@ def time_input(setting: Setting, batch_size: int) -> dict[str, Any]:
 
 
 def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) -> dict[str, float]:
-    """Times epochs of `train_epoch`, bare steps, and their passes alone, alternating."""
+    """Times epochs of `train_epoch`, bare steps, and their passes alone, in alternation."""
     run, state = common.run_of(recipe, setting, steps)
     forward = common.forward_of(run, state, mode)
     works = {
-        "step": common.step_of(run, replace(state), forward),  # whose steps no epoch counts
+        "step": common.step_of(run, replace(state), forward),  # a copy: no epoch counts these
         "passes": common.step_of(run, state, forward, optimize=False),
         "epoch": lambda: train_epoch(run, state, forward),
     }
@@ -292,7 +292,7 @@ def time_outside(recipe: Recipe, mode: str, setting: Setting, steps: int = 8) ->
 
 
 def peak_bytes(config: ViTConfig, setting: Setting) -> int:
-    """Most memory of this process after a forward and backward pass; call it in a fresh one."""
+    """Peak memory of this process after a forward and backward pass; call it in a fresh one."""
     device = setting.device
     images = torch.randn(MEMORY_IMAGES, config.channels, *config.image_size, device=device)
     labels = torch.arange(MEMORY_IMAGES, device=device)
@@ -301,7 +301,7 @@ def peak_bytes(config: ViTConfig, setting: Setting) -> int:
 
 
 def peaks_of(name: str, setting: Setting) -> dict[str, Any]:
-    """Of a named model of the paper, with weights and gradients, but no optimizer's state."""
+    """Peaks of a named model of the paper: weights and gradients, but no optimizer state."""
     P = 14 if name == "huge" else 16
     plain = ViTConfig(**MODELS[name], patch_size=P, image_size=224, classes=1000)
     with torch.device("meta"):
@@ -343,7 +343,7 @@ def draw(result: dict[str, Any]) -> Figure:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints a line for each figure, and a table in Markdown for each list of rows."""
+    """Prints a line for each number, and a table in Markdown for each list of rows."""
     for name, value in result.items():
         if isinstance(value, list):
             print(f"\n{name}\n")
@@ -357,7 +357,7 @@ PARTS = ("input", "train_step", "outside", "memory")
 
 
 def measure(part: str, name: str, modes: list[str], setting: Setting) -> dict[str, Any]:
-    """A part, or "all" of them but memory, with the sizes of the recipe of that name."""
+    """Measures a part, or "all" of them but memory, with the sizes of the named recipe."""
     recipe = RECIPES[name]
     batch_size = recipe.train.batch_size
     sizes = {key: getattr(recipe.model, key) for key in ("patch_size", "width", "depth", "heads")}
@@ -386,7 +386,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="benchmark.py", description=__doc__)
     parser.add_argument("--part", choices=("all", *PARTS), default="all", help="(all)")
     parser.add_argument("--peers", default="", metavar="A,B", help=f"(all: {','.join(PEERS)})")
-    parser.add_argument("--recipe", choices=RECIPES, help="whose sizes (that of the device)")
+    parser.add_argument("--recipe", choices=RECIPES, help="whose sizes (the device's)")
     parser.add_argument("--device", help="cuda, mps or cpu (the best available)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--mode", choices=("eager", "compiled"), help="one of them (both)")

@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     device: torch.device
     precision: str  # "bf16" or "fp32"
     rounds: int
-    peers: tuple[str, ...] = ()  # beside which steps are timed; none: all
+    peers: tuple[str, ...] = ()  # whose steps are timed beside this code's; empty: all
 
     @classmethod
     def of(cls, device: str | None, precision: str, rounds: int, *peers: str) -> "Setting":
@@ -115,7 +115,7 @@ def random_dataset(count: int, device: torch.device) -> Dataset:
 
 
 def run_of(recipe: Recipe, setting: Setting, steps: int) -> tuple[Run, State]:
-    """A run of a recipe on random images, with that many steps an epoch, that saves nothing."""
+    """A run of a recipe on random images that has `steps` steps an epoch and saves nothing."""
     endless = {"epochs": 10_000, "steps": 0, "warmup_epochs": 1, "whole_epochs": 0}
     compiling = "graphs" if recipe.train.compile == "graphs" else "on"
     endless |= {"precision": setting.precision, "compile": compiling}
@@ -184,8 +184,8 @@ def train_and_keep(
 ) -> dict[str, Any] | None:
     """Trains in a separate process; keeps result.json, which it returns, metrics, output and model.
 
-    What the flags mean is written beside the run before it begins, so that only a run of that
-    meaning is ever resumed, also where a recipe has changed in between.
+    What the flags mean is written beside the run before it begins. Only a run with the same
+    meaning is resumed, even if a recipe has changed in between.
 
     Args:
         limit: seconds after which the run is stopped, and None returned; the next call resumes it.

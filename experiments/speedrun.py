@@ -1,23 +1,23 @@
 """Measures the recipes for a GPU in half an hour, and writes a report to paste into an issue.
 
-    python experiments/speedrun.py              the parts below without `best`
+    python experiments/speedrun.py              all parts below but `best`
     python experiments/speedrun.py best         one part
     python experiments/speedrun.py --dry-run    small, on the synthetic data set, on any device
 
     default      the default recipe, to its end
     throughput   training steps of the recipes: images/s, and their share of the best rate at which
-                 this device multiplies matrices; with each kernel of attention, with CUDA graphs
+                 this device multiplies matrices; with each attention kernel, with CUDA graphs
     curve        speed94 with a validation split: accuracy against seconds
-    seeds        speed94 on all training images, for as many epochs as fit into a minute by the
-                 times of `curve`; each seed is tested once
+    seeds        speed94 on all training images, for as many epochs as fit into a minute,
+                 judging by `curve`; each seed is tested once
     baseline     the paper's choices
     best         the recipe for the best accuracy
-    report       of what has been measured so far
+    report       a summary of what has been measured so far
 
-A call ends after --minutes, and the next one goes on: what is in --out is not measured again,
-unless the flags are others, and a run that was stopped is resumed. A part that fails does not end
-the others. Of a run, its output and its model are kept too. Seconds are from the first training
-step to the end of the evaluation, without importing, loading and compiling. Not yet run on a GPU.
+A call ends after --minutes, and the next one continues: what is in --out is not measured again
+unless the flags differ, and a stopped run is resumed. A failed part does not end the others.
+The output and the model of each run are kept too. Seconds are from the first training step to
+the end of the evaluation, without importing, loading and compiling. Not yet run on a GPU.
 """
 
 import json
@@ -51,9 +51,9 @@ class Plan(NamedTuple):
     """What is measured."""
 
     folder: Path
-    steps: dict[str, tuple[str, ...]]  # of a recipe, the modes in which its steps are timed
+    steps: dict[str, tuple[str, ...]]  # for each recipe, the modes in which its steps are timed
     flags: dict[str, str]  # of each run of the trainer, by its part
-    seconds: float = 60  # of each of the seeds
+    seconds: float = 60  # for each seed
     seeds: int = 5
     where: tuple[str, ...] = ()  # flags that say where the data set is
     ends: float = math.inf  # on the clock of `time.monotonic`
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
 
 KERNELS = ("flash", "efficient", "cudnn")  # of fused attention
-MODES = ("compiled", "eager", "graphs", *KERNELS, "plain")  # in order of worth
+MODES = ("compiled", "eager", "graphs", *KERNELS, "plain")  # the most useful first
 THE_PLAN = Plan(
     folder=ROOT / "results/gpu",
     steps={"default": MODES, "speed94": MODES[:3], "best": MODES},
@@ -109,18 +109,18 @@ def throughput(plan: Plan, setting: Setting) -> None:
 
 
 def images_per_second(recipe: Recipe, mode: str, setting: Setting) -> float | None:
-    """Of training steps without their input; None where the mode does not work."""
+    """The speed of training steps without their input; None if the mode does not work."""
     attention = "fused" if mode in KERNELS else "plain" if mode == "plain" else "auto"
     model = replace(recipe.model, attention=attention)
     train = replace(recipe.train, compile="graphs") if mode == "graphs" else recipe.train
-    torch.compiler.reset()  # it compiles only a few models of one class in a process
+    torch.compiler.reset()  # it compiles only a few models of one class per process
     try:
         kernel = SDPBackend.__members__.get(f"{mode.upper()}_ATTENTION")
         with sdpa_kernel(kernel) if kernel else nullcontext():
             run, state = common.run_of(Recipe("", model, train), setting, steps=1)
             forward = common.forward_of(run, state, "eager" if mode == "eager" else "compiled")
             if mode != "eager" and forward is run.parallel:
-                return None  # there is no compiler, as is said
+                return None  # there is no compiler, as was already printed
             step = common.step_of(run, state, forward)
             seconds_of(step, 3, setting.device)
             taken = [seconds_of(step, 5, setting.device) for _ in range(setting.rounds)]
@@ -155,7 +155,7 @@ def seeds(plan: Plan, setting: Setting) -> None:
     if not (curve := trained(plan, setting, "curve")):
         return
     times, share = curve["seconds"], 1 - curve["training"]["validation_images"]
-    taken = times["first_step_to_end"] or times["training"]  # the former of a run in one go
+    taken = times["first_step_to_end"] or times["training"]  # the former is None if resumed
     # An epoch of all images takes longer, and times vary.
     epochs = max(1, math.floor(0.98 * plan.seconds / taken * curve["epochs"] * share))
     for seed in range(plan.seeds):
@@ -200,7 +200,7 @@ def report(plan: Plan, setting: Setting) -> None:
 
 
 def time_to(accuracy: float, metrics: Path) -> str:
-    """When the validation accuracy first was that high, in a sentence."""
+    """A sentence that says when the validation accuracy first was this high."""
     seconds = 0.0
     for row in rows_of(metrics):
         seconds += float(row["seconds"])

@@ -12,9 +12,9 @@
     transfer  CIFAR-10 from scratch and from a model of CIFAR-100, which a command in
               results/README.md trains first; and the other way; an hour
 
-Each run is one of trainer.py on one thread, judged on the validation images (--no-test). It leaves
-result.json and metrics.csv in <study's folder>/<change>/seed<seed>/; table.csv sums up the study. A
-result that records a command with other flags counts as missing.
+Each run is trainer.py on one thread, judged on the validation images (--no-test). It leaves
+result.json and metrics.csv in <study's folder>/<change>/seed<seed>/; table.csv sums up the study.
+A result whose recorded command has other flags counts as missing.
 """
 
 import statistics
@@ -79,8 +79,8 @@ STUDIES = {
         },
         _WIDTH_128,
     ),
-    # Equal `training_flops` to 4%: a model that is wider or deeper, or sees more patches, has fewer
-    # epochs.
+    # Equal `training_flops` to within 4%: a model that is wider, deeper or sees more patches gets
+    # fewer epochs.
     "shape": Study(
         ROOT / "results/speed94/shape",
         _SHAPE,
@@ -172,7 +172,7 @@ def flags_of(study: Study, change: str, seed: int) -> tuple[str, str]:
 
 
 def result_of(study: Study, change: str, seed: int) -> dict[str, Any] | None:
-    """The result of a run; None where it is missing, or of other flags than the study's."""
+    """The result of a run; None if it is missing, or has other flags than the study's."""
     return kept_result(study.folder / change / f"seed{seed}", *flags_of(study, change, seed))
 
 

@@ -1,10 +1,10 @@
-"""Draws results/trend/trend.png: accuracy on CIFAR-10 against the operations of the training.
+"""Draws results/trend/trend.png: accuracy on CIFAR-10 against the operations of training.
 
     python experiments/trend.py
 
-The test accuracy of the runs recorded here, beside what other plain ViTs state that saw no other
-data. Operations are floating-point operations of the training: 6 x multiply-adds of a forward pass
-x images seen. Sources and what their accuracies are: docs/related.md.
+The test accuracy of the runs recorded here, beside published ones of other plain ViTs that saw
+no other data. Operations are the floating-point operations of training: 6 x multiply-adds of a
+forward pass x images seen. For the sources, and what their accuracies are, see docs/related.md.
 """
 
 import json
@@ -25,7 +25,7 @@ from utils import run_program
 
 
 class Point(NamedTuple):
-    """An accuracy in percent, and where its name stands: points to the right, and up."""
+    """An accuracy in percent, and the offset of its label in points, to the right and up."""
 
     operations: float
     accuracy: float
@@ -57,7 +57,7 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False}
 
 
 def point_of(name: str, folders: tuple[str, ...]) -> Point:
-    """Operations of a run, and the mean over its seeds of its test accuracy."""
+    """The operations of a run, and its test accuracy averaged over the seeds."""
     files = [ROOT / "results" / folder / "result.json" for folder in folders]
     results = [json.loads(file.read_text()) for file in files]
     accuracy = statistics.mean(100 * result["test_accuracy"] for result in results)

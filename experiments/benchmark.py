@@ -1,7 +1,7 @@
 """The speed of this code beside its peers': alternating in one process, as median ratios.
 
     python experiments/benchmark.py                  all but memory; checkpoints/benchmark/all.json
-    python experiments/benchmark.py --part memory    one part; --recipe demo: in its sizes
+    python experiments/benchmark.py --part memory    one part; --recipe demo: at its sizes
     python experiments/benchmark.py --json FILE      writes FILE and, beside it, the plot
 
     train_step   images/s of a training step of this ViT and those of torchvision, timm,

@@ -79,8 +79,8 @@ STUDIES = {
         },
         _WIDTH_128,
     ),
-    # Equal `training_flops` to within 4%: a model that is wider, deeper or sees more patches gets
-    # fewer epochs.
+    # Equal `training_flops` to within 4%: a model that is wider, deeper or sees more patches
+    # trains for fewer epochs.
     "shape": Study(
         ROOT / "results/speed94/shape",
         _SHAPE,

@@ -16,19 +16,19 @@ import small
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Sums are cut up by the number of threads; one makes every machine's tests the same."""
+    """The number of threads changes how sums are split; with one, all machines agree."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def program(monkeypatch):
-    """Errors start with the name of the program."""
+    """Error messages start with the name of the program."""
     monkeypatch.setattr(sys, "argv", small.PROGRAM)
 
 
 @pytest.fixture(autouse=True)
 def no_gpu_chosen(monkeypatch):
-    """A test names its device, or it would train on the GPU of a machine that has one."""
+    """A test must name its device, or it would train on a GPU where there is one."""
 
     def chosen():
         pytest.fail("the device is left to the machine; pass --device cpu")
@@ -52,7 +52,7 @@ def train(monkeypatch, tmp_path):
 
 @pytest.fixture
 def signal_at(monkeypatch):
-    """signal_at(number, call) sends a signal to this process in a step, at a call of the loss."""
+    """signal_at(number, call) signals this process within a step, at that call of the loss."""
     cross_entropy = F.cross_entropy
 
     def arrange(number, call):

@@ -14,14 +14,14 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage"]  # for root, and for a small /dev/shm
-MOST, AT_ONCE, AFTER = 16, 2, 2  # steps, patches of a step, steps for which a flip must last
+MOST, AT_ONCE, AFTER = 16, 2, 2  # steps, patches per step, steps that a flip must last
 WIDTH, HEIGHT = 920, 462
 PREDICTED = "() => result.shares.at(-1).indexOf(Math.max(...result.shares.at(-1)))"
 
 
 def steps(page, picture: int) -> tuple[list[Image.Image], bool]:
-    """Frames in which ever more of a picture is removed, and whether its prediction flips."""
-    # Without curves, which take as long and are not in the frame.
+    """Frames in which more and more of a picture is removed; whether its prediction flips."""
+    # Skip the curves, which take just as long and are outside the frame.
     page.evaluate(f"() => {{ pictures[{picture}].curves = {{}}; choose({picture}); }}")
     frames, classes, flips = [], [], False
     while len(frames) < MOST and not flips:

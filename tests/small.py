@@ -1,6 +1,6 @@
-"""The trainer on a small data set, also in processes of its own: to be killed, or to work together.
+"""The trainer on a small data set, also in separate processes: to kill, or to train together.
 
-The processes are real ones, forked from a server that has torch imported already, so that a test
+The processes are real, but forked from a server that has already imported torch, so that a test
 can afford dozens of them.
 """
 
@@ -32,8 +32,8 @@ import utils
 from checkpoint import load_checkpoint
 
 TINY = "--patch-size 8 --width 16 --depth 2 --heads 2 --batch-size 40 --warmup-epochs 0.5".split()
-PROGRAM = ["src/trainer.py"]  # sys.argv, of which errors name the program
-PATIENCE = 90  # seconds until a process counts as hung: fewer than pytest gives a test
+PROGRAM = ["src/trainer.py"]  # sys.argv: error messages name the program
+PATIENCE = 90  # seconds until a process counts as hung: less than pytest's limit for a test
 
 ROOT = Path(__file__).parent.parent
 CIFAR10 = ROOT / "data"  # the real one, where it is there
@@ -42,7 +42,7 @@ needs_cifar10 = pytest.mark.skipif(
 )
 
 
-# The Shapes data set with 200 training images (the last 40 in a short batch), 50 and 60.
+# The Shapes data set with 200 training, 50 validation and 60 test images.
 SHAPES = data.Dataset(
     "shapes",
     tuple(shapes.SHAPES),
@@ -52,20 +52,20 @@ SHAPES = data.Dataset(
 
 
 def load_small(name, preprocessing=None, *, validation_images, **_):
-    """In place of `datasets.load_dataset`."""
+    """Replaces `datasets.load_dataset`."""
     validation = SHAPES.validation if validation_images else None
     expected = preprocessing or SHAPES.preprocessing
     return dataclasses.replace(SHAPES, validation=validation, preprocessing=expected)
 
 
 def after_each_epoch(run, state):
-    """In place of `Run.save_is_due`, since no epoch of a test takes a minute."""
+    """Replaces `Run.save_is_due`, since no epoch of a test takes a minute."""
     done = run.steps_done(state)
     return done == 0 or (run.options.save_minutes == 0 and done < run.steps_per_epoch)
 
 
 def arguments(flags, folder):
-    """A command line of the trainer; on the CPU, also where there is a GPU."""
+    """A command line of the trainer; on the CPU even where there is a GPU."""
     if "--device" not in flags and "--export" not in flags:
         flags += " --device cpu"
     if any(task in flags for task in ("--resume", "--evaluate", "--export")):
@@ -120,7 +120,7 @@ def same_weights(first, second):
 
 
 def differing(first, second):
-    """How many numbers differ between two runs' ends: weights, optimizers, metrics and result."""
+    """How many numbers differ at the end of two runs: weights, optimizers, metrics, result."""
     ends = [load_checkpoint(folder / "last.pt") for folder in (first, second)]
     a, b = map(tensors_of, ends)
     count = sum(int((x[key] != y[key]).sum()) for x, y in zip(a, b, strict=True) for key in x)
@@ -132,7 +132,7 @@ def differing(first, second):
 
 
 def tensors_of(checkpoint):
-    """Its weights, and the state of each weight in an optimizer."""
+    """A checkpoint's weights, and the optimizer state of each weight."""
     return [
         checkpoint.weights,
         *(state for each in checkpoint.optimizers for state in each.values()),
@@ -143,7 +143,7 @@ def tensors_of(checkpoint):
 
 
 def die_in_save(place, number):
-    """Makes this process kill itself "before" or "after" it renames a file, counted from 1."""
+    """Makes this process kill itself "before" or "after" its nth rename, counted from 1."""
     replace, numbers = os.replace, itertools.count(1)
 
     def deadly(*paths):
@@ -163,7 +163,7 @@ def status_of(flags, folder):
 
 
 def work(flags, folder, log, environment, death, double):
-    """A process of its own: the trainer, as `python src/trainer.py` starts it."""
+    """The body of a process: the trainer, as `python src/trainer.py` starts it."""
     sys.argv = PROGRAM
     os.environ.update(environment)
     with open(log, "w") as file:
@@ -192,13 +192,13 @@ def start(flags, folder, *, log="log", environment=None, death=None, double=Fals
 
 
 def ran(*command, **options):
-    """A program that has ended, with what it printed."""
+    """Runs a program to its end; returns what it printed and its status."""
     pipes = {"capture_output": True, "text": True, "timeout": PATIENCE}
     return subprocess.run(command, **pipes | options)
 
 
 def finished(process):
-    """The exit status of a process that was started; a process that hangs is a failure."""
+    """The exit status of a started process; one that hangs fails the test."""
     process.join(PATIENCE)
     if process.exitcode is None:
         kill_all()
@@ -214,13 +214,13 @@ def wait_for(condition, is_running):
 
 
 def kill_all():
-    """Kills what is still running, which Python would wait for as it exits, without limit."""
+    """Kills what is still running; Python would otherwise wait for it forever at exit."""
     for process in multiprocessing.active_children():
         process.kill()
 
 
 def start_ranks(flags, folder, size, **options):
-    """Starts the processes that torchrun would, on the CPU of this host; flags may be of each."""
+    """Starts what torchrun would, on this host's CPU; each rank may have flags of its own."""
     each = [flags] * size if isinstance(flags, str) else flags
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

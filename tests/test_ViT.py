@@ -31,7 +31,7 @@ poolings = pytest.mark.parametrize("pooling", ["class", "mean"])
 
 @pytest.fixture(autouse=True)
 def seeded_and_fused(monkeypatch):
-    """Tests of `forward` are of the fused attention, which a CPU takes only for long sequences."""
+    """Tests of `forward` use fused attention, which a CPU takes only for long sequences."""
     torch.manual_seed(0)
     monkeypatch.setattr(vit_module, "PLAIN_TOKENS", 0)
 
@@ -53,7 +53,7 @@ def random_images(config, count=3):
 
 
 def gradients(output, inputs):
-    """Of a fixed random sum of the output, so that nothing in it can cancel."""
+    """Gradients of a randomly weighted sum of the output, in which nothing can cancel."""
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     return torch.autograd.grad((output * weights.to(output)).sum(), inputs)
 
@@ -179,7 +179,7 @@ def test_which_attention_is_written_out_on_a_cpu(monkeypatch, kind, plain_for):
 def test_attention_equals_that_of_torch(width, heads):
     ours = randomize(MultiHeadSelfAttention(small(width=width, heads=heads))).double()
     torchs = nn.MultiheadAttention(width, heads, batch_first=True, dtype=torch.float64)
-    weights = ours.state_dict().values()  # q, k and v stacked, then the projection, as torch has it
+    weights = ours.state_dict().values()  # q, k and v stacked, then the projection, as in torch
     torchs.load_state_dict(dict(zip(torchs.state_dict(), weights, strict=True)))
     z = torch.randn(3, 17, width, dtype=torch.float64)
     expected = torchs(z, z, z, average_attn_weights=False)
@@ -237,7 +237,7 @@ def test_dropout_follows_the_embedding_the_attention_and_both_layers_of_the_mlp(
         assert 0.45 < (output == 0).float().mean() < 0.55, name
     mlp = randomize(MLP(config))
     mlp.fc2 = nn.Identity()
-    # Were there only one dropout for the two layers, half of the hidden units would be left.
+    # If there were only one dropout for the two layers, half of the hidden units would be left.
     assert 0.7 < (mlp(z) == 0).float().mean() < 0.8
 
 

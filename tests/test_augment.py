@@ -31,7 +31,7 @@ def targets():
 
 
 def mirrored(images, flipped):
-    """Which images are mirrored, each of which is itself or its mirror image: (B,)."""
+    """Which images are mirrored, (B,); each must be itself or its mirror image."""
     mirrors = reference.horizontal_flip(images)
     same, found = ((flipped == each).flatten(1).all(1) for each in (images, mirrors))
     assert (same ^ found).all()
@@ -64,7 +64,7 @@ def test_each_image_is_some_crop_of_its_padded_self(images):
 
 
 def test_a_resized_window_is_that_of_torchvision(images):
-    """Enlarging by a whole number of pixels; torchvision resamples without antialiasing."""
+    """Enlarged by a whole factor; torchvision resamples without antialiasing here."""
     boxes = [(0, 0, 4, 6), (2, 3, 4, 6), (4, 6, 4, 6), (0, 0, 8, 12)]  # top, left, height, width
     windows = torch.tensor(boxes).T / torch.tensor([[8], [12], [8], [12]])
     found = resized_crop(images[:4], windows)
@@ -75,7 +75,7 @@ def test_a_resized_window_is_that_of_torchvision(images):
 
 
 def test_around_a_crop_the_border_repeats_as_grid_sample_has_it(images):
-    """Which MPS lacked before torch 2.13."""
+    """grid_sample with padding_mode="border", which MPS lacked before torch 2.13."""
     height, width, down, across = torch.rand(4, 64, generator=generator(1))
     top, left, none = down * (1 - height), across * (1 - width), torch.zeros(64)
     rows = [[width, none, 2 * left + width - 1], [none, height, 2 * top + height - 1]]
@@ -88,7 +88,7 @@ def test_around_a_crop_the_border_repeats_as_grid_sample_has_it(images):
 
 
 def test_a_random_resized_crop_keeps_area_and_aspect_and_stays_inside():
-    ramp = torch.arange(0, 250, 10).repeat(25, 1).to(torch.uint8)  # (25, 25), by the column
+    ramp = torch.arange(0, 250, 10).repeat(25, 1).to(torch.uint8)  # (25, 25), rising by column
     images = torch.stack([ramp, ramp.T]).expand(2000, 1, 2, 25, 25).reshape(4000, 1, 25, 25)
     images = torch.cat([images[::2], images[1::2]], dim=1)  # the column and the row of a pixel
     crops = random_resized_crop(images, 0.25, generator(0)).float()
@@ -125,7 +125,7 @@ def test_cutmix_is_torchvisions_with_a_box_for_each_image():
         assert torch.equal(boxes[row, 0], changed)
         if not changed.any():
             continue
-        # The box is the one that torchvision makes of this share around this center.
+        # The box is the one that torchvision makes for this share and this center.
         y, x = changed.nonzero(as_tuple=True)
         top, left, bottom, right = int(y.min()), int(x.min()), int(y.max()) + 1, int(x.max()) + 1
         assert changed[top:bottom, left:right].all()
@@ -160,7 +160,7 @@ def augmentation(**options):
 
 
 def augment(images, options, seed=1, epoch=0):
-    """The images and targets of a recipe, for labels 0 to 9 in turn."""
+    """Images and targets as a recipe augments them, with labels 0 to 9 in turn."""
     seen, targets, kept = augmentation(**options)(images, ROWS % 10, ROWS, epoch, seed)
     assert kept is None
     return seen, targets
@@ -210,7 +210,7 @@ def test_with_both_kinds_of_mixing_each_image_has_one_of_them():
 
 
 def seen_of(options, epoch=0):
-    """What a model sees of 64 images, each of one value, in patches of 2 x 2."""
+    """What a model sees of 64 images, each of a single value, in patches of 2 x 2."""
     more = {"epochs": 10, "patch_dropout": 0.75, "whole_epochs": 4} | options
     return augmentation(**more)(NUMBERED * 4, ROWS % 10, ROWS, epoch, seed=5)
 

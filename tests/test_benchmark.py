@@ -1,4 +1,4 @@
-"""The benchmark's instruments against counts by hand, and all of it at a tiny size."""
+"""The benchmark's instruments against counts by hand, and the whole of it at a tiny size."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def test_functions_alternate_and_each_round_starts_with_a_different_one(monkeypa
     works = {name: lambda name=name: done.append(name) for name in "abc"}
     taken = time_alternating(works, CPU)
     assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in taken.values())
-    assert "".join(done) == "aabbcc" + "abc" + "bca" + "cab"  # twice each, to set their number
+    assert "".join(done) == "aabbcc" + "abc" + "bca" + "cab"  # twice each, to set how often
 
 
 def test_a_ratio_is_the_median_of_the_rounds():
@@ -83,7 +83,7 @@ def absent(shape):
 
 
 def test_the_shares_of_a_step_by_hand(monkeypatch):
-    """Of an epoch of 8 steps in 10 s: a bare step takes 1 s, its passes 0.5 s."""
+    """An epoch of 8 steps takes 10 s, a bare step 1 s, its forward and backward 0.5 s."""
     taken = {"epoch": [10.0], "step": [1.0], "passes": [0.5]}
     monkeypatch.setattr(benchmark, "time_alternating", lambda *_: taken)
     found = benchmark.time_outside(TINY, "eager", CPU, steps=8)
@@ -127,7 +127,7 @@ def test_memory_is_a_part_by_itself_and_recomputing_saves_some(tiny, tmp_path, c
     out = tmp_path / "m.json"
     assert benchmark.main(["--part", "memory", "--device", "cpu", "--json", str(out)]) == 0
     (row,) = json.loads(out.read_text())["memory"]
-    assert not (tmp_path / "m.png").exists()  # as no step was timed
+    assert not (tmp_path / "m.png").exists()  # no step was timed
     assert (row["model"], row["parameters"]) == ("small", 22_050_664)
     assert row["GFLOP an image"] == pytest.approx(6 * 4.6, rel=0.02)  # timm: 4.6e9 forward
     assert 0.2 < row["GB with --checkpoint-activations"] < row["GB"]

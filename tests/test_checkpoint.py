@@ -1,4 +1,4 @@
-"""Checkpoints that describe themselves and run nothing; damage; the commit of the code."""
+"""Checkpoints describe themselves and run no code; damaged files; the commit of the code."""
 
 import math
 import pickle
@@ -20,7 +20,7 @@ def checkpoint(train, tmp_path):
 
 
 def test_an_exported_model_is_a_small_checkpoint_of_half_precision(train, tmp_path, capsys):
-    """Loaded in full precision."""
+    """It is loaded in full precision."""
     assert train("--name a --epochs 2 --optimizer muon") == 0
     assert train(f"--export {tmp_path / 'a'}") == 0
     last, exported = tmp_path / "a/last.pt", tmp_path / "a/model.pt"
@@ -92,7 +92,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(kind, che
     assert not (tmp_path / "sprung").exists()
 
 
-# Places in a checkpoint, as the keys that lead there, what to put there, and what the line names.
+# A place in a checkpoint, as its path of keys; what to put there; what the error names.
 GONE = "a value that is taken away"
 INVALID = [
     ("format", 99, "format 99, this code reads 5 and 6"),
@@ -136,7 +136,7 @@ INVALID = [
 
 @pytest.fixture(scope="module")
 def half_way(tmp_path_factory):
-    """A checkpoint from within an epoch, by both optimizers."""
+    """A checkpoint from the middle of an epoch, with both optimizers."""
     folder = tmp_path_factory.mktemp("half_way")
     flags = "--name a --epochs 2 --optimizer muon --save-minutes 0"
     start = small.start(flags, folder)
@@ -167,12 +167,12 @@ def test_a_checkpoint_with_an_invalid_field_is_refused_in_one_line(
     torch.save(content, path)
     assert train(f"--resume {path}") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    data_only = "instead of" in named  # the line is about the data set
+    data_only = "instead of" in named  # an error about the data set
     assert named in line and (data_only or str(path) in line) and len(line) < 500
 
 
 def resumed(train, content, folder):
-    """The folder of a run that resumes from the content of a checkpoint."""
+    """The folder of a run that is resumed from this content of a checkpoint."""
     folder.mkdir()
     torch.save(content, folder / "last.pt")
     assert train(f"--resume {folder}") == 0
@@ -180,7 +180,7 @@ def resumed(train, content, folder):
 
 
 def test_fields_that_a_file_lacks_have_their_defaults(train, half_way, tmp_path):
-    """And without `INVALID` fields the checkpoint `half_way` is a good one."""
+    """Also checks that `half_way` is a good checkpoint before `INVALID` changes it."""
     content = torch.load(half_way, weights_only=True)
     whole = resumed(train, content, tmp_path / "whole")
     for name, part in (("seconds", ""), ("cutmix", "training"), ("drop_path", "model")):
@@ -192,7 +192,7 @@ def test_fields_that_a_file_lacks_have_their_defaults(train, half_way, tmp_path)
 
 
 def test_a_run_of_the_last_format_resumes_to_the_same_end(train, half_way, tmp_path):
-    """From within an epoch, by both optimizers, with an option in the unit of that format."""
+    """From the middle of an epoch, with both optimizers and options in that format's units."""
     new = torch.load(half_way, weights_only=True)
     new["training"] |= {"cutmix": 1.0, "mixing_off_epochs": 1}
     old = {name: value for name, value in new.items() if name not in ("step", "sums", "seconds")}
@@ -209,7 +209,7 @@ def test_a_run_of_the_last_format_resumes_to_the_same_end(train, half_way, tmp_p
 
 
 def test_a_damaged_checkpoint_is_refused_in_one_line_or_harmless(half_way, tmp_path):
-    """Cut off or with a bit changed at 100 random places; a bit of padding does no harm."""
+    """Cut off, or with a bit flipped, at 100 random places; a flip in padding does no harm."""
     content, path = half_way.read_bytes(), tmp_path / "damaged.pt"
     chance, good, refused = random.Random(0), load_checkpoint(half_way), 0
     for _ in range(100):
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line_or_harmless(half_way, tmp_p
                 assert "\n" not in str(error) and str(path) in str(error)
                 refused += 1
             else:
-                assert repr(loaded) == repr(good)  # which leaves out most of a tensor
+                assert repr(loaded) == repr(good)  # without most of a tensor
                 pairs = zip(small.tensors_of(loaded), small.tensors_of(good), strict=True)
                 assert damaged == flipped and all(small.same_weights(*pair) for pair in pairs)
     assert refused > 150

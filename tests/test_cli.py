@@ -1,4 +1,4 @@
-"""Command lines: bad input of all programs in one line, help, flags that override a recipe."""
+"""Command lines: one-line errors of all programs, help, flags that override a recipe."""
 
 import os
 import shlex
@@ -24,7 +24,7 @@ from ViT import MODELS
 # ---------------------------------------------------------------------------- bad input
 
 
-# The program, its flags, and what its one line says. Places in braces are made by `brought`.
+# The program, its flags, and part of its one-line error. `brought` makes the paths in braces.
 BAD_INPUT = [
     (trainer, "--epochs 0", "give epochs or steps, not 0 and 0"),
     (trainer, "--steps 9", "give epochs or steps, not 1 and 9"),
@@ -56,17 +56,17 @@ BAD_INPUT = [
     (trainer, "--compile graphs", "--compile graphs needs one CUDA device"),
     (trainer, "--compile graphs --accumulate 2", "accumulate 1"),
     (trainer, "--dataset imagenet", "no data set 'imagenet'; choose from cifar10, cifar100, "),
-    # More than any machine holds.
+    # Sizes beyond any machine.
     (trainer, "--image-size 100000 --patch-size 8", "100000x100000 is above 8192"),
     (trainer, "--width 32768 --depth 1024", "13,194,139,533,312 weights"),
-    # Nothing.
+    # Empty values.
     (trainer, "''", "unrecognized arguments: ''"),
     (trainer, "--init-from ''", "init_from must not be empty"),
     (trainer, "--name ''", "name must not be empty"),
     (trainer, "--resume ''", "it is empty"),
     (predict, "''", "it is empty"),
     (vis, "model --checkpoint ''", "it is empty"),
-    # Paths that lead nowhere, or to what is no file.
+    # Paths that lead nowhere, or to something that is not a file.
     (trainer, "--resume {long}", "File name too long"),
     (trainer, "--output-dir {long}", "File name too long"),
     (trainer, "--name {stem}", "File name too long"),
@@ -88,7 +88,7 @@ BAD_INPUT = [
     (vis, "image --dir {loop}", "Too many levels of symbolic links"),
     (vis, "model --checkpoint {long}", "File name too long"),
     (vis, "model --out {long}", "File name too long"),
-    # What measures.
+    # The experiments.
     (benchmark, "--rounds 0", "--rounds must be at least 1, not 0"),
     (benchmark, "--peers x", "--peers x must be some of torchvision,timm"),
     (benchmark, "--device tpu", "tpu"),
@@ -101,7 +101,7 @@ BAD_INPUT = [
 
 @pytest.fixture
 def brought(tmp_path):
-    """What a row of `BAD_INPUT` names, in a folder."""
+    """The files and folders that `BAD_INPUT` names."""
     folder = tmp_path / "brought"
     names = ("long", "loop", "dangling", "text", "pipe", "empty", "lines")
     there = {name: folder / name for name in names}

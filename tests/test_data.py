@@ -1,4 +1,4 @@
-"""CIFAR-10 from every place it can come from, the split, the batches, image files."""
+"""CIFAR-10 from every possible source, the split, the batches, image files."""
 
 import hashlib
 import http.server
@@ -40,7 +40,7 @@ CLASSES = [f"class {label}" for label in range(10)]
 
 @pytest.fixture
 def archive(monkeypatch):
-    """CIFAR-10's archive of 110 images in place of 60,000; torchvision expects its md5."""
+    """CIFAR-10's archive with 110 images instead of 60,000; torchvision expects its md5."""
     random = np.random.default_rng(0)
     source = torchvision.datasets.CIFAR10
     files = {"batches.meta": {"label_names": CLASSES}}
@@ -57,7 +57,7 @@ def archive(monkeypatch):
             tar.addfile(member, io.BytesIO(packed))
 
     monkeypatch.setattr(source, "tgz_md5", hashlib.md5(buffer.getvalue()).hexdigest())
-    for option in ("train_list", "test_list"):  # of any md5
+    for option in ("train_list", "test_list"):  # accept any md5
         listed = [[name, None] for name, _ in getattr(source, option)]
         monkeypatch.setattr(source, option, listed)
     monkeypatch.setattr(source, "meta", source.meta | {"md5": None})
@@ -190,7 +190,7 @@ def test_the_stated_mean_and_deviation_are_those_of_the_training_images(name, si
     ],
 )
 def test_the_split_is_stratified_complete_and_that_of_every_earlier_run(labels, shares):
-    """Else the validation accuracy of a model that was trained before would be one of training."""
+    """Otherwise, an older model would be validated on images that it was trained on."""
     kept, held_out = stratified_split(labels, sum(shares))
     assert torch.cat([kept, held_out]).sort().values.tolist() == list(range(len(labels)))
     assert labels[held_out].bincount(minlength=len(shares)).tolist() == shares
@@ -338,7 +338,7 @@ def test_an_orientation_is_undone_beside_exif_that_cannot_be_written_again(tmp_p
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_with_nearly_the_same_result(tmp_path):
-    """The pixels that a full decode, then a resize, would give differ by less than 1 of 255."""
+    """On average, the pixels differ from a full decode and resize by less than 1 of 255."""
     waves = np.sin(np.arange(1200) / 40)[:, None, None] * np.cos(np.arange(1600) / 70)[:, None]
     picture = Image.fromarray((127 + 120 * np.tile(waves, (1, 1, 3))).astype(np.uint8))
     picture.save(tmp_path / "large.jpg", quality=95)
@@ -352,7 +352,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size_with_nearly_the_same_
 
 
 def save_gray(path: Path, dtype: str, low: float, high: float) -> Path:
-    """A ramp of gray from left to right; its first pixel is NaN where that is a number."""
+    """A gray ramp from left to right; its first pixel is NaN if the type has NaN."""
     values = np.repeat(np.linspace(low, high, 16)[None], 16, axis=0).astype(dtype)
     if values.dtype.kind == "f":
         values[0, 0] = np.nan
@@ -432,7 +432,7 @@ def test_one_pixel_fills_the_picture_in_rgb_or_in_gray_and_in_nothing_else(tmp_p
 def test_what_is_no_image_is_refused_in_one_line(kind, tmp_path, monkeypatch):
     path = tmp_path / "image.png"
     two_halves(size=(300, 300)).save(path)
-    if kind == "PostScript":  # which Ghostscript, where it is installed, would run
+    if kind == "PostScript":  # Ghostscript would run it, if installed
         path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n{} loop")
     elif kind == "bomb":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

@@ -1,4 +1,4 @@
-"""Data sets: torchvision's from small copies in their own formats, and folders of image files."""
+"""Data sets: small copies of torchvision's in their own formats, and folders of image files."""
 
 import dataclasses
 import hashlib
@@ -74,16 +74,16 @@ def test_streamed_images_are_those_in_memory(folder, monkeypatch):
     for one, other in zip(held.train.batches(rows), streamed.train.batches(rows), strict=True):
         assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
     assert torch.equal(images_of(held.test), images_of(streamed.test))
-    assert list(streamed.train.batches(())) == []  # of an epoch that stopped after its last step
+    assert list(streamed.train.batches(())) == []  # an epoch stopped after its last step
 
 
 def test_others_of_their_class_stand_in_for_streamed_files_that_cannot_be_read(
     folder, monkeypatch, capsys
 ):
-    """Nothing is decoded at the start; what the threads meet is said once, in a line."""
+    """Nothing is decoded at the start; what threads cannot read is reported once, in a line."""
     monkeypatch.setattr(datasets, "LARGEST_IN_MEMORY", 1000)
     for file in folder.rglob("*.jpg"):
-        file.rename(file.with_name("0.jpg"))  # a name of the training images
+        file.rename(file.with_name("0.jpg"))  # a name that puts it into the training split
     with monkeypatch.context() as patch:
         patch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded at the start"))
         dataset = load_dataset(f"folder:{folder}", WANTED, validation_images=0)
@@ -292,7 +292,7 @@ def test_a_run_on_a_folder_goes_on_where_it_was_moved_unless_a_trained_picture_i
     folder.rename(moved := tmp_path / "moved")
     with pytest.raises(UserError, match=r"cannot read the folder .*pets.*--dataset folder:PATH"):
         trainer.main("--evaluate demo --device cpu".split())
-    for number in range(40):  # so that an epoch has more steps
+    for number in range(40):  # for an epoch of more steps
         picture(number).save(moved / "birds" / f"more {number}.png")
     capsys.readouterr()
     for split, name in (("test", "test"), ("val", "validation")):

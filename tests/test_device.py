@@ -9,7 +9,7 @@ import device as devices
 from distributed import World
 from utils import UserError
 
-BEST_DEVICE = devices.best_device  # which a fixture of all tests replaces
+BEST_DEVICE = devices.best_device  # a fixture of all tests replaces it
 
 
 def test_without_a_name_the_best_device_is_chosen(monkeypatch):

@@ -48,7 +48,7 @@ def test_a_run_stopped_within_epochs_resumes_to_the_same_end(train, signal_at, t
     signal_at(signal.SIGTERM, -1)
     assert train(f"--name whole --epochs 3 {flags}") == 0
     task, calls = f"--name parts --epochs 3 {flags}", 2 if "--accumulate" in flags else 1
-    # In the middle of epochs of 5 steps, with an epoch's first step, and with its last.
+    # Epochs have 5 steps: stop in the middle, after the first step, and after the last.
     for begun, step in itertools.pairwise([0, 3, 5, 6, 13, 15]):
         signal_at(signal.SIGTERM, calls * (step - begun))
         assert train(task) == 143
@@ -56,7 +56,7 @@ def test_a_run_stopped_within_epochs_resumes_to_the_same_end(train, signal_at, t
         assert saved.step == step
         task = f"--resume {tmp_path / 'parts'}"
     signal_at(signal.SIGTERM, -1)
-    torch.manual_seed(12345)  # what the process drew before must not matter
+    torch.manual_seed(12345)  # earlier draws of the process must not matter
     assert train(task) == 0
     assert differing(tmp_path / "whole", tmp_path / "parts") == 0
 
@@ -95,7 +95,7 @@ def test_a_signal_in_the_final_test_leaves_only_that_to_do(train, tmp_path, monk
         return evaluate(model, split, *rest)
 
     parts = tmp_path / "parts"
-    # Once in a new run, and once in one that is resumed and still has the result of fewer epochs.
+    # Once in a new run, and once in a resumed one that still has the result of fewer epochs.
     for task in ("--name parts --epochs 1", f"--resume {parts} --epochs 2"):
         monkeypatch.setattr(trainer, "evaluate", interrupted_on_test_images)
         assert train(task) == 130
@@ -128,7 +128,7 @@ def test_a_second_signal_ends_the_process_at_once_but_not_within_a_second(monkey
 
 
 def test_killed_around_the_renames_of_a_save_and_at_random_moments(tmp_path):
-    """A run is killed and resumed, again and again, and ends as one that never was."""
+    """A run that is killed and resumed again and again ends like one that was never killed."""
     flags = f"--epochs 5 {DROPOUT} --save-minutes 0"
     assert finished(start("--evaluate nowhere", tmp_path)) == 2  # the server of processes is up
     began = time.monotonic()
@@ -137,7 +137,7 @@ def test_killed_around_the_renames_of_a_save_and_at_random_moments(tmp_path):
 
     folder, task = tmp_path / "parts", f"--name parts {flags} --overwrite"
     chance = random.Random(0)
-    # The odd files of a run are metrics.csv, the even ones last.pt.
+    # A run alternates between two files: the odd ones are metrics.csv, the even ones last.pt.
     deaths = [(place, number) for place in ("before", "after") for number in (2, 3)] + [None] * 6
     for death in deaths:
         process = start(task, tmp_path, death=death)
@@ -228,7 +228,7 @@ def test_where_there_are_no_locks_a_run_says_so_and_trains(train, monkeypatch, c
 
 @pytest.fixture
 def failing_saves(monkeypatch):
-    """failing_saves(first, last) has the disk full when the files of these numbers are written."""
+    """failing_saves(first, last) makes the disk full for the files of these numbers."""
     replace = os.replace
 
     def arrange(first, last=math.inf):
@@ -259,10 +259,10 @@ def test_a_full_disk_is_said_and_training_resumes_to_the_same_end(
 def test_a_disk_that_stays_full_keeps_the_last_good_checkpoint_and_ends_the_run_with_1(
     train, tmp_path, failing_saves, capsys
 ):
-    failing_saves(first=4)  # the second epoch's last.pt, and all that comes after it
+    failing_saves(first=4)  # the second epoch's last.pt, and everything after it
     assert train("--name a --epochs 3") == 1
     out, error = capsys.readouterr()
-    assert "test accuracy" in out  # the figures are not lost with the files
+    assert "test accuracy" in out  # the numbers are not lost with the files
     assert "cannot write the result" in error and len(error.splitlines()) == 1
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
     assert {path.name for path in (tmp_path / "a").iterdir()} == {"last.pt", "metrics.csv"}
@@ -286,7 +286,7 @@ def test_a_run_is_overwritten_only_on_request_and_whole_until_the_new_one_is_sav
     assert {"last.pt", "best.pt", "result.json", "curves.png"} <= before.keys()
     assert train(other) == 2
     assert "--overwrite replaces it" in capsys.readouterr().err
-    failing_saves(first=2)  # the first last.pt, and all that comes after it
+    failing_saves(first=2)  # the first last.pt, and everything after it
     assert train(f"{other} --overwrite") == 1
     assert "still has the earlier run" in capsys.readouterr().err
     now = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -321,12 +321,12 @@ def test_a_stop_that_cannot_save_says_so(train, signal_at, failing_saves, capsys
 def test_out_of_memory_is_one_line_that_says_what_to_try(
     train, monkeypatch, capsys, error, compile
 ):
-    """In a compiled model it is not taken for a missing compiler."""
+    """In a compiled model it is not mistaken for a missing compiler."""
 
     def greedy(*_, **__):
         if error:
             raise error
-        torch.empty(2**55)  # the CPU's own
+        torch.empty(2**55)  # the CPU's own error
 
     if compile == "on":
         monkeypatch.setattr(torch, "compile", lambda *_, **__: greedy)
@@ -344,7 +344,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_try(
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(train, tmp_path):
-    """In float64 no rounding hides a wrong weight of a part; 45 images are not 4 equal parts."""
+    """In float64 no rounding hides a part's wrong weight; 45 images make no 4 equal parts."""
     with small.default_dtype(torch.float64):
         for name, parts in (("whole", 1), ("parts", 4), ("singles", 45)):
             flags = f"--name {name} --epochs 4 --batch-size 45 --accumulate {parts}"
@@ -365,7 +365,7 @@ JOINT = "--epochs 4 --batch-size 45 --precision fp32 --optimizer adamw --gradien
 
 @pytest.mark.parametrize("flags", ["", "--accumulate 3", "--mixup 0.8 --cutmix 1", ON_FEATURES])
 def test_two_ranks_train_as_one_does(train, tmp_path, flags):
-    """20 steps in float64; neither 45 nor the last batch's 20 images, nor 50, divide evenly."""
+    """20 steps in float64; batches of 45, the last 20 and 50 images do not divide evenly."""
     with small.default_dtype(torch.float64):
         assert train(f"--name one {JOINT} {flags}") == 0
     ranks = start_ranks(f"--name two {JOINT} {flags}", tmp_path, 2, double=True)
@@ -386,7 +386,7 @@ def test_ranks_stop_together_and_the_run_resumes_with_another_number_of_them(tra
     folder = tmp_path / "two"
     ranks = start_ranks(f"--name two {flags} --save-minutes 0", tmp_path, 2, double=True)
     wait_for((folder / "last.pt").exists, ranks[0].is_alive)
-    os.kill(ranks[1].pid, signal.SIGTERM)  # one is told, both stop
+    os.kill(ranks[1].pid, signal.SIGTERM)  # one gets the signal, both stop
     assert [finished(rank) for rank in ranks] == [143, 143]
     with small.default_dtype(torch.float64):
         assert train(f"--resume {folder}") == train(f"--name one {flags}") == 0
@@ -410,9 +410,9 @@ def test_a_rank_that_dies_ends_the_job_and_leaves_a_checkpoint(train, tmp_path):
     ("flags", "named"),
     [
         ("--name a --init-from nowhere.pth", "nowhere.pth"),
-        # 200 images in batches of 199: rank 1 would have no share of the second.
+        # 200 images in batches of 199: rank 1 would have no share of the second batch.
         ("--name a --batch-size 199", "the last batch of an epoch has 1 images, too few for 2"),
-        # The data may lie elsewhere on each host.
+        # The data may be in a different place on each host.
         (
             ["--name a --data-dir here", "--name a --seed 3 --data-dir=there"],
             "--name a --seed 3 --device cpu, rank 0 with --recipe demo",

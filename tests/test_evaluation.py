@@ -1,4 +1,4 @@
-"""Evaluation: figures that are worked out by hand, and batches that fit into memory."""
+"""Evaluation: numbers worked out by hand, and batches that fit into memory."""
 
 import math
 
@@ -13,7 +13,7 @@ from ViT import MODELS, ViT, ViTConfig
 
 
 class Table(torch.nn.Module):
-    """A model that answers image n with row n of a table of logits."""
+    """A model whose logits for image n are row n of a table."""
 
     def __init__(self, logits):
         super().__init__()
@@ -48,7 +48,7 @@ def test_evaluation_counts_each_image_once_and_each_class_apart():
 
 
 def test_ranks_without_a_share_of_a_small_split_add_nothing(monkeypatch):
-    """Of three ranks, the last has none of two images."""
+    """With two images on three ranks, the last rank has none."""
     read, summed = lambda n: torch.full((3, 2, 2), n, dtype=torch.uint8), []
     split = StreamedSplit(range(2), read, torch.tensor([0, 1]))
     monkeypatch.setattr(World, "sum", lambda world, value: summed.append(value) or value)
@@ -66,7 +66,7 @@ def test_top5_is_of_the_first_five_answers_and_a_class_without_images_has_no_acc
     lines = [line.split() for line in evaluation.table(result, "abcdefgh")]
     assert lines[3:6] == [
         ["recall", "precision", "F1"],
-        ["class", "mean", "25.00%", "25.00%", "10.00%"],  # of the classes that have the figure
+        ["class", "mean", "25.00%", "25.00%", "10.00%"],  # over the classes that have one
         ["a", "-", "-", "-"],
     ]
     assert lines[7:9] == [["c", "0.00%", "-", "0.00%"], ["d", "0.00%", "-", "0.00%"]]

@@ -51,7 +51,7 @@ def test_a_record_has_the_models_logits_and_every_blocks_tokens_and_attention(po
     assert [A.shape for A in record.attention] == [(3, 2, T, T)] * 3
     # Nothing of the recording is left in the model.
     assert {block.attn.implementation for block in model.blocks} == {kind}
-    # Dropout must not show in the attention, or the pictures would.
+    # Dropout must not show in the attention, or it would show in the figures.
     for A in explain.record(small_vit(pooling, attention_dropout=0.5).train(), images).attention:
         assert A.min() > 0
         torch.testing.assert_close(A.sum(-1), torch.ones(3, 2, T))
@@ -77,7 +77,7 @@ def test_attention_gradients_are_what_a_small_change_of_each_images_attention_do
 HEADS = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [0.0, 1.0]]])  # A1 is their mean
 G1, G2 = torch.tensor([[1.0, -1.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
 G = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-CLASS = ViTConfig(image_size=8, patch_size=4)  # of 5 tokens, or with mean pooling of 4
+CLASS = ViTConfig(image_size=8, patch_size=4)  # 5 tokens, or 4 with mean pooling
 MEAN = dataclasses.replace(CLASS, pooling="mean")
 P = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8], [0.3, 0.7]])  # probabilities
 M4, M5 = torch.arange(16.0).reshape(4, 4), torch.arange(25.0).reshape(5, 5)
@@ -89,9 +89,9 @@ M4, M5 = torch.arange(16.0).reshape(4, 4), torch.arange(25.0).reshape(5, 5)
         (explain.rollout([HEADS, A2[None]]), [[0.375, 0.625], [0.375, 0.625]]),
         (explain.rollout([torch.eye(2)[None]] * 2), [[1, 0], [0, 1]]),
         (explain.relevance([A1[None], A2[None]], [G1[None], G2[None]]), [[1.5, 2], [0, 2]]),
-        # Each head is clamped, and then comes the mean.
+        # Each head is clamped before the mean.
         (explain.relevance([torch.stack([A1, A1])], [torch.stack([G, -G])]), [[1, 0.25], [0, 1]]),
-        (explain.map_of(M5, CLASS), [[1, 2], [3, 4]]),  # of the class token
+        (explain.map_of(M5, CLASS), [[1, 2], [3, 4]]),  # the class token's
         (explain.map_of(M4, MEAN), [[6, 7], [8, 9]]),
         (explain.map_of(M5, CLASS, (1, 0)), [[16, 17], [18, 19]]),
         (explain.map_of(M4, MEAN, (1, 0)), [[8, 9], [10, 11]]),
@@ -128,7 +128,7 @@ def test_explanations_are_maps_of_mean_one_and_two_of_them_depend_on_the_class(p
 # ---------------------------------------------------------------------------- class-specific
 
 
-CELL, CELLS = 16, (2, 3)  # a patch is a cell; pixels, and cells down and across
+CELL, CELLS = 16, (2, 3)  # pixels of a cell, which is a patch; cells down and across
 
 
 def draw_cells(classes: list[str], count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,7 +142,7 @@ def draw_cells(classes: list[str], count: int, seed: int) -> tuple[Tensor, Tenso
 
 
 def compose(cells: tuple[Tensor, Tensor, Tensor], present: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, 32, 48) of shapes in the cells where `present` (B, 6), textures elsewhere.
+    """Pictures (B, 3, 32, 48) with shapes in the cells `present` (B, 6) and textures elsewhere.
 
     Also the label (B, 6) of each cell, -1 without a shape.
     """
@@ -157,7 +157,7 @@ def compose(cells: tuple[Tensor, Tensor, Tensor], present: Tensor) -> tuple[Tens
 
 
 def presence(labels: Tensor, classes: int) -> Tensor:
-    """(B, K): whether a class is anywhere in the picture."""
+    """(B, K): whether a class is anywhere in a picture."""
     return (labels[..., None] == torch.arange(classes)).any(dim=1).float()
 
 
@@ -232,7 +232,7 @@ def test_gradient_times_input_of_a_linear_model_is_each_patch_s_share():
 
 
 class OnePatch(torch.nn.Module):
-    """Class 1 where a token of this image carries the marked patch, else class 0."""
+    """Predicts class 1 if one of the image's tokens is the marked patch, else class 0."""
 
     def __init__(self):
         super().__init__()

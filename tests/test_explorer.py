@@ -66,7 +66,7 @@ def make(monkeypatch, tmp_path):
 
 @pytest.fixture
 def visit(browser):
-    """visit(path, "#layer=1") opens a page; it may ask for nothing, nor say anything."""
+    """visit(path, "#layer=1") opens a page, which may request nothing and log nothing."""
     said, asked, pages = [], [], []
 
     def opened(path, anchor="", width=1440, **options):
@@ -95,7 +95,7 @@ def test_the_page_computes_what_torch_does(make, visit, tmp_path, kind, flag, re
     model, checkpoint = load_model(tmp_path / "run/last.pt")
     for weight in (*model.parameters(), *model.buffers()):
         int8 = bool(flag) and weight.ndim == 2
-        weight.data = pack(weight.detach(), int8)[1]  # as the page has them
+        weight.data = pack(weight.detach(), int8)[1]  # as the page reads them
     pixels = small.SHAPES.validation.take(torch.tensor([4])).images
     first = model.config.tokens - model.config.patches
     left = [row for row in range(model.config.tokens) if row - first not in removed]

@@ -54,13 +54,13 @@ def run_with(flags, precision="bf16", steps=3, device=GPU):
 
 
 def why_not_fake():
-    """Why this build of torch has no fake GPU; empty where it has one."""
+    """Why this build of torch has no fake GPU; empty if it has one."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     try:
         with FakeTensorMode():
             torch.empty(1, device=GPU)
-    except Exception as error:  # which one depends on the version
+    except Exception as error:  # its type depends on the version
         return f"FakeTensorMode makes no CUDA tensors: {error}"
     return ""
 
@@ -73,14 +73,14 @@ class EpochEnds(Exception):
 
 
 class Watch(TorchDispatchMode):
-    """Notes each operation between the host and the GPU for which the host waits.
+    """Records each operation between the host and the GPU that makes the host wait.
 
-    A copy from pinned memory does not wait. An index on the CPU does: it is copied.
+    A copy from pinned memory does not wait. Indexing by a CPU tensor does: it is copied.
     """
 
     def __init__(self):
         super().__init__()
-        self.waits, self.after_step, self.homes = [], [], {}  # homes: a seed's generator's device
+        self.waits, self.after_step, self.homes = [], [], {}  # homes: generator devices by seed
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -99,7 +99,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.fixture
 def watch(monkeypatch):
-    """A test on a fake GPU; what needs a CUDA driver has a stand-in."""
+    """Runs a test on a fake GPU, with stand-ins for what needs a CUDA driver."""
     watch, put, after_step = Watch(), monkeypatch.setattr, trainer.after_step
 
     def built_there(config):
@@ -134,7 +134,7 @@ def watch(monkeypatch):
 
     for module in ("utils", "augment", "run"):
         put(f"{module}.generator_for", generator_for)
-    put(ViT, "initialize", lambda model: None)  # which reads what it draws
+    put(ViT, "initialize", lambda model: None)  # it reads what it draws
     put(ViT, "to", lambda model, device: model)  # a fake weight cannot be moved
     put("common.ViT", built_there)
     put(torch.Tensor, "pin_memory", pin_memory)
@@ -142,13 +142,13 @@ def watch(monkeypatch):
     put(torch.cuda, "default_generators", (torch.Generator(),))
     put(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     put("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
-    put(distributed.World, "any", lambda world, *wishes: list(wishes))  # which reads a CPU tensor
+    put(distributed.World, "any", lambda world, *wishes: list(wishes))  # it reads a CPU tensor
     put(runs.Run, "totals", epoch_ends)
     put(trainer, "after_step", after_step_noted)
     data._pixel_scale.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True), watch:
         yield watch
-    data._pixel_scale.cache_clear()  # of fake tensors
+    data._pixel_scale.cache_clear()  # its tensors are fake
 
 
 def train_and_predict(watch, flags):
@@ -197,13 +197,13 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machi
 
 
 def real_run(flags, steps=3):
-    torch.compiler.reset()  # or the models of a process would soon be too many to compile
+    torch.compiler.reset()  # or one process would soon have too many models to compile
     return run_with(flags, devices.resolve_precision("auto", GPU), steps)
 
 
 @pytest.fixture
 def no_waits_after_a_step(monkeypatch):
-    """CUDA raises if an operation waits, from the end of the first step to that of the epoch."""
+    """CUDA raises if an operation waits between the first step's end and the epoch's."""
     after_step, totals = trainer.after_step, runs.Run.totals
 
     def wrapped(run, state, bar):
@@ -227,7 +227,7 @@ def no_waits_after_a_step(monkeypatch):
 def test_three_steps_of_a_recipe(name, mode):
     run, state = real_run(f"{name} --compile {mode}")
     forward = forward_of(run, state, "eager" if mode == "off" else "compiled")
-    assert (forward is run.parallel) == (mode == "off")  # which it also is if compiling fails
+    assert (forward is run.parallel) == (mode == "off")  # also true if compiling fails
     trainer.train_epoch(run, state, forward)
     assert state.step == 3
     assert state.history[0].train_loss == pytest.approx(math.log(10), abs=1)
@@ -240,7 +240,7 @@ def test_three_steps_of_a_recipe(name, mode):
 @pytest.mark.parametrize("D_h", [16, 32, 64])
 @pytest.mark.parametrize("T", [8, 16, 17, 32, 64, 65, 128, 256])
 def test_attention_in_bf16_is_that_of_the_equations(T, D_h):
-    """The kernel that torch chooses, its outputs and gradients, beside Eqs. 6-7 in float32."""
+    """Outputs and gradients of the kernel that torch chooses, against Eqs. 6-7 in float32."""
     torch.manual_seed(0)
     attention = MultiHeadSelfAttention(ViTConfig(width=4 * D_h, heads=4)).to(GPU)
     z, weights = torch.randn(2, 64, T, 4 * D_h, device=GPU)
@@ -259,7 +259,7 @@ def test_attention_in_bf16_is_that_of_the_equations(T, D_h):
     "change", [{"policy": "trivial"}, {"resized_crop": 0.5}, {"cutmix": 1.0}, {"mixup": 0.8}]
 )
 def test_augmented_images_are_those_of_the_cpu(monkeypatch, change):
-    """With the same draws, all of the host."""
+    """With the same random draws, all made on the host."""
     rand, put = torch.rand, monkeypatch.setattr
 
     def of_the_host(*shape, generator, device="cpu"):
@@ -310,7 +310,7 @@ def test_the_compiled_model_gives_the_same_logits(mode):
 
 @needs_gpu
 def test_a_deterministic_run_repeats_and_resumes_bit_for_bit(request, tmp_path):
-    """In processes of their own, since cuBLAS reads its setting once, when it starts."""
+    """In separate processes, since cuBLAS reads its setting only once, when it starts."""
     flags = "--recipe demo --epochs 2 --depth 2 --deterministic --no-test --policy trivial "
     flags += f"--patch-dropout 0.5 --dropout 0.1 --output-dir {tmp_path} --name "
 

@@ -1,4 +1,4 @@
-"""torch.hub: the model that `load_model` gives, and no module of the caller's in its place."""
+"""torch.hub: the same model as from `load_model`, and the caller's modules stay in place."""
 
 import pickle
 import runpy
@@ -14,7 +14,7 @@ from small import ROOT
 def test_torch_hub_gives_the_model_beside_modules_of_the_same_names(monkeypatch):
     mine, path = types.ModuleType("utils"), list(sys.path)
     monkeypatch.setitem(sys.modules, "utils", mine)
-    monkeypatch.delitem(sys.modules, "shapes")  # one that the caller imports later
+    monkeypatch.delitem(sys.modules, "shapes")  # the caller may import one later
     model = torch.hub.load(str(ROOT), "vit_cifar10", source="local")
     assert sys.modules["utils"] is mine and "shapes" not in sys.modules and sys.path == path
 

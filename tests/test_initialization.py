@@ -16,7 +16,7 @@ def test_mimetic_queries_and_keys_of_each_head_have_a_product_of_its_rank():
     for block in model.blocks:
         q, k, _ = (part.double() for part in block.attn.qkv.weight.chunk(3))
         for q_h, k_h in zip(q.chunk(3), k.chunk(3), strict=True):
-            product = q_h.T @ k_h  # (D, D), the best of rank D_h to a 0.7 Z + 0.7 I
+            product = q_h.T @ k_h  # (D, D): best fit of rank D_h to 0.7 Z + 0.7 I
             singular = torch.linalg.svdvals(product)
             assert (singular[32:] < 1e-5).all() and singular[31] > 0.5
             assert product.diagonal().mean() > 10 * product.mean().abs()
@@ -38,7 +38,7 @@ def test_mimetic_products_of_whole_rank_are_exact():
 
 @pytest.mark.parametrize(("width", "variance"), [(96, 2.0), (48, 1.0), (24, 1.0)])
 def test_whitened_patches_have_one_variance_in_every_direction(width, variance):
-    """Over neighboring pixels that resemble each other, as an independent PCA measures."""
+    """On images whose neighboring pixels are similar, measured by an independent PCA."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(60, 3, 10, 10, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(40, 40), mode="bilinear")

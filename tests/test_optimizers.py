@@ -1,4 +1,4 @@
-"""The schedule against torch's schedulers, Muon against torch's Muon, which moves which weight."""
+"""The schedule and Muon against torch's own; which optimizer moves which weight."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ MICRO = ViTConfig(**MODELS["micro"])
 
 
 def settings(model, optimizers, name):
-    """A setting of the group of each weight that an optimizer has, by the weight's name."""
+    """A setting of each weight's parameter group, by the name of the weight."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     found = [(names[id(weight)], group[name]) for group in groups for weight in group["params"]]
@@ -102,7 +102,7 @@ def test_muon_takes_all_matrices_but_the_heads_and_those_of_q_k_and_v_apart(prec
 @pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_a_weight_has_the_decay_of_its_kind_and_the_rate_of_its_layer(optimizer, layer_decay):
-    """The head and the last norm have the full rate, the embedding that times decay^(L + 1)."""
+    """The head and the last norm have the full rate, the embedding decay^(L + 1) of it."""
     model = ViT(MICRO)  # L = 4
     settled = {"learning_rate": 1.0, "layer_decay": layer_decay, "weight_decay": 0.3}
     config = TrainConfig(optimizer=optimizer, **settled)

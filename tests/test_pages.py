@@ -1,5 +1,5 @@
-"""The pages and the included model: commands that parse, code that is the files' own, links that
-resolve, tables and accuracies that are those of the recorded results."""
+"""The pages and the included model: commands parse, quoted code is that of the files, links
+resolve, tables and accuracies match the recorded results."""
 
 import csv
 import json
@@ -72,7 +72,7 @@ def test_the_five_lines_that_classify_an_image_do(monkeypatch, capsys):
 
 
 def anchor_of(heading):
-    """As GitHub makes it: no punctuation but hyphens, spaces as hyphens."""
+    """A heading's anchor, as GitHub makes it: no punctuation but hyphens, spaces as hyphens."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -126,7 +126,7 @@ def test_the_accuracy_to_expect_of_fine_tuning_is_that_of_its_records(recipe):
 
 
 def rows_of_records():
-    """Rows whose first cell links to a record, in tables of accuracies: page, folder, cells."""
+    """Page, folder and cells of the rows, in tables of accuracies, that link to a record."""
     for page in PAGES:
         columns = []
         for line in page.read_text().splitlines():
@@ -178,7 +178,7 @@ def test_the_shipped_model_is_small_and_that_of_its_recipe():
 
 @needs_cifar10
 def test_the_shipped_model_is_about_as_good_as_stated_on_some_test_images():
-    """100 of them: within 4 standard deviations of the accuracy of all."""
+    """On 100 of them: within 4 standard deviations of the accuracy on all."""
     model, checkpoint = load_model(SHIPPED)
     dataset = load_dataset("cifar10", validation_images=5000, data_dir=CIFAR10)
     some = dataset.test.subset(torch.arange(100))

@@ -1,4 +1,4 @@
-"""Classes of image files: the numbers are those of the model, the order that of the files."""
+"""Classes of image files: numbers as the model computes them, in the order of the files."""
 
 import json
 

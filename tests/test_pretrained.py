@@ -1,4 +1,4 @@
-"""Weights of other libraries: timm's and torchvision's own models, at random weights, decide."""
+"""Weights of other libraries against timm's and torchvision's own models at random weights."""
 
 import argparse
 import dataclasses
@@ -29,7 +29,7 @@ CLASSES = tuple("abcdefghij")
 
 
 def randomized(model):
-    """Random weights everywhere, so that none of them can be left out."""
+    """Random weights everywhere, so that a weight that is left out shows."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -39,7 +39,7 @@ def randomized(model):
 
 
 def ours_of(start):
-    """This repository's model with starting weights, for their own classes."""
+    """This repository's model with these starting weights, for their own classes."""
     model = ViT(start.config)
     names = tuple(map(str, range(start.config.classes)))
     dataclasses.replace(start, classes=names).initialize(model, names)
@@ -80,7 +80,7 @@ def test_a_timm_model_gives_the_same_logits_in_both_directions(name):
 
 
 def checkpoint_of(start):
-    """What `state_dict_for` reads of a checkpoint with starting weights."""
+    """The part that `state_dict_for` reads of a checkpoint with these starting weights."""
     return SimpleNamespace(model=start.config, weights=ours_of(start).state_dict())
 
 
@@ -88,7 +88,7 @@ def checkpoint_of(start):
 def test_a_torchvision_model_gives_the_same_logits_in_both_directions(name, older):
     theirs = randomized(getattr(torchvision.models, name)())
     state = theirs.state_dict()
-    if older:  # as the published files name the MLP
+    if older:  # the MLP's names in the published files
         for new, old in (("mlp.0.", "mlp.linear_1."), ("mlp.3.", "mlp.linear_2.")):
             state = {key.replace(new, old): weight for key, weight in state.items()}
     start = from_state_dict(name, state)
@@ -155,12 +155,12 @@ def test_what_only_the_code_of_a_model_shows_is_refused_by_its_logits(monkeypatc
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_the_table_of_docs_names_the_models_of_timm_that_load():
-    """With two blocks each: what a model computes differently, it does in every block."""
+    """With two blocks each: a model that computes something else does so in every block."""
     page = (small.ROOT / "docs/finetuning.md").read_text()
     (listed,) = re.findall(r"^\| timm \| (.*) \|$", page, re.M)
     loaded = []
     for name in timm.list_models(module="vision_transformer") + timm.list_models(module="deit"):
-        with torch.device("meta"):  # without memory for those that are refused by their names
+        with torch.device("meta"):  # takes no memory for models that are refused by name
             state = timm.create_model(name, depth=2).state_dict()
         try:
             with pytest.raises(UserError, match=r"not finite numbers .*meta\)$"):
@@ -242,7 +242,7 @@ def test_google_s_files_are_read_as_timm_reads_them(tmp_path):
     np.savez(path, **{n: random.normal(0, 0.3, s).astype("f") for n, s in shapes.items()})
     theirs = timm.models.VisionTransformer(**sizes, num_heads=h).eval()
     theirs.load_pretrained(str(path))
-    start = load_pretrained(str(path), heads=4)  # which `adapted` refuses: the file tells
+    start = load_pretrained(str(path), heads=4)  # `adapted` would refuse: the file states it
     assert start.config.heads == h
     assert_same_logits(start, theirs)
 
@@ -270,7 +270,7 @@ def test_transformers_models_give_the_same_logits(name, kind, tmp_path):
 
 
 class Whole(nn.Module):
-    """Pickled whole by torch.save."""
+    """A model that torch.save pickles whole."""
 
 
 BYTES = {
@@ -348,7 +348,7 @@ def test_every_tensor_is_checked(name, change, said, tiny):
 )
 def test_another_head_is_left_out_with_a_note(other, tiny):
     state = {name: weight for name, weight in tiny.state_dict().items() if name != "head.bias"}
-    if other == "no bias":  # the same as one of zeros
+    if other == "no bias":  # the same as a bias of zeros
         assert torch.equal(from_state_dict("x", state).weights["head.weight"], state["head.weight"])
         return
     if not other:

@@ -1,4 +1,4 @@
-"""A run: begun in a folder, saved and resumed; its operations; fine-tuning."""
+"""A run: started in a folder, saved and resumed; its operations; fine-tuning."""
 
 import dataclasses
 import math
@@ -20,11 +20,11 @@ from small import SHAPES, result_of, rows_of, weights_of
 from ViT import ViT, ViTConfig
 
 CPU = Place(device=torch.device("cpu"))
-SAVE_IS_DUE = Run.save_is_due  # which the fixture `train` replaces
+SAVE_IS_DUE = Run.save_is_due  # the fixture `train` replaces it
 
 
 def test_a_sum_that_a_begun_epochs_checkpoint_lacks_is_not_begun_within_it():
-    """A metric of newer code, in an epoch that older code began."""
+    """A metric of newer code, in an epoch that older code started."""
     state = State(None, [], None)
     logits, targets = torch.eye(3), torch.eye(3)
     state.count(torch.tensor(0.5), logits, targets)
@@ -56,7 +56,7 @@ def test_a_finished_run_may_see_the_test_set_and_more_epochs(train, tmp_path, ca
     assert train(f"--resume {tmp_path / 'a'}") == 0
     assert result_of(tmp_path / "a")["test_accuracy"] is not None
     assert train(f"--resume {tmp_path / 'a'} --epochs 2 --accumulate 2") == 0
-    # Linear from 3e-3 over 10 steps with 2 of warm-up, 5 of them done.
+    # Linear from 3e-3 over 10 steps, 2 of them warm-up; 5 are done.
     said = "the linear schedule now reaches 0 at epoch 2 instead of 1: "
     assert said + "the learning rate continues at 0.0019" in capsys.readouterr().out
     assert len(rows_of(tmp_path / "a/metrics.csv")) == 2
@@ -71,7 +71,7 @@ def test_a_finished_run_may_see_the_test_set_and_more_epochs(train, tmp_path, ca
 
 
 def test_a_run_saves_by_the_minute_and_at_its_end(train, tmp_path, monkeypatch):
-    """Each of the 25 steps counts for 18 seconds: four of them are more than a minute."""
+    """Each of the 25 steps counts as 18 seconds, so that four take more than a minute."""
     saved, save, after_step = [], Run.save, trainer.after_step
 
     def aged(run, state, bar):
@@ -133,12 +133,12 @@ def test_the_operations_of_a_step_are_those_that_torch_counts(pooling, dropped, 
     config = ViTConfig(patch_size=8, width=32, depth=3, heads=4, pooling=pooling, mlp_ratio=3)
     numbers = torch.arange(kept).expand(2, kept) if dropped else None
     free, model = TrainConfig(freeze=frozen), ViT(config)
-    assemble(model, free, SHAPES, CPU)  # which freezes it
+    assemble(model, free, SHAPES, CPU)  # freezes it
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 3, 32, 32), numbers).sum().backward()
-    # What a trained layer sees first gets no gradient, so its third product is not made.
+    # The input of the first trained layer needs no gradient, so its third product is skipped.
     first = {False: 2 * kept * 3 * 8**2 * 32, True: 2 * 32 * 10}
-    first = 0 if type(frozen) is int else first[frozen]  # a block's is a norm
+    first = 0 if type(frozen) is int else first[frozen]  # a block's first layer is a norm
     assert counter.get_total_flops() == 2 * (training_flops(config, dropped, frozen=frozen) - first)
 
 
@@ -217,7 +217,7 @@ def test_tensorboard_has_the_rows_and_a_batch_or_is_asked_for(train, tmp_path, m
 
 @pytest.mark.parametrize("flags", ["--freeze 1", "--freeze 2", "--freeze", "--freeze 0"])
 def test_frozen_blocks_stay_as_they_are(flags, train, tmp_path):
-    for epochs in (1, 2):  # of one seed
+    for epochs in (1, 2):  # with the same seed
         assert train(f"--name e{epochs} --epochs {epochs} --positions learned {flags}") == 0
     before, after = (weights_of(tmp_path / f"e{epochs}/last.pt") for epochs in (1, 2))
     moved = {".".join(n.split(".")[:2]) for n in before if not before[n].equal(after[n])}

@@ -1,4 +1,4 @@
-"""The Shapes: balanced, repeatable, of the areas of geometry, where their masks are."""
+"""The Shapes: balanced, repeatable, with the areas of geometry, where their masks are."""
 
 import numpy as np
 import pytest

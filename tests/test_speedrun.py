@@ -22,21 +22,21 @@ TINY = ViTConfig(patch_size=16, width=16, depth=1, heads=1)
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Compiling takes half a minute, and speedrun.py only asks for it."""
+    """Replaces torch.compile, which takes half a minute and is not what is tested."""
     monkeypatch.setattr(torch, "compile", lambda model, **_: lambda *images: model(*images))
     monkeypatch.setitem(speedrun.RECIPES, "demo", replace(speedrun.RECIPES["demo"], model=TINY))
 
 
 @pytest.fixture
 def measure(tmp_path, monkeypatch):
-    """measure("seeds --minutes 6") runs a part of a dry run into tmp_path; its exit status."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more would spin beside the other tests
+    """measure("seeds --minutes 6") dry-runs a part into tmp_path; returns its exit status."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more would compete with the other tests
     flags = ["--dry-run", "--device", "cpu", "--out", str(tmp_path), "--data-dir", str(tmp_path)]
     return lambda part: status_of(speedrun.main, [*part.split(), *flags])
 
 
 class Here:
-    """In place of `subprocess.Popen`: the trainer, in this process."""
+    """Replaces `subprocess.Popen`: runs the trainer in this process."""
 
     def __init__(self, program, stdout, **_):
         with redirect_stdout(stdout):
@@ -48,7 +48,7 @@ class Here:
 
 @pytest.mark.timeout(300)
 def test_the_sequence_of_the_half_hour(measure, monkeypatch, tmp_path, capsys):
-    """Each part in its order, with its output and its model; the second call measures nothing."""
+    """Each part runs in order, with its output and model; a second call measures nothing."""
     module = SimpleNamespace(Popen=Here, PIPE=None, TimeoutExpired=TimeoutError)
     monkeypatch.setattr(common, "subprocess", module)
     assert measure("--seeds 2 --minutes 9") == 0
@@ -71,7 +71,7 @@ def test_the_sequence_of_the_half_hour(measure, monkeypatch, tmp_path, capsys):
     assert text.count("of the matrix rate") == len(runs)
     assert f"2 seeds: test accuracy {mean:.2%} ±" in text
     assert "94% on validation images was not reached" in text
-    assert measure("--seeds 2 --minutes 9") == 0  # with its seconds: not trained again
+    assert measure("--seeds 2 --minutes 9") == 0  # the same seconds: not trained again
     assert [result_of(tmp_path / name) for name in runs] == results
     assert capsys.readouterr().out.count("images/s") == 2  # in the report
 

@@ -1,4 +1,4 @@
-"""The runs of the studies are the trainer's, and the tables are those of their results."""
+"""The studies run the trainer, and their tables match the results."""
 
 import json
 import statistics
@@ -43,7 +43,7 @@ def test_missing_runs_are_trained_and_a_failure_is_reported(study, tmp_path, cap
     assert not (tmp_path / "wrong/seed0/result.json").exists()
     assert [row["seeds"] for row in studies.table(made)] == [1]
     other = made._replace(base=f"{made.base} --label-smoothing 0.3")
-    assert studies.table(other) == []  # the run was of other options
+    assert studies.table(other) == []  # the run had other options
 
 
 def write_result(folder, command, accuracy=0.5, seconds=10.0):
@@ -59,7 +59,7 @@ def test_a_changed_recipe_or_option_leaves_older_results_known(study):
     assert recorded == "--recipe cpu --no-test --seed 1 --old 1"
     assert now == "--recipe cpu --width 64 --no-test --seed 1 --epochs 2"
     write_result(made.folder / "none/seed0", recorded.replace("seed 1", "seed 0"))
-    write_result(made.folder / "none/seed1", now)  # which a missing run is trained with
+    write_result(made.folder / "none/seed1", now)  # the flags that train a missing run
     for seed, known in ((0, True), (1, True), (2, False)):
         assert (studies.result_of(made, "none", seed) is not None) == known
     assert kept_result(made.folder / "none/seed0", now, f"{recorded} --width 8") is None
@@ -67,7 +67,7 @@ def test_a_changed_recipe_or_option_leaves_older_results_known(study):
 
 @pytest.mark.parametrize("case", ["the same", "another recipe", "other flags"])
 def test_only_a_run_of_the_same_meaning_is_resumed(tmp_path, case):
-    """A run that was stopped at its end: resumed, its seconds stay; begun anew, they change."""
+    """A run stopped at its end keeps its seconds if resumed; if started anew, they change."""
     made, smoothing = tmp_path / "unfinished", ["--label-smoothing", "0.3"] * (case != "the same")
     command = [*TINY.split(), *smoothing, "--output-dir", str(tmp_path), "--name", made.name]
     assert status_of(trainer.main, command) == 0

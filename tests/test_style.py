@@ -1,4 +1,4 @@
-"""What the figures share: readable, of the requested size, the same in every file, to scale."""
+"""What the figures share: readable, reproducible, to scale, of the requested size."""
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ from recipes import TrainConfig
 DRAW = np.random.default_rng(0)
 
 
-@style.styled  # which sets how many ticks there are
+@style.styled  # it affects the number of ticks
 def assert_readable(figure, titled=True):
-    """It has a title and no small text, and nothing leaves it."""
+    """The figure has a title and no small text, and nothing extends beyond its edges."""
     assert bool(figure.get_suptitle()) == titled
     texts = [text for text in figure.findobj(Text) if text.get_text().strip()]
     assert min(text.get_fontsize() for text in texts if text.get_visible()) >= 7
@@ -60,7 +60,7 @@ def test_a_file_has_the_requested_size_and_the_same_figure_gives_the_same_file(t
 
 def test_tiles_stand_with_rows_down_and_columns_across_on_one_scale():
     maps = np.zeros((2, 3, 1, 1))
-    maps[0, 2] = 2  # at the right of the first row
+    maps[0, 2] = 2  # at the right end of the first row
     images = sheet(maps).axes[0].get_images()
     (lit,) = [image for image in images if image.get_array().max() == 2]
     x0, _, _, y0 = lit.get_extent()
@@ -71,7 +71,7 @@ def test_tiles_stand_with_rows_down_and_columns_across_on_one_scale():
 def test_an_overlay_gives_a_lone_peak_the_color_of_a_block_and_leaves_uniform_as_it_is(tmp_path):
     """Smoothing must pass through the data: matplotlib's "bicubic" dims a lone peak to 44%."""
 
-    def pixels(values):  # 20 a patch
+    def pixels(values):  # 20 pixels a patch
         figure = Figure(figsize=(1, 1))
         axes = figure.add_axes((0, 0, 1, 1))
         style.show_picture(axes, np.full((100, 100), 120, np.uint8))

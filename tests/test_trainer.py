@@ -1,4 +1,4 @@
-"""Training: what a run leaves, sees, repeats and compiles."""
+"""Training: what a run writes, sees, reproduces and compiles."""
 
 import dataclasses
 import itertools
@@ -66,7 +66,7 @@ def test_a_result_is_written_even_if_its_picture_cannot_be_drawn(
 
 
 def watch_tokens(monkeypatch):
-    """A list that gets the number of tokens in each call of a block."""
+    """A list that receives the number of tokens at each call of a block."""
     tokens, forward = [], EncoderBlock.forward
 
     def watched(block, z):
@@ -80,7 +80,7 @@ def watch_tokens(monkeypatch):
 def test_a_recipe_sets_the_initialization_and_the_patches_it_trains_on(
     train, tmp_path, monkeypatch
 ):
-    """With a learning rate of 0 the weights stay as they began."""
+    """With a learning rate of 0, the weights stay at their initialization."""
     tokens = watch_tokens(monkeypatch)
     still = "--epochs 1 --learning-rate 0 --weight-decay 0 --optimizer adamw --seed 4"
     initializations = {
@@ -98,7 +98,7 @@ def test_a_recipe_sets_the_initialization_and_the_patches_it_trains_on(
         if name == "white":
             whiten_patches(model, small.SHAPES.train, saved.preprocessing)
         assert same_weights(saved.weights, model.state_dict())
-    assert set(tokens) == {4, 16}  # of training and of evaluation
+    assert set(tokens) == {4, 16}  # in training and in evaluation
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -109,7 +109,7 @@ def test_the_loss_falls(train, tmp_path, optimizer):
 
 
 def test_compiling_pays_by_operations_steps_and_the_kind_of_device(monkeypatch):
-    """A run of a device is asked, none is used."""
+    """The runs only name a device; none is used."""
     config = TrainConfig(epochs=10, warmup_epochs=0, batch_size=50)
     run, _ = assemble(ViT(ViTConfig()), config, small.SHAPES, Place(device=torch.device("cpu")))
     (operations,) = run.flops().values()
@@ -184,8 +184,8 @@ def test_the_last_epochs_see_whole_images_and_compiling_is_for_what_pays(
     monkeypatch.setattr(trainer, "compile_pays", lambda run, dropout: dropout == 0.5)
     flags = "--name a --epochs 5 --whole-epochs 1 --patch-dropout 0.5 --validation-images 0"
     assert train(flags + " --no-test") == 0
-    assert fast == [8] * 21  # a warm-up, and 4 epochs of 5 steps
-    assert tokens[:2] == [8, 8] and tokens[2:] == [8] * 40 + [16] * 10  # in each of 2 blocks
+    assert fast == [8] * 21  # a warm-up call, and 4 epochs of 5 steps
+    assert tokens[:2] == [8, 8] and tokens[2:] == [8] * 40 + [16] * 10  # each in 2 blocks
 
 
 def no_compiler(*_, **__):
@@ -199,7 +199,7 @@ def no_compiler(*_, **__):
 def test_a_compiled_run_is_the_same_also_with_short_batches_or_without_a_compiler(
     train, tmp_path, monkeypatch, capsys, batch_size, compiler, compiled
 ):
-    """torch.compile is given what it should compile; a batch above the images is all short."""
+    """Counts what torch.compile gets; a batch size above the data set makes one short batch."""
     calls = []
     flags = f"--epochs 1 --dropout 0.2 --batch-size {batch_size} --patch-dropout 0.5"
     assert train(f"--name plain {flags}") == 0
@@ -239,7 +239,7 @@ def test_attention_is_written_out_where_its_kernel_fails(train, monkeypatch, cap
 
 
 def test_every_size_of_a_part_is_compiled_for(train, monkeypatch):
-    """Of 45 images in four parts: 12, 11, 11 and 11; of the last 20, 5 each, which are short."""
+    """Four parts of 45 images: 12, 11, 11, 11. The last 20 make 5 each, which are short."""
     seen = []
 
     def compile(model, **_):
@@ -270,7 +270,7 @@ def break_weight(_, optimizer):
     [
         (F, "cross_entropy", lambda loss, *_: loss * NAN, 9, 0, "the loss is nan"),
         (trainer, "evaluate", lambda e, *_: e._replace(loss=NAN), 2, 50, "validation loss is nan"),
-        # The last step of the second epoch: no loss has met these weights.
+        # The last step of the second epoch: no loss has been computed with these weights.
         (torch.optim.AdamW, "step", break_weight, 10, 0, "the weights are not finite"),
     ],
 )
@@ -286,7 +286,7 @@ def test_what_is_no_number_stops_the_run_and_keeps_the_last_good_epoch(
     monkeypatch.setattr(place, name, breaking)
     assert train(f"--name a --epochs 2 --validation-images {images}") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    # The loss is looked at where the epoch ends: a step before the linear decay of 10.
+    # The loss is checked at the end of the epoch, at the last step of the linear decay over 10.
     assert f"{named} by step 10 (epoch 2, learning rate 0.00038, Muon's 0.0025)" in line
     assert "a lower --muon-learning-rate or --learning-rate" in line and "holds step 5" in line
     assert len(load_checkpoint(tmp_path / "a/last.pt").history) == 1
@@ -302,7 +302,7 @@ def test_a_run_in_a_thread_is_that_of_the_command_line(train, tmp_path, monkeypa
     options = RunOptions(output_dir=tmp_path, device="cpu")
     began = time.perf_counter()
     result = ThreadPoolExecutor().submit(trainer.fit, recipe, options, name="mine").result()
-    assert result["seconds"]["total"] <= time.perf_counter() - began  # not the process'
+    assert result["seconds"]["total"] <= time.perf_counter() - began  # not the process's
     written = result_of(tmp_path / "mine")
     assert written == json.loads(json.dumps(result))
     assert result["recipe"] == "mine" and result["command"] == ""
@@ -324,7 +324,7 @@ def test_without_a_recipe_the_machine_chooses_one_and_says_so(tmp_path, monkeypa
 
 
 def test_the_program_runs_from_any_folder(tmp_path):
-    """The real program, on the real Shapes, as small as its flags allow."""
+    """Runs the real program on the real Shapes, as small as its flags allow."""
     flags = "--recipe demo --epochs 1 --patch-size 16 --width 16 --depth 1 --heads 1 --name a"
     flags += " --output-dir runs --device cpu"
     program = [sys.executable, ROOT / "src/trainer.py", *flags.split()]
@@ -335,7 +335,7 @@ def test_the_program_runs_from_any_folder(tmp_path):
 
 
 def test_balanced_classes_weigh_alike(train, monkeypatch):
-    """A class of a third of the images counts a third as much an image."""
+    """An image of a class with 3 times as many images counts a third as much."""
     seen, cross_entropy = [], F.cross_entropy
 
     def watched(logits, targets, weights=None, **options):
@@ -392,6 +392,6 @@ def test_a_streamed_folder_trains_resumes_bit_for_bit_and_is_evaluated(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-3:]] == ["a", "b2", "b10"]
     assert any(line.startswith("class mean") for line in lines)
-    image.save(tmp_path / "pets/a/new.png")  # which moves no other between the parts
+    image.save(tmp_path / "pets/a/new.png")  # moves no other image to another split
     for task in ("--evaluate", "--resume"):
         assert small.status_of(f"{task} {tmp_path}/whole", tmp_path) == 0

@@ -11,7 +11,7 @@ from trivial_augment import BINS, OPS, apply
 
 TORCHVISIONS = v2.TrivialAugmentWide()
 SPACE = torch.from_numpy(trivial_augment.MAGNITUDES)  # (sign, operation, bin)
-DEGREES = (45.0, 135.0)  # the sources of the pixels on both diagonals lie between two pixels
+DEGREES = (45.0, 135.0)  # pixels on both diagonals come from halfway between two pixels
 BLENDS = ("Brightness", "Color", "Contrast", "Sharpness")
 
 
@@ -27,7 +27,7 @@ def pictures(channels, height, width):
 
 
 def reference(images, op, magnitude):
-    """What torchvision's policy does to images by one operation."""
+    """The images after one operation of torchvision's policy."""
     return TORCHVISIONS._apply_image_or_video_transform(
         images, OPS[op], float(magnitude), TORCHVISIONS.interpolation, TORCHVISIONS._fill
     )
@@ -39,10 +39,10 @@ def reference(images, op, magnitude):
 @pytest.mark.parametrize("size", [(3, 32, 32), (3, 24, 36), (1, 16, 16), (3, 2, 4)])
 @pytest.mark.parametrize("op", range(len(OPS)), ids=OPS)
 def test_an_operation_is_torchvisions_at_every_magnitude(op, size):
-    """Exactly, but for what the last bit of a float decides.
+    """Exactly, except where the last bit of a float decides.
 
-    Those are the diagonals at 45 and 135 degrees, and values that a blend puts at a whole number,
-    since torch rounds down: no value here, but other CPUs may add and multiply in two steps.
+    That is on the diagonals at 45 and 135 degrees, and where a blend gives a whole number, as
+    torch rounds down: no value here, but other CPUs may add and multiply in two steps.
     """
     images = pictures(*size)
     magnitudes = SPACE[:, op].flatten().unique()
@@ -87,7 +87,7 @@ def test_the_magnitudes_are_torchvisions():
 
 
 def test_operations_magnitudes_and_signs_are_drawn_alike(monkeypatch):
-    """By a chi-square of each, within five standard deviations of what is expected."""
+    """A chi-square of each is within five standard deviations of its expectation."""
     images = torch.zeros(50_000, 1, 1, 1, dtype=torch.uint8)
     draws = []
     monkeypatch.setattr(

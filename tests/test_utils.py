@@ -28,7 +28,7 @@ def test_default_generators_are_seeded_as_torch_does():
 
 
 def when_torch_is_imported(statement, program):
-    """A program that executes a statement when it begins to import torch."""
+    """Code that runs a program, and a statement when the program starts to import torch."""
     return f"""
 import os, runpy, signal, sys
 class Watch:
@@ -42,7 +42,7 @@ runpy.run_path({str(ROOT / program)!r}, run_name='__main__')
 
 @pytest.mark.parametrize("program", ["src/trainer.py", "src/predict.py", "visualization/vis.py"])
 def test_idle_threads_sleep_unless_the_user_has_set_how_they_wait(program):
-    """The setting is there when torch, which reads it, begins to be imported."""
+    """The setting is in place before the import of torch, which reads it."""
     source = when_torch_is_imported(
         "sys.exit(os.environ.get('GOMP_SPINCOUNT', 'not set'))", program
     )
@@ -88,13 +88,13 @@ utils.run_program(main)
         ("2>/dev/full", 0),
         (">/dev/full", 2),
         ("&>/dev/full", 2),
-        ("| true", 141),  # the reader is gone, of which nothing is said
+        ("| true", 141),  # the reader is gone; no message
     ],
 )
 def test_output_that_cannot_be_written_ends_no_program_and_is_no_traceback(
     tmp_path, output, status
 ):
-    """Only where a result is written nowhere else, the program says that it is lost."""
+    """The program reports a lost result only if it is written nowhere else."""
     command = f'set -o pipefail; {sys.executable} -c "{MAIN}" {tmp_path}/file {output}'
     done = ran("bash", "-c", command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
     assert done.returncode == status and (tmp_path / "file").exists()

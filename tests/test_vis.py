@@ -36,7 +36,7 @@ KINDS = {name: set(of) for name, of in (vis.OF_AN_IMAGE | vis.OF_THE_MODEL).item
 def draw(monkeypatch, tmp_path):
     """draw("model --dpi 50") draws the checkpoint tmp/run/last.pt into tmp/out.
 
-    Where no test has trained one, it is of an untrained model, in its shape like `train`'s.
+    Unless the test has made one, it holds an untrained model of the same shape as `train`'s.
     """
     monkeypatch.setattr("model.load_dataset", small.load_small)
     monkeypatch.setattr(sys, "argv", ["visualization/vis.py"])
@@ -54,19 +54,19 @@ def draw(monkeypatch, tmp_path):
 
 @pytest.fixture
 def readable(monkeypatch):
-    """Every figure that is saved is looked at."""
+    """Checks every figure that is saved."""
     save = style.save
 
     def save_readable(figure, path, dpi):
         save(figure, path, dpi)
-        figure.set_dpi(dpi)  # of its layout
+        figure.set_dpi(dpi)  # that of its layout
         assert_readable(figure, titled=path.stem != "overview")
 
     monkeypatch.setattr(style, "save", save_readable)
 
 
 def write_checkpoint(path, dataset, training=None, **options):
-    """A checkpoint of an untrained model for a data set, of 50 held-out images by default."""
+    """A checkpoint of an untrained model for a data set, with 50 held-out images by default."""
     torch.manual_seed(0)
     expected = dataset.preprocessing
     size = {"patch_size": 8, "width": 16, "depth": 2, "heads": 2} | options
@@ -88,7 +88,7 @@ def write_checkpoint(path, dataset, training=None, **options):
 
 
 def cropped(rows, columns, channels=3):
-    """SHAPES with a part of each image."""
+    """SHAPES, with only a part of each image."""
     parts = (
         data.Split(images_of(split)[:, :channels, rows, columns], split.labels)
         for split in SHAPES.splits().values()
@@ -117,13 +117,13 @@ def model_of(tmp_path, **options):
 
 
 def figures_of(subject, *groups) -> set[str]:
-    """The names of all figures of some groups, with a subject for those of an image."""
+    """The names of all figures in these groups, with the subject in those of one image."""
     of = {group: f"{group}/{subject}" if group in vis.OF_AN_IMAGE else group for group in groups}
     return {f"{of[group]}/{name}" for group in groups for name in KINDS[group]}
 
 
 def only(monkeypatch, group, name):
-    """Of a group, only one figure is drawn."""
+    """Draws only one figure of a group."""
     table = vis.OF_AN_IMAGE if group in vis.OF_AN_IMAGE else vis.OF_THE_MODEL
     monkeypatch.setitem(table, group, {name: table[group][name]})
 
@@ -300,7 +300,7 @@ def test_faithfulness_has_a_table_of_all_maps(draw, readable, tmp_path, removal,
     for name, values in areas.items():
         curves = saved[name.replace(" ", "_")]  # (4, images, shares)
         assert curves.shape == (4, 6, 8)
-        np.testing.assert_allclose(curves[0, :, 0], curves[1, :, -1], rtol=1e-5)  # the whole image
+        np.testing.assert_allclose(curves[0, :, 0], curves[1, :, -1], rtol=1e-5)  # whole image
         assert values["deletion"] == pytest.approx(explain.area(torch.tensor(curves[0])).mean())
         low, high = values["deletion_interval"]
         assert low <= values["deletion"] <= high
@@ -333,7 +333,7 @@ def test_non_square_images_have_a_wide_grid(draw, readable, monkeypatch, tmp_pat
     assert load(tmp_path, "image/validation-1/attention-of-patch")["attention"].shape[2:] == (2, 3)
     assert load(tmp_path, "data/attention-examples")["rollout"].shape == (50, 2, 3)
     assert len(manifest(tmp_path)["figures"]) == 3 + 11 + 1 + 2 + 7 + 3
-    # The model sees them normalized as the checkpoint states.
+    # The model sees the images normalized as the checkpoint states.
     patches = load(tmp_path, "steps/validation-1/1-image")["patches"]
     pixels = images_of(dataset.validation)[1] / 255
     assert patches.mean() == pytest.approx((pixels.mean().item() - 0.3) / 0.2, rel=1e-4)
@@ -349,7 +349,7 @@ def test_a_single_patch_and_a_single_channel_can_be_drawn(draw, readable, monkey
 
 @pytest.fixture
 def of_torchvision(tmp_path):
-    """A small ViT of torchvision for 7 classes, whose state dict is tmp/vit.pth."""
+    """A small ViT of torchvision for 7 classes, with its state dict in tmp/vit.pth."""
     torch.manual_seed(0)
     size = {"image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 16}
     model = torchvision.models.VisionTransformer(**size, mlp_dim=64, num_classes=7).eval()
@@ -361,7 +361,7 @@ def of_torchvision(tmp_path):
 def test_weights_of_torchvision_are_explained_on_the_photo(
     draw, readable, of_torchvision, tmp_path
 ):
-    """A photo of 120 x 60 pixels, of which the model sees the square in the middle, and a note."""
+    """A photo of 120 x 60 pixels, of which the model sees the middle square; a broken file."""
     x, y = np.meshgrid(np.arange(120), np.arange(60))
     photo = np.stack([2 * x, 4 * y, 0 * x], axis=-1).astype(np.uint8)
     name = "\u732b $x^$" + "long" * 50 + ".png"
@@ -375,7 +375,7 @@ def test_weights_of_torchvision_are_explained_on_the_photo(
     model = Model(tmp_path / "vit.pth", torch.device("cpu"), options)
     (subject,) = model.subjects([])
     assert np.array_equal(subject.photo, photo)
-    # What it sees, pixel by pixel, is where the outline is.
+    # What the model sees, pixel by pixel, lies within the outline.
     x0, y0, x1, y1 = subject.crop
     centers = x0 + (np.arange(32) + 0.5) / 32 * (x1 - x0) - 0.5
     assert abs(subject.pixels[0, 16].numpy() - 2 * centers).max() < 2
@@ -415,7 +415,7 @@ def test_a_start_layer_leaves_out_the_layers_before_it(of_torchvision, tmp_path)
 
 
 def test_what_needs_too_much_memory_is_refused_before_it_is_computed(monkeypatch, tmp_path):
-    """The estimate is of the right size for what torch keeps for the backward pass."""
+    """The estimate is close to what torch keeps for the backward pass."""
     write_checkpoint(tmp_path / "run/last.pt", SHAPES, depth=4)
     model = model_of(tmp_path, what="image")
     kept = []
@@ -425,7 +425,7 @@ def test_what_needs_too_much_memory_is_refused_before_it_is_computed(monkeypatch
     once = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
     weights = {p.untyped_storage().data_ptr() for p in model.vit.parameters()}
     measured = sum(size for place, size in once.items() if place not in weights)
-    squares = 4 * (4 + 3) * 2 * 17**2  # the gradients, and three matrices
+    squares = 4 * (4 + 3) * 2 * 17**2  # the gradients, and three more matrices
     assert explain.bytes_needed(model.config, 0) == pytest.approx(measured + squares, rel=0.3)
     monkeypatch.setattr(vis, "MOST_BYTES", explain.bytes_needed(model.config, 2))
     with pytest.raises(UserError, match="17 tokens need about 0 GB; pass --start-layer 3"):
@@ -436,7 +436,7 @@ def test_what_needs_too_much_memory_is_refused_before_it_is_computed(monkeypatch
 
 
 def test_steps_show_the_chosen_patch_layer_and_head(draw, tmp_path):
-    """The figures' arrays against the model's own parts."""
+    """Compares the figures' arrays with the model's own parts."""
     write_checkpoint(tmp_path / "run/last.pt", SHAPES)
     assert draw("steps --index 3 --query 2,4 --layer 2 --head 1 --save-data") == 0
     model, checkpoint = load_model(tmp_path / "run/last.pt")
@@ -461,7 +461,7 @@ def test_steps_show_the_chosen_patch_layer_and_head(draw, tmp_path):
 
 
 def test_a_scene_points_at_the_chosen_patch(tmp_path):
-    """Where attention is an identity, all weight of a patch is on itself."""
+    """If attention is the identity, each patch has all its weight on itself."""
     write_checkpoint(tmp_path / "run/last.pt", SHAPES)
     pixels = SHAPES.test.take(torch.arange(1)).images[0]
     scene = steps.scene_of(model_of(tmp_path, query=(2, 3)), Subject("", "", pixels, None))
@@ -537,7 +537,7 @@ def test_names_that_repeat_are_numbered():
 
 def test_it_runs_from_any_folder_without_a_display(draw, tmp_path):
     assert draw("model") == 0
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True")  # and there is no TeX
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True")  # without TeX installed
     environment = {k: v for k, v in os.environ.items() if k != "DISPLAY"}
     environment |= {"MATPLOTLIBRC": str(tmp_path), "MPLBACKEND": "module://of_a_notebook"}
     flags = "model --format svg --checkpoint run/last.pt --out here --device cpu"

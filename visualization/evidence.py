@@ -40,7 +40,7 @@ def maps(model: Model) -> Picture:
     best = min((name for name in areas if name != RANDOM), key=lambda n: areas[n]["deletion"])
     lost = {"drop": "dropped", "mean": "painted in the mean color", "black": "painted black"}
     caption = (
-        "Probability of the class that the whole image is given, as patches are "
+        "Probability of the class predicted for the whole image, as patches are "
         f"{lost[model.options.removal]}, in the order of each map and in {RANDOM_ORDERS} "
         "random orders (gray). Left, the most important are removed first: lower is better, "
         f"and lowest for {best}. Right, only the most important are left: higher is better."
@@ -150,11 +150,11 @@ def heads(model: Model) -> Picture:
     pruned = worth.pruned.double().mean(dim=1).numpy()  # (L h + 1,)
     low, high = (100 * end for end in wilson_interval(pruned, np.full(len(pruned), len(rows))))
     caption = (
-        "Left: accuracy lost without one head, whose output is set to zero, from "
-        f"{pruned[0]:.1%}; gray where the 95% bootstrap interval of the loss holds 0. The darkest "
-        "color is the largest end of an interval. Right: without more and more heads, the least "
-        "useful first, ranked on the same images, which flatters them; band: 95% Wilson "
-        "intervals. Of heads that can replace each other, each alone looks useless."
+        f"Left: accuracy lost, out of {pruned[0]:.1%}, if the output of one head is zero; gray "
+        "where its 95% bootstrap interval contains 0. The darkest color is the largest end of an "
+        "interval. Right: accuracy as more heads are removed, the least useful first, ranked on "
+        "the same images, which flatters it; band: 95% Wilson intervals. Heads that can replace "
+        "each other look useless one by one."
     )
     title = f"What a head is worth: {len(rows)} {model.of_split}"
     figure = new_figure(7.4, 2.8, title, caption)

@@ -8,7 +8,7 @@
     N   patches, H W / P^2           K    classes
     z_l tokens after block l         A    attention weights, a row for each query
 
-The classes stand in the order of the data, with the paper's equations:
+The classes follow the data flow, with the paper's equations:
 
     PatchEmbedding            z_0 = [x_class; x_p^1 E; ...; x_p^N E] + E_pos               Eq. 1
     MultiHeadSelfAttention    q, k, v = z U_qkv;  A = softmax(q k^T / sqrt(D_h));
@@ -18,10 +18,10 @@ The classes stand in the order of the data, with the paper's equations:
                               z_l = MLP(LN(z'_l)) + z'_l                                   Eqs. 2-3
     ViT                       y = LN(z_L^0), and a linear head on it                       Eq. 4
 
-`ViTConfig`, after them, holds the sizes; `MODELS` has those of the paper by name.
+`ViTConfig`, after the classes, holds the sizes; `MODELS` lists named ones, such as the paper's.
 """
 
-from __future__ import annotations  # the config stands after the classes that take it
+from __future__ import annotations  # the config is defined after the classes that use it
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -48,14 +48,14 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 class PatchEmbedding(nn.Module):
-    """Patches through one linear map E, the class token before them, positions added."""
+    """Maps patches through one matrix E, prepends the class token and adds positions."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.image_shape = (config.channels, *config.image_size)
         self.patch_size = config.patch_size
         self.proj = nn.Linear(config.channels * config.patch_size**2, config.width)  # E
-        # The class token belongs to no patch: attention gathers in it what the head needs.
+        # The class token belongs to no patch: attention collects in it what the head needs.
         self.cls_token = None
         if config.pooling == "class":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
@@ -64,7 +64,7 @@ class PatchEmbedding(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(1, config.tokens, config.width))
         else:
             positions = sincos_positions(config.grid, config.width)  # (N, D)
-            # The class token comes first; it belongs nowhere, so its position is a row of zeros.
+            # The class token comes first; it is not in the grid, so its position is zeros.
             positions = F.pad(positions, (0, 0, config.tokens - len(positions), 0))  # (T, D)
             self.register_buffer("pos_embed", positions[None], persistent=False)  # (1, T, D)
         self.dropout = nn.Dropout(config.dropout)
@@ -75,14 +75,14 @@ class PatchEmbedding(nn.Module):
         x = patchify(images, self.patch_size)  # (B, N, C P P)
         positions = self.pos_embed  # (1, T, D)
         if kept is not None:  # patch dropout: see ViT
-            x, positions = self.only(kept, x)  # N is the number kept from here, and T follows
+            x, positions = self.only(kept, x)  # from here on, N and T count what is kept
         z = self.proj(x)  # (B, N, D)
         if self.cls_token is not None:
             z = torch.cat([self.cls_token.expand(len(z), -1, -1), z], dim=1)  # (B, N+1, D)
         return self.dropout(z + positions)  # (B, T, D)  Eq. 1
 
     def only(self, kept: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The patches numbered in `kept` (B, n), and the positions of the tokens that remain."""
+        """The patches that `kept` (B, n) lists, and the positions of the remaining tokens."""
         x = x.take_along_dim(kept[:, :, None], dim=1)  # (B, n, C P P)
         first = 0 if self.cls_token is None else 1  # the class token stays
         rows = F.pad(kept + first, (first, 0))  # (B, first + n)
@@ -92,8 +92,8 @@ class PatchEmbedding(nn.Module):
 def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
     """Fixed 2-D position embedding of Beyer et al. (arXiv 2205.01580), (N, D).
 
-    The D dimensions are four quarters: sine and cosine of the column, sine and cosine of the row,
-    each at D/4 frequencies from 1 down to 1/10000.
+    The D dimensions are four quarters: sine and cosine of the column, sine and cosine of the
+    row, each at D/4 frequencies from 1 down to 1/10000.
     """
     down, across = (torch.arange(n, dtype=torch.float64) for n in grid)
     rows, columns = torch.meshgrid(down, across, indexing="ij")  # (H/P, W/P) each
@@ -110,7 +110,7 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Tensor:
 class MultiHeadSelfAttention(nn.Module):
     """Each token asks with its query, is found by its key and answers with its value.
 
-    Each of the h heads has its own queries, keys and values, so it can look for something else.
+    The h heads have their own queries, keys and values, so they can look for different things.
     """
 
     def __init__(self, config: ViTConfig):
@@ -139,7 +139,7 @@ class MultiHeadSelfAttention(nn.Module):
         return self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # (B, T, D)  Eq. 8
 
     def is_plain(self, z: Tensor) -> bool:
-        """Whether A is written out: where asked for, and where it is faster (`PLAIN_TOKENS`)."""
+        """Whether to compute A explicitly: on request, or where faster (`PLAIN_TOKENS`)."""
         short = z.device.type == "cpu" and z.shape[1] <= PLAIN_TOKENS
         return self.implementation == "plain" or (self.implementation == "auto" and short)
 
@@ -187,15 +187,15 @@ class EncoderBlock(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer: normalized images (B, C, H, W) of the config's size to logits (B, K).
 
-    Where `kept` (B, n) is given, it sees only the n patches of each image that are numbered there.
-    A training step then costs less, and augments (PatchDropout, Liu et al., arXiv 2208.07220).
+    With `kept` (B, n), it sees only the n patches of each image that `kept` lists. This makes a
+    training step cheaper, and augments (PatchDropout, Liu et al., arXiv 2208.07220).
     """
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = config
         self.embed = PatchEmbedding(config)
-        step = config.drop_path / max(config.depth - 1, 1)  # from 0 in the first block, linearly
+        step = config.drop_path / max(config.depth - 1, 1)  # rises linearly from 0
         self.blocks = nn.ModuleList(EncoderBlock(config, i * step) for i in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
         self.head = nn.Linear(config.width, config.classes)
@@ -215,17 +215,17 @@ class ViT(nn.Module):
         """The class token, z_L^0 in Eq. 4; in a model without one, the mean of the patches.
 
         With the mean, the head's gradient reaches every patch directly; small models here train
-        better with it. The reference code takes it after the LayerNorm; here, as in MAE, before.
+        better with it. It precedes the LayerNorm, as in MAE; in the reference code, it follows.
         """
         return z[:, 0] if self.config.pooling == "class" else z.mean(dim=1)  # (B, D)
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """As the paper's reference code (google-research/vision_transformer, models_vit.py).
+        """As in the paper's reference code (google-research/vision_transformer, models_vit.py).
 
-        E: LeCun normal. Matrices of the blocks: Xavier uniform, q, k and v each a D x D matrix of
-        its own. MLP biases: normal, std 1e-6. Positions: normal, std 0.02. Class token, head and
-        every other bias: zero.
+        E: LeCun normal. The blocks' matrices: Xavier uniform, with q, k and v as separate D x D
+        matrices. MLP biases: normal, std 1e-6. Positions: normal, std 0.02. Class token, head
+        and all other biases: zero.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -246,14 +246,14 @@ class ViT(nn.Module):
 
 
 def parameters_of(module: nn.Module) -> int:
-    """How many numbers the parameters of a module hold."""
+    """A module's parameter count."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 # ---------------------------------------------------------------------------- the config
 
-# Base, large and huge are the paper's Table 1, tiny and small DeiT's (arXiv 2012.12877); micro is
-# for the demo.
+# Base, large and huge are from the paper's Table 1; tiny and small are from DeiT
+# (arXiv 2012.12877); micro is for the demo.
 MODELS = {
     "micro": {"width": 64, "depth": 4, "heads": 4},
     "tiny": {"width": 192, "depth": 12, "heads": 3},
@@ -270,9 +270,9 @@ PLAIN_TOKENS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig(Config):
-    """The model's shape, and its dropout. The defaults are ViT-Ti/4 for CIFAR-10.
+    """The model's shape and dropout. The defaults are ViT-Ti/4 for CIFAR-10.
 
-    `image_size` takes a pair (H, W) or one number for a square; it is kept as a pair.
+    `image_size` takes a pair (H, W), or one number for a square; it is stored as a pair.
     """
 
     image_size: Annotated[int | tuple[int, int], "H and W in pixels: one number, or HxW"] = (32, 32)
@@ -282,8 +282,8 @@ class ViTConfig(Config):
     width: Annotated[int, "D, the length of a token", "[1, 32768]"] = 192
     depth: Annotated[int, "L, the number of encoder blocks", "[1, 1024]"] = 12
     heads: Annotated[int, "h, attention heads; D / h is the width of each", "[1, 1024]"] = 3
-    mlp_ratio: Annotated[float, "hidden width of the MLP over D", "(0, 64]"] = 4.0
-    dropout: Annotated[float, "after the embedding, the attention and MLP layers", "[0, 1)"] = 0.0
+    mlp_ratio: Annotated[float, "the MLP's hidden width over D", "(0, 64]"] = 4.0
+    dropout: Annotated[float, "after the embedding, attention and MLP layers", "[0, 1)"] = 0.0
     attention_dropout: Annotated[float, "dropout on the attention weights A", "[0, 1)"] = 0.0
     drop_path: Annotated[float, "stochastic depth: rate of the last block", "[0, 1)"] = 0.0
     qkv_bias: Annotated[bool, "a bias on queries, keys and values"] = True
@@ -299,7 +299,7 @@ class ViTConfig(Config):
 
     def __post_init__(self):
         if isinstance(self.image_size, int):
-            object.__setattr__(self, "image_size", (self.image_size,) * 2)  # it is frozen
+            object.__setattr__(self, "image_size", (self.image_size,) * 2)  # as self is frozen
         super().__post_init__()
         (H, W), P = self.image_size, self.patch_size
         if min(H, W) < 1 or H % P or W % P:
@@ -322,12 +322,12 @@ class ViTConfig(Config):
 
     @property
     def patches(self) -> int:
-        """N, the patches of an image."""
+        """N, the number of patches in an image."""
         return self.grid[0] * self.grid[1]
 
     @property
     def tokens(self) -> int:
-        """T, the tokens a block sees: the patches, and the class token where there is one."""
+        """T, the number of tokens a block sees: the patches, and any class token."""
         return self.patches + (self.pooling == "class")
 
     @property

@@ -1,9 +1,9 @@
-"""Augmentation of whole batches on the device they are on, with a random draw for each image.
+"""Augmentation of whole batches on their device, with a separate random draw for each image.
 
-Each function takes and returns uint8 images (B, C, H, W); those that mix two images also take and
-return targets (B, K), the probability of each class. A generator lives on the images' device; the
-same state of it gives the same result. Nothing waits for the device. `Augmentation` is what a
-recipe makes of them.
+Each function takes and returns uint8 images (B, C, H, W); those that mix two images also take
+and return targets (B, K), the probability of each class. A generator is on the images' device;
+the same generator state gives the same result. Nothing waits for the device. `Augmentation`
+combines the functions as a recipe says.
 `python visualization/vis.py data` draws what a checkpoint's recipe does to some images.
 """
 
@@ -19,7 +19,7 @@ from trivial_augment import trivial_augment
 from utils import copied, generator_for, seed_for
 from ViT import ViTConfig
 
-# ---------------------------------------------------------------------------- place
+# ---------------------------------------------------------------------------- geometry
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
@@ -33,15 +33,15 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
     device = images.device
     top, left = torch.randint(2 * padding + 1, (2, B), generator=generator, device=device)
     padded = F.pad(images, [padding] * 4)  # (B, C, H + 2 padding, W + 2 padding)
-    crops = padded.unfold(2, H, 1).unfold(3, W, 1)  # a view of all: (B, C, place, place, H, W)
+    crops = padded.unfold(2, H, 1).unfold(3, W, 1)  # a view: (B, C, top, left, H, W)
     return crops[torch.arange(B, device=device), :, top, left]  # (B, C, H, W)
 
 
 def random_resized_crop(images: Tensor, least: float, generator: torch.Generator) -> Tensor:
     """Resizes a random window of each image to the image's size, by bilinear interpolation.
 
-    Its area is `least` to 1 of the image's, its width 3/4 to 4/3 of its height, as in Inception
-    (Szegedy et al., arXiv 1409.4842); it is cut off at the image's size.
+    Its area is `least` to 1 of the image's, its aspect ratio 3/4 to 4/3, as in Inception
+    (Szegedy et al., arXiv 1409.4842); its sides are at most the image's.
     """
     B = len(images)
     draw = torch.rand(4, B, generator=generator, device=images.device)
@@ -52,14 +52,14 @@ def random_resized_crop(images: Tensor, least: float, generator: torch.Generator
 
 
 def resized_crop(images: Tensor, windows: Tensor) -> Tensor:
-    """Windows of images as large as the images; (4, B): top, left, height, width, as shares."""
+    """Resizes windows (4, B), as shares: top, left, height, width, to the images' size."""
     top, left, height, width = windows
     theta = torch.zeros(len(images), 2, 3, device=images.device)
-    theta[:, 0, 0], theta[:, 0, 2] = width, 2 * left + width - 1  # affine_grid counts -1 to 1
+    theta[:, 0, 0], theta[:, 0, 2] = width, 2 * left + width - 1  # affine_grid spans -1 to 1
     theta[:, 1, 1], theta[:, 1, 2] = height, 2 * top + height - 1
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    for axis, size in enumerate(reversed(images.shape[2:])):  # outside the centers, the border
-        grid[..., axis].clamp_(1 / size - 1, 1 - 1 / size)  # padding_mode="border" is not for MPS
+    for axis, size in enumerate(reversed(images.shape[2:])):  # outside, repeat the border
+        grid[..., axis].clamp_(1 / size - 1, 1 - 1 / size)  # MPS has no padding_mode="border"
     found = F.grid_sample(images.float(), grid, align_corners=False)
     return found.round().to(torch.uint8)
 
@@ -68,18 +68,18 @@ def resized_crop(images: Tensor, windows: Tensor) -> Tensor:
 
 
 def mixup(images: Tensor, targets: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al., arXiv 1710.09412): mixes each image, by its share (B,), with another."""
-    others, other_targets = images.roll(1, 0), targets.roll(1, 0)  # of a shuffled batch
+    """Mixup (Zhang et al., arXiv 1710.09412): blends images with others, by shares (B,)."""
+    others, other_targets = images.roll(1, 0), targets.roll(1, 0)  # the batch is shuffled
     kept = shares[:, None, None, None]
     mixed = (kept * images + (1 - kept) * others).round().to(torch.uint8)
     return mixed, torch.lerp(other_targets, targets, shares[:, None])
 
 
 def cutmix(images: Tensor, shares: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """CutMix (Yun et al., arXiv 1905.04899): a box of each image is the one before's.
+    """CutMix (Yun et al., arXiv 1905.04899): pastes a box of the previous image into each.
 
-    Shares (B,) of the image itself are kept, more where the box is cut off. Returns the images and
-    where the boxes are, (B, 1, H, W) bool.
+    An image keeps its share (B,) of itself, or more if the box is cut off. Returns the images
+    and a mask of the boxes, (B, 1, H, W) bool.
     """
     B, _, H, W = images.shape
     center_y, center_x = torch.rand(2, B, generator=generator, device=images.device)
@@ -90,7 +90,7 @@ def cutmix(images: Tensor, shares: Tensor, generator: torch.Generator) -> tuple[
 
 
 def _inside(center: Tensor, length: Tensor, side: int) -> Tensor:
-    """Which pixels of a side lie in intervals, of center and length (B,) as shares: (B, side)."""
+    """Which pixels of a side lie in intervals; center and length (B,) are shares: (B, side)."""
     center, half = (center * side).floor()[:, None], (length * side / 2).floor()[:, None]
     pixel = torch.arange(side, device=center.device)
     return (pixel >= center - half) & (pixel < center + half)
@@ -99,7 +99,7 @@ def _inside(center: Tensor, length: Tensor, side: int) -> Tensor:
 # ---------------------------------------------------------------------------- a batch
 
 
-OPERATIONS = {  # of `Augmentation`, by the field of a recipe that turns each on
+OPERATIONS = {  # of `Augmentation`, by the recipe field that turns each on
     "flip": "flip",
     "crop_padding": "random crop",
     "resized_crop": "random resized crop",
@@ -114,7 +114,7 @@ class Seen(NamedTuple):
 
     images: Tensor  # (B, C, H, W) uint8
     targets: Tensor  # (B, K), the probability of each class
-    kept: Tensor | None  # (B, n), the numbers of the patches that are not left out; None: all are
+    kept: Tensor | None  # (B, n), the numbers of the patches to keep; None: all
 
     def part(self, rows: Tensor) -> "Seen":
         return Seen(*(each if each is None else each[rows] for each in self))
@@ -123,13 +123,13 @@ class Seen(NamedTuple):
 class Augmentation:
     """Everything that a recipe does to a batch before the model sees it.
 
-    Of the model it needs the sizes; `count` is that of all training images.
+    It takes sizes from `model`; `count` is the number of training images.
     """
 
     def __init__(self, config: TrainConfig, model: ViTConfig, count: int, device: torch.device):
         self.config, self.model = config, model
         draw = torch.rand(count, generator=generator_for(config.seed))
-        self.coins = draw.to(device) < 0.5  # mirrored in the even epochs of alternating flips
+        self.coins = draw.to(device) < 0.5  # which alternating flips mirror in even epochs
 
     def __call__(self, images: Tensor, labels: Tensor, rows: Tensor, epoch: int, seed: int) -> Seen:
         """A batch as the model sees it.
@@ -137,11 +137,11 @@ class Augmentation:
         Args:
             images: (B, C, H, W) uint8.
             labels: (B,)
-            rows: (B,), the places of the images among the training images.
+            rows: (B,), the images' rows in the training set.
             epoch: counted from 0.
-            seed: of all the batch's draws.
+            seed: for all draws of the batch.
         """
-        config, left = self.config, self.config.epochs - epoch  # epochs to come, this one too
+        config, left = self.config, self.config.epochs - epoch  # epochs left, with this one
         generator = generator_for(seed, device=images.device)
         targets = F.one_hot(labels, self.model.classes).to(torch.get_default_dtype())
         if config.flip == "random":
@@ -164,7 +164,7 @@ class Augmentation:
         return Seen(images, targets, kept)
 
     def _mix(self, batch: Seen, seed: int, generator: torch.Generator) -> Seen:
-        """Mixup or CutMix; with both, one of them for each image."""
+        """Mixup or CutMix; with both, each image gets one of them."""
         config, (images, targets, kept) = self.config, batch
         host = np.random.default_rng(seed_for(seed, 2))  # torch's Beta takes no generator
 
@@ -175,7 +175,7 @@ class Augmentation:
         if not config.cutmix:
             return Seen(*mixup(images, targets, shares(config.mixup)), kept)
         cut, box = cutmix(images, shares(config.cutmix), generator)
-        # Labels count what the model sees: of a quarter of the patches, the box's share varies.
+        # Labels follow what the model sees: the box's share of the kept patches varies.
         of_patches = F.avg_pool2d(box.float(), self.model.patch_size).flatten(1)  # (B, N)
         seen = of_patches if kept is None else of_patches.gather(1, kept)
         others = seen.mean(dim=1, keepdim=True).to(targets.dtype)  # (B, 1)

@@ -1,4 +1,4 @@
-"""The building blocks that know nothing of images: GELU and DropPath."""
+"""Building blocks that know nothing about images: GELU and DropPath."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x Phi(x), Phi the cumulative distribution function of the standard normal."""
+    """x Phi(x), where Phi is the standard normal's cumulative distribution function."""
     return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
 
 
@@ -16,7 +16,7 @@ class GELU(nn.Module):
     """Gaussian Error Linear Unit (Hendrycks & Gimpel, arXiv 1606.08415): x times the Gaussian CDF.
 
     Smooth where ReLU has a corner, and not zero for small negative x. `F.gelu` is the formula above
-    in one kernel, which keeps only x for the backward pass; a test holds the two equal.
+    in one kernel, which keeps only x for the backward pass; a test checks that the two agree.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ class DropPath(nn.Module):
     """Stochastic depth (Huang et al., arXiv 1603.09382): drops a residual branch, image by image.
 
     In training each image's branch is zeroed with probability `rate` and the others are scaled
-    by 1 / (1 - rate), which keeps the expectation; in evaluation nothing happens. This trains an
-    ensemble of shallower networks, and regularizes.
+    by 1 / (1 - rate), which preserves the expectation; in evaluation nothing happens. This
+    trains an ensemble of shallower networks, and so regularizes.
     """
 
     def __init__(self, rate: float = 0.0):

@@ -1,9 +1,9 @@
-"""Images as batches of uint8, and what a model expects of an image; datasets.py has the data sets.
+"""Batches of uint8 images, and what a model expects of an image; datasets.py has the data sets.
 
-A `Dataset` has three splits: training, validation and test images. Where a data set has no
-validation images, a stratified part of the training images is held out, the same in every run. A
-`Split` answers `len`, `labels` and `batches(rows)`; whether its images lie in memory or are decoded
-when they are needed is its own business.
+A `Dataset` has three splits: training, validation and test images. If a data set has no
+validation images, a stratified part of the training images is held out, the same in every run.
+A `Split` has `len`, `labels` and `batches(rows)`, and hides whether its images are in memory or
+decoded on demand.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ from config import Config
 from utils import UserError, complain, copied, one_line
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # red, green, blue
-SPLIT_SEED = 0  # the held-out images do not depend on a run's seed, so that runs compare
-AHEAD = 2  # batches that are decoded while one is used
-HINTS = dict.fromkeys((".heic", ".heif"), " (pip install pillow-heif)")  # on what is not read
-MOST_BROKEN = 0.1  # share of streamed images that may turn out not to be readable
+SPLIT_SEED = 0  # not the run's: all runs hold out the same images, so they can be compared
+AHEAD = 2  # batches that are decoded ahead of the one in use
+HINTS = dict.fromkeys((".heic", ".heif"), " (pip install pillow-heif)")  # on unread files
+MOST_BROKEN = 0.1  # largest share of streamed images that may be unreadable
 
 
 # ---------------------------------------------------------------------------- preprocessing
@@ -47,11 +47,11 @@ class Preprocessing(Config):
     """What a model expects of an image; a checkpoint holds it beside the weights."""
 
     size: Annotated[tuple[int, int], "H and W in pixels"]
-    mean: Annotated[tuple[float, ...], "of each channel, of pixels from 0 to 1"]
+    mean: Annotated[tuple[float, ...], "of each channel, for pixels from 0 to 1"]
     std: Annotated[tuple[float, ...], "standard deviation of each channel"]
-    interpolation: Annotated[Literal["bicubic", "bilinear"], "of resized image files"] = "bicubic"
-    crop: Annotated[float, "share of the image, from its center, that is kept", "(0, 1]"] = 1.0
-    # Of gray of more than 8 bits, by Pillow's mode: the values that become black and white.
+    interpolation: Annotated[Literal["bicubic", "bilinear"], "for resized files"] = "bicubic"
+    crop: Annotated[float, "share of the image that the center crop keeps", "(0, 1]"] = 1.0
+    # For gray of more than 8 bits, by Pillow's mode: the values that become black and white.
     ranges: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -66,15 +66,15 @@ class Preprocessing(Config):
         return len(self.mean)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) as floats of mean 0 and std 1, of torch's default type."""
+        """uint8 images (B, C, H, W) as floats of mean 0 and std 1, in torch's default dtype."""
         shift = _pixel_scale(self.mean, images.device, torch.get_default_dtype())
         scale = _pixel_scale(self.std, images.device, torch.get_default_dtype())
         return (images.to(scale.dtype) - shift) / scale
 
     def read(self, path: str | Path, use: Callable[[Image.Image], Any] | None = None) -> Any:
-        """An image file as the model sees it: uint8 (C, H, W); of an animation the first frame.
+        """An image file as the model sees it: uint8 (C, H, W); an animation's first frame.
 
-        Or what `use` makes of the open file.
+        With `use`, what that returns for the open file.
 
         Raises:
             UserError: the file cannot be read as an image, or the model takes no image files.
@@ -95,8 +95,8 @@ class Preprocessing(Config):
     def fit(self, image: Image.Image) -> Tensor:
         """An image as the model sees it: uint8 (C, H, W).
 
-        Upright, as its EXIF says; on white where it is transparent; in RGB, or in gray for one
-        channel; resized to cover the size, then center-cropped.
+        It is turned upright by its EXIF data, put on white where transparent, converted to RGB,
+        or to gray for one channel, resized to cover the size, then center-cropped.
         """
         (H, W), method = self.size, Image.Resampling[self.interpolation.upper()]
         enough = math.ceil(2 * max(H, W) / self.crop)
@@ -104,9 +104,9 @@ class Preprocessing(Config):
         return pil_to_tensor(ImageOps.fit(flat, (W, H), method, bleed=(1 - self.crop) / 2))
 
     def flat(self, image: Image.Image, enough: int) -> Image.Image:
-        """An image upright, on white, in RGB or gray; a JPEG of about `enough` pixels each way."""
+        """An image upright, on white, RGB or gray; JPEGs at about `enough` pixels a side."""
         image.draft(None, (enough, enough))
-        image.load()  # turns a TIFF, and then drops its orientation
+        image.load()  # turns a TIFF upright, and then drops its orientation
         with suppress(Exception):  # damaged EXIF, as some cameras and editors write it
             ImageOps.exif_transpose(image, in_place=True)
         flat = self._eight_bit(image)
@@ -116,13 +116,13 @@ class Preprocessing(Config):
         return flat.convert("RGB" if self.channels == 3 else "L")
 
     def measured(self, files: Sequence[Path]) -> tuple["Preprocessing", list[str]]:
-        """With one range for all the files of each deep kind of gray, and a line on each.
+        """A copy with one range per mode of gray above 8 bits, over all files; a line on each.
 
-        The range of a kind that has one, from what a model was trained on, stays.
+        A mode that already has a range, from what a model was trained on, keeps it.
         """
 
         def extent(file: Path) -> tuple[str, float, float] | None:
-            with suppress(UserError):  # who reads it will say so
+            with suppress(UserError):  # whoever reads it later reports it
                 mode, values = self.read(file, _deep_gray)
                 return (mode, float(values.min()), float(values.max())) if mode else None
 
@@ -141,33 +141,33 @@ class Preprocessing(Config):
         return replace(self, ranges=ranges), notes
 
     def _eight_bit(self, image: Image.Image) -> Image.Image:
-        """Gray of more than 8 bits, which Pillow would cut off at 255, in 8 bits."""
+        """Scales gray of more than 8 bits, which Pillow would clip at 255, to 8 bits."""
         mode, values = _deep_gray(image)
         if not mode:
             return image
         black, white = self.ranges.get(mode) or value_range(mode, values.min(), values.max())
         scaled = (values - black) * (255 / (white - black))
-        if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF in which white is the least
+        if getattr(image, "tag_v2", {}).get(262) == 0:  # a TIFF in which 0 is white
             scaled = 255 - scaled
         return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8))
 
 
 @lru_cache
 def _pixel_scale(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Values of each channel as pixels (C, 1, 1); kept, since a copy to a GPU waits for it."""
+    """Channel values on the scale of pixels (C, 1, 1); cached, as a copy to a GPU waits."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device, dtype=dtype).view(-1, 1, 1) * 255
 
 
 @cache
 def raster_formats() -> tuple[str, ...]:
-    """Pillow's formats of pictures.
+    """Pillow's picture formats.
 
-    Not those that another program draws, which runs what they hold, or that Pillow only recognizes.
+    Without those that another program renders by running them, or that Pillow cannot decode.
     """
-    warnings.filterwarnings("ignore", module="PIL")  # what it cannot read is an error
+    warnings.filterwarnings("ignore", module="PIL")  # unreadable files are errors instead
     Image.init()
-    with suppress(ImportError):  # .heic is then left out
+    with suppress(ImportError):  # without it, .heic is left out
         import pillow_heif
 
         pillow_heif.register_heif_opener()
@@ -175,17 +175,17 @@ def raster_formats() -> tuple[str, ...]:
 
 
 def _deep_gray(image: Image.Image) -> tuple[str, np.ndarray]:
-    """The mode "I;16", "I" (32 bits, signed) or "F" of gray of more than 8 bits, and its values."""
+    """The mode of gray of more than 8 bits: "I;16", "I" (signed 32-bit) or "F"; its values."""
     if (mode := image.mode[:4]) not in ("I;16", "I", "F"):  # "I;16B" has another byte order
         return "", np.empty(0)
     return mode, np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
 
 
 def value_range(mode: str, low: float, high: float) -> tuple[float, float]:
-    """The values that become black and white, of gray from `low` to `high`.
+    """The values that become black and white, for gray from `low` to `high`.
 
-    Floats up to 1 are shares; integers have the smallest of 8, 10, 12 and 16 bits that holds all.
-    Where some are negative (a CT) or larger, the least becomes black and the largest white.
+    Floats up to 1 are shares; integers get the smallest of 8, 10, 12 and 16 bits that holds
+    all. If some are negative (a CT) or larger, the least becomes black and the largest white.
     """
     tops = (1, 255) if mode == "F" else (255, 1023, 4095, 65535)
     if low < 0 and not (mode == "F" and -1 <= low and high <= 1):
@@ -194,14 +194,14 @@ def value_range(mode: str, low: float, high: float) -> tuple[float, float]:
 
 
 def nearly_constant(images: Tensor) -> Tensor:
-    """Which of some uint8 images (n, C, H, W) show next to nothing, as if misread: (n,)."""
+    """Which uint8 images (n, C, H, W) show next to nothing, as if misread: (n,) bool."""
     return images.flatten(1).amax(1) - images.flatten(1).amin(1) < 16
 
 
 def image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The image files in a folder and its subfolders, at least one, and how many others of a kind.
+    """The image files in a folder and its subfolders, at least one; and counts of other files.
 
-    Image files have the extension of a format; what is hidden is none.
+    Image files are recognized by extension; hidden ones do not count.
     """
 
     def refuse(error: OSError) -> None:
@@ -211,7 +211,7 @@ def image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
     extensions = {e for e, name in Image.registered_extensions().items() if name in formats}
     found, others, seen = [], Counter(), set()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link that leads back
+        if (real := os.path.realpath(place)) in seen:  # a link back to a seen folder
             folders.clear()
             continue
         seen.add(real)
@@ -230,7 +230,7 @@ def image_files(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 
 def by_kind(others: Counter[str]) -> str:
-    """What is left out of a folder, in a line."""
+    """The files left out of a folder, in a line."""
     return ", ".join(f"{n:,} {kind}{HINTS.get(kind, '')}" for kind, n in sorted(others.items()))
 
 
@@ -252,7 +252,7 @@ class Split:
         return len(self.labels)
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
-        """A batch for each tensor of row numbers, which are on the device of the labels."""
+        """A batch for each tensor of row numbers, which are on the labels' device."""
         return (Batch(self._images[each], self.labels[each]) for each in rows)
 
     def take(self, rows: Tensor) -> Batch:
@@ -267,24 +267,24 @@ class Split:
 
 
 class StreamedSplit(Split):
-    """Images that threads `read` as they are needed, uint8 (C, H, W); only labels are in memory.
+    """Images that threads `read` on demand, uint8 (C, H, W); only the labels are in memory.
 
-    In place of an image that cannot be read stands the next one of its class that can.
+    An image that cannot be read is replaced by the next readable one of its class.
     """
 
     def __init__(self, items: Sequence[Any], read: Callable[[Any], Tensor], labels: Tensor):
         self.items, self.read, self.labels = items, read, labels
-        self.broken: dict[int, str] = {}  # rows found so far, with what is wrong
+        self.broken: dict[int, str] = {}  # unreadable rows found so far, and why
 
     def _attempt(self, row: int) -> Tensor | None:
-        """An image, or None where it cannot be read, and a note of why."""
+        """An image, or None if it cannot be read; `broken` then says why."""
         try:
             return self.read(self.items[row])
-        except Exception as error:  # ours, or that of a library which opens the file itself
+        except Exception as error:  # ours, or of a library that opens the file itself
             self.broken[row] = one_line(error)
 
     def image(self, row: int) -> Tensor:
-        """An image; UserError where none of its class can be read, or too many cannot."""
+        """An image or its stand-in; UserError if there is none, or too many are broken."""
         for step in range(len(self)):
             each = (row + step) % len(self)
             if each in self.broken or (step and self.labels[each] != self.labels[row]):
@@ -297,7 +297,7 @@ class StreamedSplit(Split):
         raise UserError(f"too many images cannot be read: {len(self.broken)}, first {first}")
 
     def batches(self, rows: Iterable[Tensor]) -> Iterator[Batch]:
-        """As of a `Split`, in the same order; says at the end what could not be read."""
+        """As in `Split`, in the same order; reports unreadable images at the end."""
         rows, known = list(rows), len(self.broken)
         numbers = [each.tolist() for each in rows]  # now, as this waits for a GPU
         try:
@@ -317,7 +317,7 @@ class StreamedSplit(Split):
         return StreamedSplit(self.items, self.read, self.labels.to(device))
 
     def decoded(self, shape: tuple[int, ...]) -> tuple[Split, list[int]]:
-        """In memory, each of `shape`, without `broken` rows; and those that are nearly constant."""
+        """A split of `shape` in memory, without `broken` rows; and nearly constant rows."""
         images = torch.zeros(len(self), *shape, dtype=torch.uint8)
         for row, image in enumerate(read_all(self._attempt, range(len(self)), "decoding")):
             if image is not None:
@@ -329,17 +329,17 @@ class StreamedSplit(Split):
 
 
 def read_all(read: Callable[[Any], Any], items: Sequence[Any], doing: str) -> Iterator[Any]:
-    """What `read` gives for each item, by threads; with a progress bar where it takes long."""
+    """Reads all items in threads, in order; shows a progress bar if that takes long."""
     chunks = (items[start : start + 64] for start in range(0, len(items), 64))
     found = chain.from_iterable(in_threads(read, chunks))
     yield from tqdm(found, doing, len(items), delay=1, disable=None, leave=False)
 
 
 def in_threads(read: Callable[[Any], Any], batches: Iterable[Sequence[Any]]) -> Iterator[list[Any]]:
-    """What `read` gives for each item of each batch, in order; threads are `AHEAD` batches ahead.
+    """Reads each item of each batch, in order; threads work `AHEAD` batches ahead.
 
-    Pillow decodes and resizes without Python's lock. Processes would need shared memory, signals
-    and locks of their own.
+    Threads are enough: Pillow decodes and resizes without Python's lock. Processes would need
+    their own shared memory, signals and locks.
     """
     may_use = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pool, begun = ThreadPoolExecutor(may_use), deque()
@@ -356,15 +356,15 @@ def in_threads(read: Callable[[Any], Any], batches: Iterable[Sequence[Any]]) -> 
 def shuffled_batches(
     split: Split, batch_size: int, generator: torch.Generator
 ) -> tuple[Tensor, ...]:
-    """The row numbers of a split in batches; each comes once, and the last batch may be short."""
-    rows = torch.randperm(len(split), generator=generator)  # on the CPU: alike for every device
+    """A split's row numbers in shuffled batches, each row once; the last batch may be short."""
+    rows = torch.randperm(len(split), generator=generator)  # on the CPU: same for all devices
     return rows.to(split.labels.device).split(batch_size)
 
 
 def stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to hold out; every class gives its share of the latter.
+    """Rows to train on and rows to hold out; each class is held out in proportion to its size.
 
-    Where the shares are no whole numbers, those with the largest fractions are rounded up.
+    If the shares are not whole numbers, those with the largest fractions are rounded up.
     """
     counts = labels.bincount()  # (K,)
     shares = counts.double() * held_out / len(labels)
@@ -385,7 +385,7 @@ def stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
 
 
 def digest(name: str) -> int:
-    """63 bits that depend only on a name."""
+    """A 63-bit hash that depends only on a name."""
     hashed = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
     return int.from_bytes(hashed, "big") >> 1
 
@@ -393,10 +393,10 @@ def digest(name: str) -> int:
 def split_by_name(
     names: Sequence[str], labels: Tensor, share: float, salt: str
 ) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to hold out: those whose name has a hash in the lowest `share`.
+    """Rows to train on and rows to hold out: those whose name hashes into the lowest `share`.
 
-    So no name depends on another, but in a class of which all or none would be held out: of two
-    and more, the lowest is held out and the highest is not; a single one is trained on.
+    So names are independent, except in a class that would be held out whole or not at all: of
+    two or more, the lowest hash is held out and the highest is not; a single one is trained on.
     """
     places = torch.tensor([digest(f"{salt}/{name}") for name in names])
     out = places < share * 2**63
@@ -412,7 +412,7 @@ def split_by_name(
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set in three parts; without validation or test images that part is None."""
+    """A data set in three splits; the validation or test split is None if it has none."""
 
     name: str
     classes: tuple[str, ...]
@@ -422,11 +422,11 @@ class Dataset:
     test: Split | None = None
     notes: tuple[str, ...] = ()  # lines for the user
     drawn_from: int = 0  # how many images the held-out ones were drawn from, by row; 0: none were
-    # Of a folder, by the `digest` of a picture's name relative to it:
-    trained: Tensor | None = None  # (n,) int64, of those to train on
+    # Only for a folder, by the `digest` of a picture's path relative to it:
+    trained: Tensor | None = None  # (n,) int64, the pictures to train on
     held_out: dict[int, str] = field(default_factory=dict)  # the names of those drawn as held out
 
     def splits(self) -> dict[str, Split]:
-        """The parts that there are, by the names of their fields."""
+        """The splits that exist, by the names of their fields."""
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in parts.items() if split}

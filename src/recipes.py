@@ -1,4 +1,4 @@
-"""How to train: the options, and named sets of them with the accuracy to expect."""
+"""The training options, and recipes: named sets of them with the accuracy to expect."""
 
 import math
 import re
@@ -14,14 +14,14 @@ from ViT import MODELS, ViTConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """Everything besides the model that a run depends on; RunOptions says where it is kept."""
+    """Everything besides the model that determines a run; RunOptions says where it is saved."""
 
     dataset: Annotated[str, f"data set: {', '.join(DATASETS)}, {FOLDER}PATH"] = "cifar10"
     validation_images: Annotated[float, "training images held out, or a share", "[0, 1e9]"] = 0.1
     initialization: Annotated[Literal["paper", "mimetic"], "mimetic: of attention"] = "paper"
     whiten_patches: Annotated[bool, "begin with a patch embedding that whitens pixels"] = False
     init_from: Annotated[str | None, "weights: FILE, timm:NAME, torchvision:NAME[:WEIGHTS]"] = None
-    # What those weights expect of images, where that is assumed.
+    # What those weights expect of images, if that would be assumed.
     mean: Annotated[tuple[float, ...] | None, "of all channels of --init-from, or of each"] = None
     std: Annotated[tuple[float, ...] | None, "standard deviation of the same"] = None
     crop: Annotated[float | None, "share of an image file that is kept, of the same"] = None
@@ -30,7 +30,7 @@ class TrainConfig(Config):
     steps: Annotated[int, "steps in place of epochs; 5 epochs at least", "[0, 1e9]"] = 0
     batch_size: Annotated[int, "images per step; 0: a fifth of the set or 50", "[0, 1e7]"] = 500
     accumulate: Annotated[int, "parts of a batch, one by one, to save memory", "[1, 1e7]"] = 1
-    # Muon is for all matrices but the head's, and then AdamW for the rest.
+    # Muon updates all matrices but the head's, and AdamW the rest.
     optimizer: Annotated[Literal["adamw", "muon", "sgd"], "muon: of matrices, else adamw"] = "adamw"
     learning_rate: Annotated[float, "peak learning rate of AdamW or SGD", "[0, 1000]"] = 1e-3
     muon_learning_rate: Annotated[float, "Muon's peak learning rate", "[0, 1000]"] = 0.02
@@ -49,12 +49,12 @@ class TrainConfig(Config):
     mixup: Annotated[float, "Mixup alpha; 0 disables", "[0, 1000]"] = 0.0
     cutmix: Annotated[float, "CutMix alpha; 0 disables; with Mixup, either one", "[0, 1000]"] = 0.0
     patch_dropout: Annotated[float, "share of patches left out in training", "[0, 1)"] = 0.0
-    # What ends within a run is off in its last epochs.
+    # How many epochs before the end something is turned off.
     whole_epochs: Annotated[int, "epochs at the end without patch dropout", "[0, 1e6]"] = 0
     policy_off_epochs: Annotated[int, "epochs at the end without the policy", "[0, 1e6]"] = 0
     mixing_off_epochs: Annotated[int, "epochs at the end without mixing", "[0, 1e6]"] = 0
     validate_every: Annotated[int, "epochs between validations", "[1, 1e6]"] = 1
-    # auto: bf16 where the hardware multiplies it, else fp16 on a GPU of CUDA (not yet run there).
+    # auto: bf16 if the hardware multiplies it, else fp16 on a CUDA GPU (not yet run there).
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32"], "auto: by the hardware"] = "auto"
     compile: Annotated[
         Literal["auto", "on", "graphs", "off"],
@@ -80,18 +80,18 @@ class TrainConfig(Config):
             raise UserError(f"warmup_epochs {self.warmup_epochs} is not below epochs {self.epochs}")
 
     def for_images(self, count: int) -> "TrainConfig":
-        """This config with a batch size and epochs for `count` training images, if it has none."""
+        """This config with a missing batch size or epochs set for `count` training images."""
         batch_size = self.batch_size or min(50, max(1, count // 5))
         epochs = self.epochs or max(5, math.ceil(self.steps / math.ceil(count / batch_size)))
         return replace(self, batch_size=batch_size, epochs=epochs, steps=0)
 
     def patch_dropout_in(self, epoch: int) -> float:
-        """The share of patches that are left out in an epoch, counted from 0."""
+        """The share of patches left out in an epoch, counted from 0."""
         return self.patch_dropout if epoch < self.epochs - self.whole_epochs else 0.0
 
 
 def patches_kept(patches: int, patch_dropout: float) -> int:
-    """How many of an image's patches patch dropout keeps; one at least."""
+    """How many of an image's patches patch dropout keeps; at least one."""
     return max(1, round(patches * (1 - patch_dropout)))
 
 
@@ -122,7 +122,7 @@ class RunOptions(Config):
 class Recipe:
     """A model, how to train it, and the accuracy to expect."""
 
-    about: str  # a summary; then, where they are known, the time and the accuracy to expect
+    about: str  # a summary; then, if known, the time and the accuracy to expect
     model: ViTConfig
     train: TrainConfig
 
@@ -159,8 +159,8 @@ _SGD = TrainConfig(
     init_from="checkpoints/vit_cifar10.pt", optimizer="sgd", weight_decay=0.0, label_smoothing=0.0
 )
 
-# A command that is not given is `python src/trainer.py --recipe NAME`. Times are of two cores of an
-# Intel Xeon with AMX, in bfloat16, with torch 2.14.1; accuracies are means over the seeds.
+# Unless stated, the command is `python src/trainer.py --recipe NAME`. Times are of two cores of
+# an Intel Xeon with AMX, in bfloat16, with torch 2.14.1; accuracies are means over the seeds.
 RECIPES = {
     "default": Recipe(
         about="For a GPU, untested: the model of `shipped`, for 300 epochs that end as in `core`.",

@@ -1,7 +1,7 @@
-"""`Run` holds what stays fixed in training, `State` what a step changes; new and resumed runs.
+"""`Run`, what stays fixed in training; `State`, what a step changes; starting and resuming.
 
-The training loop of trainer.py moves the `State` from step to step. A checkpoint is the configs of
-the `Run` and `State.to_dict()`.
+The training loop in trainer.py advances the `State` step by step. A checkpoint consists of the
+`Run`'s configs and `State.to_dict()`.
 """
 
 import dataclasses
@@ -50,41 +50,41 @@ _STARTED = time.perf_counter()
 
 @dataclass
 class State:
-    """All that a step changes; of the sums, each rank holds its part."""
+    """Everything that a step changes; each rank holds its own part of the sums."""
 
     model: ViT
     optimizers: list[torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler  # of the loss in float16; in other precisions it does nothing
-    step: int = 0  # done since the run began
+    scaler: torch.amp.GradScaler  # scales the loss in float16; otherwise does nothing
+    step: int = 0  # steps done since the run began
     history: list[EpochRecord] = field(default_factory=list)
-    sums: dict[str, Tensor] = field(default_factory=dict)  # over the epoch so far, of one number
+    sums: dict[str, Tensor] = field(default_factory=dict)  # one number each, of this epoch
     seconds: dict[str, float] = field(default_factory=lambda: {"epoch": 0.0, "compile": 0.0})
-    compiled: str | bool = False  # or how the model is: "default", or "graphs" for CUDA graphs
-    started: float = _STARTED  # on the clock of `time.perf_counter`, less what came before
+    compiled: str | bool = False  # or how: "default", or "graphs" for CUDA graphs
+    started: float = _STARTED  # on `time.perf_counter`'s clock, minus earlier seconds
 
     @property
     def epoch(self) -> int:
-        """Epochs done, which is also the number of the current one, counted from 0."""
+        """Epochs done; also the number of the current one, counted from 0."""
         return len(self.history)
 
     @property
     def total_seconds(self) -> float:
-        """Of all processes of the run, each from when torch is imported."""
+        """Of this process and those that it resumes, each counted from importing torch."""
         return time.perf_counter() - self.started
 
     def count(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Adds a part of a batch to the sums; a new metric is one more, and a column of the record.
+        """Adds part of a batch to the sums. A new metric is a sum here, a field of the record.
 
-        The loss is the part's share of the mean over the batch; logits and targets are (n, K).
+        The loss is the part's share of the batch mean; logits and targets are (n, K).
         """
         hits = logits.argmax(dim=1) == targets.argmax(dim=1)
         added = {"loss": loss.detach(), "correct": hits.sum()}
-        # A sum that the checkpoint of a begun epoch lacks is not begun within it.
+        # If the checkpoint of an unfinished epoch lacks a sum, it starts with the next epoch.
         sums = self.sums or dict.fromkeys(added, 0)
         self.sums = {name: sums[name] + each for name, each in added.items() if name in sums}
 
     def set_learning_rates(self, factor: float) -> None:
-        """Sets each group of weights to a share of its peak rate."""
+        """Sets each parameter group's learning rate to `factor` times its peak."""
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak_lr"] * factor
 
@@ -93,7 +93,7 @@ class State:
         self.sums, self.seconds["epoch"] = {}, 0.0
 
     def to_dict(self, totals: dict[str, Tensor]) -> dict[str, Any]:
-        """The state as a `Checkpoint` has it; the totals are the sums over all ranks."""
+        """The state as fields of a `Checkpoint`; `totals` are the sums over all ranks."""
         return {
             "weights": dict(self.model.state_dict()),
             "optimizers": [optimizer.state_dict()["state"] for optimizer in self.optimizers],
@@ -105,7 +105,7 @@ class State:
         }
 
     def load(self, saved: Checkpoint, world: World = ALONE) -> None:
-        """The inverse of `to_dict`, for a fresh state; rank 0 is credited with the sums of all."""
+        """The inverse of `to_dict`, for a fresh state; rank 0 gets the sums of all ranks."""
         self.model.load_state_dict(saved.weights)
         load_optimizers(self.optimizers, saved.optimizers)
         if saved.scaler:
@@ -122,7 +122,7 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a run is trained and kept."""
+    """Where a run trains and is saved."""
 
     device: torch.device
     options: RunOptions = field(default_factory=RunOptions)
@@ -132,16 +132,16 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Place):
-    """What stays fixed in training; only its folder and its signals have a state of their own."""
+    """What stays fixed in training; only the folder and the signals are mutable."""
 
-    recipe: str  # the name that checkpoints and result.json state
+    recipe: str  # the name in checkpoints and result.json
     config: TrainConfig
     dataset: Dataset
     precision: str  # "bf16", "fp16" or "fp32"
     model_config: ViTConfig
-    parallel: Callable[..., Tensor]  # the model of the state, over all ranks
+    parallel: Callable[..., Tensor]  # the state's model, across all ranks
     augment: Augmentation
-    normalize: Callable[[Tensor], Tensor]  # what a batch is to the model
+    normalize: Callable[[Tensor], Tensor]  # uint8 images to the model's input
     class_weights: Tensor | None  # (K,)
     stop: StopSignals = field(default_factory=StopSignals)
 
@@ -151,14 +151,14 @@ class Run(Place):
 
     @property
     def features_once(self) -> bool:
-        """Whether a frozen model sees each image alike in every epoch."""
+        """Whether the model is frozen and sees an image the same way in every epoch."""
         config, model = self.config, self.model_config
         varying = [getattr(config, name) for name in (*OPERATIONS, "patch_dropout")]
         varying += [model.dropout, model.attention_dropout, model.drop_path]
         return config.freeze is True and not any(value and value != "off" for value in varying)
 
     def on_features(self, state: State) -> "Run":
-        """The run of only the head, on the other layers' outputs, where those are the same."""
+        """If `features_once`, a run that trains the head alone, on features computed once."""
         if not self.features_once:
             return self
         train = self.dataset.train
@@ -169,14 +169,14 @@ class Run(Place):
         return dataclasses.replace(self, dataset=dataset, **on_features)
 
     def steps_done(self, state: State) -> int:
-        """Steps of the current epoch that are done."""
+        """Steps done in the current epoch."""
         return state.step - state.epoch * self.steps_per_epoch
 
     def rate_factor(self, step: int) -> float:
-        """`learning_rate_factor` at a step of the run, 0 for its first."""
+        """`learning_rate_factor` at a step of the run, counted from 0."""
         config, an_epoch = self.config, self.steps_per_epoch
         first_whole = max(0, config.epochs - config.whole_epochs) * an_epoch
-        cost = 1.0  # of a step on whole images; 1 for the steps before them
+        cost = 1.0  # of a step on whole images, relative to a step before them
         if config.schedule_over == "operations":
             fewer = training_flops(self.model_config, config.patch_dropout)
             cost = training_flops(self.model_config) / fewer
@@ -188,7 +188,7 @@ class Run(Place):
         return learning_rate_factor(clock(step), clock(steps), clock(warmup), config.schedule)
 
     def flops(self) -> dict[float, float]:
-        """Floating-point operations of the training, by the share of patches left out."""
+        """Floating-point operations of the whole training, by rate of patch dropout."""
         epochs = Counter(map(self.config.patch_dropout_in, range(self.config.epochs)))
         frozen, images = self.config.freeze, len(self.dataset.train)
         if self.features_once:
@@ -200,26 +200,26 @@ class Run(Place):
             for dropout, count in epochs.items()
         }
 
-    # ------------------------------------------------------------------------ of a step
+    # --------------------------------------------------------------------------- a step
 
     def batches_left(self, state: State) -> tuple[Tensor, ...]:
-        """The rows of each batch that is left of the epoch; they depend on the seed and epoch."""
+        """The rows of each remaining batch of the epoch; seed and epoch determine them."""
         order = generator_for(self.config.seed, state.epoch)
         batches = shuffled_batches(self.dataset.train, self.config.batch_size, order)
         return batches[self.steps_done(state) :]
 
     def seed_draws(self, state: State) -> int:
-        """Seeds what the coming step draws, which then does not depend on what came before.
+        """Seeds the next step's random draws, so they do not depend on earlier ones.
 
-        Dropout and drop path draw from torch's generators, differently on each rank. The seed that
-        is returned, of augmentation, is the same on every rank.
+        Dropout and drop path draw from torch's generators, differently on each rank. The seed
+        returned, for augmentation, is the same on every rank.
         """
         key = (self.config.seed, state.epoch, self.steps_done(state))
         seed_default_generators(seed_for(*key, self.world.rank), self.device)
         return seed_for(*key)
 
     def parts(self, batch: Seen) -> Iterator[Seen]:
-        """This rank's share of a batch, in the parts of gradient accumulation.
+        """This rank's share of a batch, in parts for gradient accumulation.
 
         Gradients are averaged over the ranks only in the backward pass of the last part.
         """
@@ -231,7 +231,7 @@ class Run(Place):
         yield batch.part(last)
 
     def ready(self, model: ViT, epoch: int) -> None:
-        """Puts a model in training mode; where whole epochs follow, drop path waits for them."""
+        """Puts a model in training mode; drop path stays off until any whole epochs begin."""
         model.train()
         waits = self.config.whole_epochs and self.config.patch_dropout_in(epoch)
         for module in model.modules():
@@ -239,7 +239,7 @@ class Run(Place):
                 module.train(not waits)
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The sum over some images of the cross-entropy between (n, K) logits and targets."""
+        """The cross-entropy between (n, K) logits and targets, summed over the images."""
         return F.cross_entropy(
             logits.to(targets.dtype),
             targets,
@@ -248,17 +248,17 @@ class Run(Place):
             reduction="sum",
         )
 
-    # ------------------------------------------------------------------------ of an epoch
+    # --------------------------------------------------------------------------- an epoch
 
     def totals(self, state: State) -> dict[str, Tensor]:
-        """The sums over all ranks, on the CPU, for which the host waits, or `Diverged`."""
+        """The sums over all ranks, on the CPU; waits for the device. May raise `Diverged`."""
         totals = {name: self.world.sum(value) for name, value in state.sums.items()}
         if "loss" in totals and not totals["loss"].isfinite():
             raise self.diverged(state, f"the loss is {totals['loss'].item()}")
         return totals
 
     def record(self, state: State, totals: dict[str, Tensor]) -> EpochRecord:
-        """The row of an epoch whose steps are done, from its `totals`."""
+        """The record of an epoch whose steps are done, from its `totals`."""
         images, rate = len(self.dataset.train), self.rate_factor(state.step - 1)
         return EpochRecord(
             epoch=state.epoch + 1,
@@ -287,13 +287,13 @@ class Run(Place):
     # ------------------------------------------------------------------------ on disk
 
     def save_is_due(self, state: State) -> bool:
-        """Whether to save now; the last step of an epoch leaves that to the epoch's end."""
+        """Whether to save now; after an epoch's last step, `train_epochs` decides that."""
         minutes = (time.perf_counter() - self.folder.saved_at) / 60
         ends_epoch = self.steps_done(state) == self.steps_per_epoch
         return minutes >= self.options.save_minutes and not ends_epoch
 
     def save(self, state: State, **how: bool) -> None:
-        """Saves the state on rank 0, or raises `Diverged`; `how` is as of `RunFolder.save`."""
+        """Saves the state on rank 0, or raises `Diverged`; `how` is for `RunFolder.save`."""
         totals = self.totals(state)
         if not all(weight.isfinite().all() for weight in state.model.state_dict().values()):
             raise self.diverged(state, "the weights are not finite")
@@ -313,13 +313,13 @@ class Run(Place):
             self.folder.save(checkpoint, **how)
 
     def is_best(self, state: State) -> bool:
-        """Whether --keep-best is for the last epoch: none validates better."""
+        """Whether --keep-best keeps the last epoch: no earlier one validates better."""
         rows = state.history[self.folder.best_from :]
         accuracies = [row.validation_accuracy or 0 for row in rows]
         return self.options.keep_best and accuracies[-1] == max(accuracies)
 
     def result(self, state: State) -> dict[str, Any]:
-        """What result.json says of the training; `train` adds the test and the other timings."""
+        """The training part of result.json; `train` adds the test and the other timings."""
         training = sum(record.seconds for record in state.history)
         return {
             "recipe": self.recipe,
@@ -342,7 +342,7 @@ class Run(Place):
         }
 
     def is_finished(self, state: State) -> bool:
-        """Whether all epochs are done and their result is written, with the test if wanted."""
+        """Whether all epochs are done and result.json is written, with the test if wanted."""
         try:
             result = json.loads((self.folder.path / "result.json").read_text())
             untested = self.dataset.test and result["test_accuracy"] is None
@@ -358,7 +358,7 @@ class Run(Place):
             print(printable(line), flush=True)
 
     def headline(self, state: State) -> str:
-        """What is about to be trained, on what."""
+        """One line on the model, the data, the precision and the device."""
         count = f"{self.world.size} x " if self.world.size > 1 else ""
         return (
             f"{self.folder.path}: ViT of {parameters_of(state.model):,} parameters on "
@@ -368,11 +368,11 @@ class Run(Place):
 
 
 def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: int = False) -> int:
-    """Floating-point operations of a training step for each image, as the scaling papers count.
+    """Floating-point operations per image of a training step, as the scaling papers count them.
 
     2 per weight and token in the forward pass, twice that in the backward pass, and the two
     products of attention; norms, softmax and GELU are left out (Kaplan et al., arXiv 2001.08361;
-    PaLM, arXiv 2204.02311, B). What is `frozen` (`TrainConfig.freeze`) has no backward pass.
+    PaLM, arXiv 2204.02311, B). `frozen` layers (`TrainConfig.freeze`) have no backward pass.
     """
     D, N = config.width, config.patches
     kept = patches_kept(N, patch_dropout)
@@ -387,7 +387,7 @@ def training_flops(config: ViTConfig, patch_dropout: float = 0.0, *, frozen: int
 
 
 def load_data(config: TrainConfig, preprocessing: Preprocessing, place: Place) -> Dataset:
-    """The data set of a run. What needs deterministic kernels comes after it."""
+    """Loads a run's data set, after turning on deterministic kernels if they are wanted."""
     if config.deterministic and place.device.type == "cuda":
         devices.use_deterministic_kernels()
     return datasets.load_dataset(
@@ -403,7 +403,7 @@ def load_data(config: TrainConfig, preprocessing: Preprocessing, place: Place) -
 def assemble(
     model: ViT, config: TrainConfig, dataset: Dataset, place: Place, recipe: str = ""
 ) -> tuple[Run, State]:
-    """A run and its first state, of a model on the CPU as initialized."""
+    """A run and its first state, from an initialized model on the CPU."""
     count, device, world = len(dataset.train), place.device, place.world
     if config.compile == "graphs" and (device.type != "cuda" or world.size > 1):
         raise UserError("--compile graphs needs one CUDA device; use --compile on")
@@ -448,14 +448,14 @@ def new_run(
     place: Place,
     chosen: dict[str, Any] | None = None,
 ) -> tuple[Run, State]:
-    """A fresh run; the model's channels and classes are those of the data set.
+    """Starts a run; the data set sets the model's channels and classes.
 
-    Weights to start from must agree with the `chosen` fields of a model's config, and set those
-    that are not free. Where anything cannot be used, nothing was changed.
+    With `init_from`, the weights must agree with the `chosen` fields of the model's config, and
+    set those that are not `pretrained.FREE`. If this fails, the run's folder is unchanged.
     """
     config = dataclasses.replace(config, dataset=datasets.anchored(config.dataset))
     if place.world.leads:
-        place.folder.refuse_existing(place.options.overwrite)  # before what may be a long download
+        place.folder.refuse_existing(place.options.overwrite)  # before a possibly long download
     start = None
     if config.init_from:
         heads, chosen = (chosen or {}).get("heads"), chosen or {}
@@ -493,8 +493,8 @@ def new_run(
 
 
 def resumed_run(path: Path, changes: dict[str, Any], place: Place) -> tuple[Run, State]:
-    """The run of a last.pt, as that left it, but for changes of `epochs` and `accumulate`."""
-    if path.name != "last.pt":  # which the run would overwrite
+    """The run of a last.pt, as it left off, with `changes` to its training config."""
+    if path.name != "last.pt":  # the file that the run goes on to overwrite
         raise UserError(f"--resume takes a run's folder or its last.pt, not {path}")
     if place.world.leads:
         place.folder.take()
@@ -512,7 +512,7 @@ def resumed_run(path: Path, changes: dict[str, Any], place: Place) -> tuple[Run,
         if not checkpoint.optimizers:
             raise UserError("it holds a model without its optimizers, for sharing")
         state.load(checkpoint, place.world)
-        if state.history and dataset.trained is not None:  # pictures come and go, and so do steps
+        if state.history and dataset.trained is not None:  # pictures may have changed
             last, spe = state.history[-1], run.steps_per_epoch
             state.step += state.epoch * spe - last.step
             state.history[-1] = dataclasses.replace(last, step=state.epoch * spe)

@@ -42,33 +42,33 @@ from run import Place, Run, State, new_run, resumed_run
 from utils import Stopped, UserError, first_line, is_out_of_memory, run_program
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # images and kept patches to logits
-LOOK_EVERY = 20  # steps between looks at the loss and at the other ranks, which wait
+LOOK_EVERY = 20  # steps between checks of the loss and the other ranks; each makes all wait
 
 
 # ---------------------------------------------------------------------------- a step
 
 
 def train_epoch(run: Run, state: State, model: Forward) -> None:
-    """Shows the model every training image once, or those that an interrupted epoch has left.
+    """Trains on every training image once, or on those left of an interrupted epoch.
 
-    Every rank makes the same augmented batch and takes a share of it.
+    Every rank builds the same augmented batch and takes its share of it.
 
     Raises:
         Diverged: a loss is not finite.
-        Stopped: a signal has come; the run has saved, or tried to.
+        Stopped: a signal has arrived; the run has saved, or tried to.
     """
     world, train = run.world, run.dataset.train
-    order = run.batches_left(state)  # rows of the training images, for each step
+    order = run.batches_left(state)  # for each step, rows of the training set
     started = time.perf_counter() - state.seconds["epoch"]
     run.ready(state.model, state.epoch)  # in training mode
     with progress_bar(run, state) as bar:
         for rows, (images, labels) in zip(order, train.batches(order), strict=True):
-            seed = run.seed_draws(state)  # of (seed, epoch, step), so a resumed run draws the same
+            seed = run.seed_draws(state)  # from seed, epoch, step: a resumed run repeats them
             batch = run.augment(images, labels, rows, state.epoch, seed)
             for part in run.parts(batch):  # this rank's share, in --accumulate parts
                 with autocast(run.precision, run.device):
                     logits = model(run.normalize(part.images), part.kept)  # (b, K)
-                loss = run.loss(logits, part.targets) / len(rows)  # adds up to the batch's mean
+                loss = run.loss(logits, part.targets) / len(rows)  # adds up to the batch mean
                 # The ranks' gradients are averaged, not added; float16 needs a scaled loss.
                 state.scaler.scale(loss * world.size).backward()
                 state.count(loss, logits, part.targets)
@@ -76,30 +76,30 @@ def train_epoch(run: Run, state: State, model: Forward) -> None:
             state.seconds["epoch"] = time.perf_counter() - started
             bar.update(len(rows))
             after_step(run, state, bar)
-    totals = run.totals(state)  # which waits for the device
+    totals = run.totals(state)  # waits for the device
     state.seconds["epoch"] = time.perf_counter() - started
     state.end_epoch(run.record(state, totals))
 
 
 def update(run: Run, state: State) -> None:
-    """Moves the weights against their gradients, at the learning rate of the step."""
+    """Updates the weights from their gradients, at this step's learning rate."""
     for optimizer in state.optimizers:
         state.scaler.unscale_(optimizer)
     if run.config.gradient_clip:
         nn.utils.clip_grad_norm_(state.model.parameters(), run.config.gradient_clip)
     state.set_learning_rates(run.rate_factor(state.step))
     for optimizer in state.optimizers:
-        state.scaler.step(optimizer)  # in float16, a step whose gradients overflow is left out
+        state.scaler.step(optimizer)  # in float16, skips a step whose gradients overflow
         optimizer.zero_grad()
     state.scaler.update()
     state.step += 1
 
 
 def after_step(run: Run, state: State, bar: tqdm) -> None:
-    """Looks at the loss now and then, and saves or stops if any rank asks for it."""
+    """Checks the loss every few steps, and saves or stops if any rank asks for it."""
     looks = state.step % LOOK_EVERY == 0
     save, stop = run.save_is_due(state), bool(run.stop.received)
-    if run.world.size > 1:  # the ranks ask each other now and then, as they wait for that
+    if run.world.size > 1:  # the ranks ask each other only now and then, as that makes all wait
         save, stop = run.world.any(save, stop) if looks else (False, False)
     if looks:
         loss = run.totals(state)["loss"].item() / run.steps_done(state)
@@ -112,23 +112,23 @@ def after_step(run: Run, state: State, bar: tqdm) -> None:
 
 
 def progress_bar(run: Run, state: State) -> tqdm:
-    """A bar for an epoch, on a terminal."""
+    """An epoch's progress bar, shown only on a terminal."""
     return tqdm(
         total=len(run.dataset.train),
         initial=run.steps_done(state) * run.config.batch_size,
         desc=f"epoch {state.epoch + 1}/{run.config.epochs}",
         unit=" images",
-        disable=None if run.world.leads else True,  # None: no bar where the output is a file
+        disable=None if run.world.leads else True,  # None: no bar in a file
         leave=False,
     )
 
 
 # ---------------------------------------------------------------------------- compiling
 
-# Floating-point operations and steps for which compiling pays: 100 s of a CPU that does 2e11 a
-# second; a minute of a GPU at 5e13, where each step gains some 10 ms of the host: both estimates.
+# Operations and steps above which compiling pays off: 100 s of a CPU at 2e11 a second; a minute
+# of a GPU at 5e13, where each step saves some 10 ms of host time. Both are estimates.
 WORTH_COMPILING = {"cpu": (2e13, 0), "cuda": (3e15, 2000)}
-# How torch says that no compiler works here: for a CPU, for a GPU, for this version of Python.
+# How torch reports that it has no working compiler: on a CPU, on a GPU, in this Python version.
 NO_COMPILER = (
     r"InvalidCxxCompiler|CppCompileError|TritonMissing|GPUTooOldForTriton|CalledProcessError"
     r"|Failed to find C compiler|torch.compile is not supported"
@@ -136,10 +136,10 @@ NO_COMPILER = (
 
 
 def compiled(run: Run, state: State) -> Forward:
-    """The model, compiled for each number of patches for which that pays, else as it is.
+    """The model, compiled for each number of patches where that pays off, or else unchanged.
 
-    This does not depend on the progress, so that a resumed run computes exactly as before. A batch
-    that was not compiled for, such as a short last one, goes through the model as it is.
+    The choice does not depend on progress, so a resumed run computes exactly as before. A batch
+    of another size, such as a short last one, goes through the uncompiled model.
     """
     config, rows = run.config, torch.arange(run.config.batch_size, device=run.device)
     epochs = [n for n in (0, config.epochs - 1) if compile_pays(run, config.patch_dropout_in(n))]
@@ -148,7 +148,7 @@ def compiled(run: Run, state: State) -> Forward:
     run.say("compiling the model ...")
     started = time.perf_counter()
     mode = "reduce-overhead" if config.compile == "graphs" else None
-    ready = set()  # the `sizes_of` of the parts that it is compiled for
+    ready = set()  # the `sizes_of` the parts compiled for
     try:
         fast = torch.compile(run.parallel, dynamic=False, mode=mode)
         for epoch in epochs:
@@ -186,9 +186,9 @@ def sizes_of(images: Tensor, kept: Tensor | None) -> tuple[int, int | None]:
 
 
 def compile_pays(run: Run, patch_dropout: float) -> bool:
-    """Whether compiling for this share of patch dropout is worth half a minute."""
+    """Whether compiling for this rate of patch dropout is worth half a minute."""
     if run.config.batch_size > len(run.dataset.train):
-        return False  # every batch is a short one
+        return False  # every batch is short
     if run.config.compile != "auto":
         return run.config.compile != "off"
     flops, steps = WORTH_COMPILING.get(run.device.type, (math.inf, 0))
@@ -197,7 +197,7 @@ def compile_pays(run: Run, patch_dropout: float) -> bool:
 
 
 def check_attention(run: Run, state: State) -> None:
-    """Has attention written out where the fused kernel of this device fails, as cuDNN's may."""
+    """Switches to plain attention if this device's fused kernel fails, as cuDNN's may."""
     config, blocks = run.model_config, state.model.blocks
     try:
         for dropout in {0.0, run.config.patch_dropout}:
@@ -214,19 +214,19 @@ def check_attention(run: Run, state: State) -> None:
 
 # ---------------------------------------------------------------------------- a run
 
-FOR_A_GPU = 5e15  # operations: a quarter of a day of a CPU that does 2e11 a second
+FOR_A_GPU = 5e15  # operations: a quarter of a day on a CPU at 2e11 a second
 
 
 def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | None:
     """Trains a run to its last epoch, tests it once, and writes its results.
 
-    Returns the content of result.json; None on all ranks but the first, and where not all of it
-    could be written.
+    Returns the content of result.json; None on ranks other than 0, or if not everything could
+    be written.
     """
     run.say(run.headline(state))
     if run.device.type == "cpu" and sum(run.flops().values()) > FOR_A_GPU:
         run.say("this recipe targets a GPU; expect hours or days here (--recipe cpu: ten minutes)")
-    commit = code_commit() if run.world.leads else None  # now, as the code may change meanwhile
+    commit = code_commit() if run.world.leads else None  # now, as the code may change later
     with hints(run, state):
         check_attention(run, state)
         run = run.on_features(state)
@@ -246,7 +246,7 @@ def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | No
     result |= {"test_accuracy": test and test.top1, "test_loss": test and test.loss}
     result["seconds"] |= {
         "evaluation": ended - started,
-        # Includes saving and validation; only of a run that was not interrupted.
+        # Includes saving and validation; only for a run that was not interrupted.
         "first_step_to_end": None if resumed else ended - began,
         "total": state.total_seconds,
     }
@@ -254,7 +254,7 @@ def train(run: Run, state: State, command_line: str = "") -> dict[str, Any] | No
 
 
 def train_epochs(run: Run, state: State, model: Forward) -> None:
-    """The epochs that are left, each validated where that is due, saved and reported."""
+    """Trains the remaining epochs; validates when due, saves and reports."""
     writer = tensorboard(run, state) if run.options.tensorboard and run.world.leads else None
     while state.epoch < run.config.epochs:
         train_epoch(run, state, model)
@@ -273,19 +273,19 @@ def train_epochs(run: Run, state: State, model: Forward) -> None:
             line += f"   validation loss {record.validation_loss:.4f}"
             line += f"   accuracy {record.validation_accuracy:.2%}"
         run.say(f"{line}   {record.seconds:.1f} s")
-    if validate(run, state):  # resumed with --epochs that end at an epoch not validated
+    if validate(run, state):  # if resumed with --epochs that end at an epoch not yet validated
         run.save(state)
-    if any(run.world.any(bool(run.stop.received))):  # all ranks, also where one has the signal
+    if any(run.world.any(bool(run.stop.received))):  # all stop if one has a signal
         raise Stopped(run.stop.received or signal.SIGTERM)
 
 
 def tensorboard(run: Run, state: State) -> Any:
-    """The writer for --tensorboard, which begins with a batch as the model sees it."""
+    """The writer for --tensorboard; it starts with a batch as the model sees it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("--tensorboard needs tensorboard: pip install tensorboard") from error
-    epoch = state.epoch + 1  # later ones are redone
+    epoch = state.epoch + 1  # this and later ones are redone
     writer = SummaryWriter(run.folder.path, purge_step=epoch)
     rows = torch.arange(min(64, len(run.dataset.train)), device=run.device)
     images = run.augment(*run.dataset.train.take(rows), rows, state.epoch, 0).images
@@ -295,7 +295,7 @@ def tensorboard(run: Run, state: State) -> Any:
 
 
 def validate(run: Run, state: State) -> bool:
-    """Adds the validation figures to the last record; returns whether it gained them."""
+    """Adds validation metrics to the last record; returns whether it added any."""
     record, split = state.history[-1], run.dataset.validation
     if not split or record.validation_loss is not None:
         return False
@@ -308,7 +308,7 @@ def validate(run: Run, state: State) -> bool:
 
 
 def write_result(run: Run, state: State, result: dict[str, Any]) -> bool:
-    """Prints the outcome, writes curves.png and result.json; returns whether all is written."""
+    """Prints the outcome, writes curves.png and result.json; returns whether that worked."""
     from curves import write_curves  # imports matplotlib, which training does not need
 
     outcome, seconds = "not tested", result["seconds"]
@@ -326,11 +326,11 @@ def write_result(run: Run, state: State, result: dict[str, Any]) -> bool:
 
 @contextmanager
 def hints(run: Run, state: State) -> Iterator[None]:
-    """Adds advice to an error on its way out; saves where a file is gone."""
+    """Adds advice to errors that pass through; saves first if a file has gone missing."""
     try:
         yield
     except (Stopped, UserError) as error:
-        # Of a file that was there when the run began; of several ranks, not all may have met it.
+        # A file that was there at the start is gone; with several ranks, some may not know it.
         if isinstance(error, UserError) and run.world.size == 1 and state.step:
             run.save(state, last=True)
         if run.folder.save_failed:
@@ -357,9 +357,9 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     """Trains a recipe in this process, from Python: `fit(RECIPES["demo"], RunOptions())`.
 
     Args:
-        recipe: with `init_from`, the weights set the sizes of the model; a size that differs from
+        recipe: with `init_from`, the weights set the model's sizes; a size that differs from
             `ViTConfig()` must agree with them.
-        name: what checkpoints state as the recipe, and the folder where the options name none.
+        name: the recipe name in checkpoints, and the folder if the options do not name one.
 
     Returns:
         The content of result.json, or None where it could not be written.
@@ -367,7 +367,7 @@ def fit(recipe: Recipe, options: RunOptions, *, name: str = "custom") -> dict[st
     Raises:
         UserError: an option or the data cannot be used.
         Diverged: a loss or a weight is not finite.
-        Stopped: a signal has come; the run has saved, or tried to.
+        Stopped: a signal has arrived; the run has saved, or tried to.
     """
     started, model = time.perf_counter(), recipe.model
     chosen = {each: getattr(model, each) for each in model.changed()}

@@ -1,10 +1,10 @@
-"""What `torch.hub.load` finds here.
+"""Entry points for `torch.hub.load`.
 
     model = torch.hub.load("OWNER/REPOSITORY", "vit_cifar10")  # a clone: PATH, source="local"
     image = model.preprocessing.read("photo.jpg")  # uint8 (3, 32, 32)
     logits = model(model.preprocessing.normalize(image[None]))  # (1, 10)
 
-`model.classes` has the names of the logits.
+`model.classes` names the classes of the logits.
 """
 
 import pathlib
@@ -15,14 +15,14 @@ _SRC = pathlib.Path(__file__).resolve().parent / "src"
 
 
 def vit_cifar10():
-    """The model of checkpoints/vit_cifar10.pt, in evaluation mode, on the CPU."""
+    """The model in checkpoints/vit_cifar10.pt, in evaluation mode, on the CPU."""
     model, checkpoint = _checkpoint_module().load_model(_SRC.parent / "checkpoints/vit_cifar10.pt")
     model.preprocessing, model.classes = checkpoint.preprocessing, tuple(checkpoint.classes)
     return model
 
 
 def _checkpoint_module():
-    """src/checkpoint.py; its modules get a prefix, as the caller may have a `utils` of his own."""
+    """Imports src/checkpoint.py; its modules get a prefix, as callers may have a `utils`."""
     names = {path.stem: f"vit_cifar10_{path.stem}" for path in _SRC.glob("*.py")}
     theirs = {name: sys.modules.pop(name) for name in names.keys() & sys.modules.keys()}
     sys.modules |= {name: sys.modules[long] for name, long in names.items() if long in sys.modules}
@@ -33,7 +33,7 @@ def _checkpoint_module():
         sys.path.remove(str(_SRC))
         for name in names.keys() & sys.modules.keys():
             module = sys.modules[names[name]] = sys.modules.pop(name)
-            module.__name__ = names[name]  # which torch.compile and pickle look up
+            module.__name__ = names[name]  # torch.compile and pickle look it up
             for each in vars(module).values():
                 if isinstance(each, type) and each.__module__ == name:
                     each.__module__ = names[name]

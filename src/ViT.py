@@ -195,7 +195,7 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = PatchEmbedding(config)
-        step = config.drop_path / max(config.depth - 1, 1)  # rises linearly from 0
+        step = config.drop_path / max(config.depth - 1, 1)  # rates rise linearly from 0
         self.blocks = nn.ModuleList(EncoderBlock(config, i * step) for i in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
         self.head = nn.Linear(config.width, config.classes)

@@ -1,4 +1,4 @@
-"""All that a run leaves on disk: checkpoints that describe themselves, the run log, its folder."""
+"""Everything a run leaves on disk: self-describing checkpoints, the log, the run's folder."""
 
 import math
 import os
@@ -62,7 +62,7 @@ class EpochRecord(Config):
     """A row of metrics.csv."""
 
     epoch: int  # counted from 1
-    step: int  # the run's, at the end of the epoch
+    step: int  # of the run, at the end of the epoch
     learning_rate: float
     train_loss: float
     train_accuracy: float
@@ -74,26 +74,26 @@ class EpochRecord(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(Config):
-    """The configs of a run and its `State.to_dict()`; a field with a default may be missing.
+    """A run's configs and `State.to_dict()`; a file may lack the fields that have a default.
 
-    No random state is kept: every seed follows from `training.seed` and the step (`seed_for`).
+    No random state is stored: seeds derive from `training.seed` and the step (`seed_for`).
     """
 
     recipe: str
     model: ViTConfig
     training: TrainConfig
-    preprocessing: Preprocessing  # of the images that the model expects
-    classes: list[str]  # their names, in the order of the logits
-    drawn_from: int = 0  # as in data.Dataset; 0 also where it is not known
+    preprocessing: Preprocessing  # what the model expects of images
+    classes: list[str]  # names, in the order of the logits
+    drawn_from: int = 0  # as in data.Dataset; also 0 if unknown
     trained: Tensor | None = None  # as in data.Dataset
     versions: dict[str, str]
-    # The state. An exported model has weights, in float16, and a history.
+    # The state. An exported model has only weights, in float16, and a history.
     weights: dict[str, Tensor]
-    optimizers: list[dict[int, dict[str, Tensor]]] | None = None  # parameter's number to its state
-    step: int = 0  # done
+    optimizers: list[dict[int, dict[str, Tensor]]] | None = None  # parameter number to its state
+    step: int = 0  # steps done
     history: list[EpochRecord]
     scaler: dict[str, float] = field(default_factory=dict)  # of the loss, in float16
-    sums: dict[str, Tensor] = field(default_factory=dict)  # of the epoch under way, over all ranks
+    sums: dict[str, Tensor] = field(default_factory=dict)  # of the current epoch, over all ranks
     seconds: dict[str, float] = field(default_factory=dict)  # as in `State`
 
     def __post_init__(self):
@@ -116,7 +116,7 @@ class Checkpoint(Config):
 
 
 def check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
-    """Raises UserError unless the weights are those of a model, before that takes memory."""
+    """Raises UserError unless the weights fit the config, without allocating a model."""
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
     if len(blocks) != config.depth:
         raise UserError(f"depth is {config.depth}, but there are weights of {len(blocks)} blocks")
@@ -129,7 +129,7 @@ def check_weights(config: ViTConfig, weights: dict[str, Tensor]) -> None:
 
 
 def check_numbers(tensors: dict[str, Tensor]) -> None:
-    """Raises UserError unless all tensors are dense, on the CPU, and finite numbers, all there."""
+    """Raises UserError unless all tensors are dense, complete, finite and on the CPU."""
     for name, tensor in tensors.items():
         dense = tensor.layout is torch.strided and tensor.device.type == "cpu"
         if dense and tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
@@ -155,7 +155,7 @@ def save_model(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def model_only(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint without what only a resumed run needs."""
+    """A checkpoint without the parts that only resuming needs."""
     return replace(checkpoint, optimizers=None, sums={})
 
 
@@ -169,7 +169,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def as_checkpoint(path: str | Path, content: Any) -> Checkpoint:
-    """What `save_checkpoint` wrote. A class refuses a field that it does not know by name."""
+    """Rebuilds what `save_checkpoint` wrote. The classes refuse an unknown field by name."""
     try:
         if type(content) is not dict or type(content.get("format")) is not int:
             raise UserError("src/trainer.py did not write it")
@@ -186,7 +186,7 @@ def as_checkpoint(path: str | Path, content: Any) -> Checkpoint:
 
 
 def _from_format_5(old: dict[str, Any]) -> dict[str, Any]:
-    """Format 6 has sums in place of each step's loss, and one unit for all that ends in a run."""
+    """Format 6 has sums instead of each step's loss, and one unit for all that ends early."""
     new, history = dict(old, format=6), old["history"]
     partial = new.pop("partial", None) or {"steps": 0, "seconds": 0.0}
     new["step"] = (history[-1]["step"] if history else 0) + partial["steps"]
@@ -227,8 +227,8 @@ def versions() -> dict[str, str]:
 
 
 def code_commit() -> str | None:
-    """The commit of this code, with a "+" where files have changed since; None if not known."""
-    stated = ROOT / "COMMIT"  # which a copy without its history may have
+    """The commit of this code, with a "+" if src/ has changed since; None if unknown."""
+    stated = ROOT / "COMMIT"  # a copy without its history may have it
     if not (ROOT / ".git").exists() and stated.exists():
         return stated.read_text().strip()
 
@@ -242,14 +242,14 @@ def code_commit() -> str | None:
 
 
 def find_checkpoint(text: str) -> Path:
-    """A checkpoint as named, here or inside the repository; of a run's folder the last one."""
+    """A checkpoint by its path, from here or from the repository; last.pt of a run's folder."""
     path = named_path(text)
     path = path if path.exists() else named_path(ROOT / path)
     return path / "last.pt" if path.is_dir() else path
 
 
 def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
-    """Raises UserError where a data set has other classes than a model, or is split differently."""
+    """Raises UserError if a data set's classes or split differ from the model's."""
     for ours, theirs in zip_longest(checkpoint.classes, dataset.classes):
         if ours != theirs:
             instead = f"{theirs!r} instead of {ours!r}"
@@ -273,16 +273,16 @@ def check_fit(checkpoint: Checkpoint, dataset: Dataset) -> None:
 
 
 class RunFolder:
-    """Where a run is saved: taken by one run at a time, its files written whole or not at all.
+    """Where a run is saved: locked by one run at a time, its files written whole or not at all.
 
-    As a context manager it gives the folder back at the end. Only rank 0 takes it and writes. A
-    folder that is removed is made again, unless another run has done so.
+    As a context manager, it releases the lock at the end. Only rank 0 locks and writes. If the
+    folder is deleted during the run, it is created again, unless another run has done so.
     """
 
     def __init__(self, path: Path):
         self.path = named_path(path)
         self.saved_step = 0  # of the checkpoint that can be resumed; 0: there is none
-        self.save_failed = False  # the last time it was tried
+        self.save_failed = False  # on the last attempt
         self.saved_at = time.perf_counter()
         self.best_from = 0  # the first epoch that best.pt is chosen from
         self._lock: int | None = None
@@ -297,13 +297,13 @@ class RunFolder:
             self._lock = None
 
     def refuse_existing(self, overwrite: bool) -> None:
-        """Raises UserError where the folder holds a run that is not to be replaced."""
+        """Raises UserError if the folder holds a run that must not be replaced."""
         if any((self.path / name).exists() for name in RUN_FILES) and not overwrite:
             hint = "--resume continues it, --overwrite replaces it, --name names another"
             raise UserError(f"{self.path} exists; {hint}")
 
     def make(self, overwrite: bool) -> None:
-        """Makes and takes the folder of a new run."""
+        """Creates and locks the folder of a new run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -313,10 +313,10 @@ class RunFolder:
         self.replaces = {name for name in RUN_FILES if (self.path / name).exists()}
 
     def take(self) -> None:
-        """Keeps other runs out until this object or the process ends, however it ends.
+        """Locks the folder until the end of this context or of the process, however it ends.
 
-        The lock is on the folder itself: no lock file is left behind by a run that was killed.
-        Where nothing can be written, this fails now rather than after an epoch.
+        The lock is on the folder itself, so a run that is killed leaves no lock file behind.
+        If nothing can be written, this fails now rather than after an epoch.
         """
         try:
             tempfile.TemporaryFile(dir=self.path).close()
@@ -330,12 +330,12 @@ class RunFolder:
             os.close(lock)
             in_use = f"{self.path} is in use by another run; wait for it, or stop it"
             raise UserError(in_use) from None
-        except (OSError, AttributeError):  # as on Windows, and some network file systems
+        except (OSError, AttributeError):  # as on Windows and some network file systems
             print(f"cannot lock {self.path} here; do not start a second run in it")
         self._lock = lock
 
     def _hold(self) -> None:
-        """Makes the folder again where it was removed, or raises UserError: another run has."""
+        """Creates the folder again if it was deleted; UserError if another run has done so."""
         try:
             held = self._lock is None or os.path.samestat(os.fstat(self._lock), os.stat(self.path))
         except OSError:
@@ -346,11 +346,11 @@ class RunFolder:
     def save(self, checkpoint: Checkpoint, *, last: bool = False, best: bool = False) -> None:
         """Writes last.pt and metrics.csv; if that fails, says so and keeps the last good ones.
 
-        `last`: the run does not try again; `best`: also writes best.pt, which no run resumes.
+        `last`: the run will not try again; `best`: also writes best.pt, which no run resumes.
         """
         try:
             self._hold()
-            # The rows first: a run that is killed in between resumes, and writes them again.
+            # metrics.csv first: a run that is killed in between resumes and writes it again.
             rows = (
                 {name: f"{x:.6g}" if isinstance(x, float) else x for name, x in asdict(row).items()}
                 for row in checkpoint.history
@@ -370,9 +370,9 @@ class RunFolder:
             print(f"cannot save step {checkpoint.step} to {self.path}: {reason}{next_try}")
 
     def write_result(self, result: dict[str, Any], draw: Callable[[Path], None]) -> bool:
-        """Writes curves.png, by `draw`, and result.json; returns whether all is written.
+        """Writes curves.png, using `draw`, and result.json; returns whether all is written.
 
-        The result is last, as it marks a run as finished.
+        result.json comes last, as it marks a run as finished.
         """
         if self.replaces:
             complain(f"{self.path} still has the earlier run: this one could not be saved")
@@ -383,7 +383,7 @@ class RunFolder:
             try:
                 self._hold()
                 write(self.path / name)
-            except Exception as error:  # whatever ails the picture
+            except Exception as error:  # drawing can fail in any way
                 failed.append(f"{name}: {one_line(error)}")
         if failed:
             complain(f"cannot write the result to {self.path}: {', '.join(failed)}")
@@ -392,6 +392,6 @@ class RunFolder:
         return not failed and not self.save_failed
 
     def kept(self) -> list[str]:
-        """Of the last good checkpoint, if there is one, a line for an error."""
+        """A line on the last good checkpoint, if there is one, to add to an error."""
         saved = f"{self.path / 'last.pt'} holds step {self.saved_step}"
         return [saved] if self.saved_step else []

@@ -1,4 +1,4 @@
-"""Configs: frozen dataclasses that check their values, and become flags of a command line."""
+"""Configs: frozen dataclasses that check their values and become command-line flags."""
 
 import argparse
 import dataclasses
@@ -16,9 +16,9 @@ from utils import ROOT, UserError, named_path, printable
 class Config:
     """Base of the dataclasses whose fields are declared `name: Annotated[type, help, range]`.
 
-    The command line shows the help text. The range is an interval such as "[0, 1)" and may be left
-    out, as may the whole annotation of a config that has no flags. A value of another type or
-    outside its range raises UserError, which names it.
+    The command line shows the help text. The range is an interval such as "[0, 1)" and may be
+    omitted; so may the whole annotation, in a config without flags. A value of the wrong type
+    or out of range raises a UserError that names it.
     """
 
     def __post_init__(self):
@@ -27,7 +27,7 @@ class Config:
             if not is_a(value, kind):
                 raise UserError(f"{name} must be {_spelled(kind)}, not {_shown(value)}")
             if isinstance(value, Path):
-                object.__setattr__(self, name, named_path(value))  # it is frozen
+                object.__setattr__(self, name, named_path(value))  # as self is frozen
             if value == "" and is_a(None, kind):
                 raise UserError(f"{name} must not be empty")
             if interval and not _contains(interval, value):
@@ -35,7 +35,7 @@ class Config:
 
     @classmethod
     def fields(cls) -> dict[str, tuple[Any, str, str]]:
-        """The type, the help text and the range of each field; "" for what is not declared."""
+        """The type, help text and range of each field; "" for those not declared."""
         kinds = typing.get_type_hints(cls)
         hints = typing.get_type_hints(cls, include_extras=True)
         texts = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
@@ -43,13 +43,13 @@ class Config:
         return {name: (kinds[name], *texts[name], "", "")[:3] for name in names}
 
     def changed(self) -> tuple[str, ...]:
-        """The fields whose value is not the default; of a config whose fields all have one."""
+        """The fields that differ from their default; every field must have one."""
         default = type(self)()
         return tuple(n for n in self.fields() if getattr(self, n) != getattr(default, n))
 
 
 def is_a(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's declared type. An int is a float too; floats are finite."""
+    """Whether a value has a field's declared type. An int is a float too; floats are finite."""
     container, inner = typing.get_origin(kind), typing.get_args(kind)
     if kind is float:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
@@ -84,7 +84,7 @@ def _spelled(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in a message; of an untrusted file it may be of any kind and length."""
+    """A value in a message; from an untrusted file, it may have any type and length."""
     if isinstance(value, int | float | str | None) or is_a(value, tuple[int, ...]):
         return repr(value)[:80]
     return f"a {type(value).__name__}"
@@ -94,7 +94,7 @@ def _shown(value: Any) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with the nearest flag for a misspelled one."""
+    """An ArgumentParser with one-line errors, which suggest a flag for a misspelled one."""
 
     def __init__(self, **options: Any):
         as_written = argparse.RawDescriptionHelpFormatter
@@ -112,9 +112,9 @@ class Parser(argparse.ArgumentParser):
 def add_flags(
     group: argparse._ArgumentGroup, config: Config, leave_out: tuple[str, ...] = ()
 ) -> None:
-    """Adds a flag for each field of a config; help shows its text and, in brackets, its value.
+    """Adds a flag for each field of a config; --help shows its text and its value.
 
-    A flag that is not given leaves nothing in the parsed arguments, so that `given` can tell.
+    A flag that is not given is absent from the parsed arguments, so `given` can tell.
     """
     for name, (kind, text, _) in config.fields().items():
         if name in leave_out:
@@ -147,7 +147,7 @@ def add_flags(
 
 
 def given(arguments: argparse.Namespace, config_class: type[Config]) -> dict[str, Any]:
-    """The fields of a config class that the command line gave a value."""
+    """The fields of a config class that the command line sets."""
     fields = config_class.fields()
     return {name: value for name, value in vars(arguments).items() if name in fields}
 

@@ -14,14 +14,14 @@ from checkpoint import EpochRecord
 from recipes import TrainConfig
 from utils import write_whole
 
-# A user's matplotlibrc may ask for what is not installed, such as TeX.
+# A user's matplotlibrc may ask for something that is not installed, such as TeX.
 PLAIN = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")}
 
 
 def shown(name: str, most: int = 28) -> str:
-    """A class or file name as text of at most so many characters, its middle left out.
+    """A class or file name as text, its middle left out beyond `most` characters.
 
-    What the font cannot draw, and what is no character of its own, is escaped.
+    Control characters and those that the font cannot draw are escaped.
     """
     has = get_font(findfont(FontProperties())).get_char_index
 
@@ -41,7 +41,7 @@ def write_figure(path: Path, figure: Figure, **options: Any) -> None:
 
 
 def changes(training: TrainConfig) -> dict[int, list[str]]:
-    """After how many epochs something ends before the last one, and what."""
+    """What ends before the last epoch, by the number of epochs after which it ends."""
     epochs = training.epochs
     ends = {
         "TrivialAugment": training.policy_off_epochs if training.policy != "off" else 0,
@@ -56,7 +56,7 @@ def changes(training: TrainConfig) -> dict[int, list[str]]:
 def write_curves(path: Path, history: list[EpochRecord], training: TrainConfig, title: str) -> None:
     """Draws the curves of a run into a file.
 
-    Those of training are of augmented images and smoothed labels, as the model sees them.
+    Training curves are of augmented images and smoothed labels, as the model sees them.
     Vertical lines mark where an augmentation ends.
     """
     figure = Figure(figsize=(10, 3.4), layout="constrained", dpi=150)

@@ -395,7 +395,7 @@ def split_by_name(
 ) -> tuple[Tensor, Tensor]:
     """Rows to train on and rows to hold out: those whose name hashes into the lowest `share`.
 
-    So names are independent, except in a class that would be held out whole or not at all: of
+    So no name affects another, except in a class that would be held out whole or not at all: of
     two or more, the lowest hash is held out and the highest is not; a single one is trained on.
     """
     places = torch.tensor([digest(f"{salt}/{name}") for name in names])

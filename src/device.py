@@ -22,7 +22,7 @@ def best_device() -> torch.device:
 
 
 def unusable_gpu() -> str | None:
-    """Why torch cannot use the NVIDIA GPU of this machine, where that is so."""
+    """Why torch cannot use this machine's NVIDIA GPU, if that is so."""
     if torch.cuda.is_available() or not any(Path("/dev").glob("nvidia[0-9]*")):
         return None
     built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
@@ -33,7 +33,7 @@ def unusable_gpu() -> str | None:
 
 
 def choose_device(name: str | None, world: World = ALONE) -> torch.device:
-    """The named device, or the best there is; of several ranks, each on a GPU of its own."""
+    """The named device, or the best available; with several ranks, a GPU for each."""
     if world.size > 1:
         if name not in (None, "cuda", "cpu"):
             raise UserError(f"--device {name} is one device for {world.size} processes; use cuda")
@@ -56,15 +56,15 @@ def choose_device(name: str | None, world: World = ALONE) -> torch.device:
 
 
 def use_deterministic_kernels() -> None:
-    """Has CUDA choose kernels that repeat bit for bit, and raise where it has none."""
+    """Makes CUDA use kernels that repeat bit for bit, and raise where it has none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what is not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it is never read
     torch.backends.cudnn.benchmark = False
 
 
 def resolve_precision(choice: str, device: torch.device) -> str:
-    """Replaces "auto": "bf16" where the device multiplies it, else "fp16" on CUDA, else "fp32"."""
+    """Replaces "auto": "bf16" if the device multiplies it, else "fp16" on CUDA, else "fp32"."""
     if choice != "auto":
         return choice
     if device.type == "cuda":
@@ -76,13 +76,13 @@ def resolve_precision(choice: str, device: torch.device) -> str:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """A forward pass in bfloat16 or float16, where autocast finds it safe, or in float32."""
+    """Has a forward pass use bfloat16 or float16, where autocast finds it safe, or float32."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def device_name(device: torch.device) -> str:
-    """The device as people call it, e.g. 'NVIDIA H200' or 'AMD EPYC, 2 threads'."""
+    """The device's usual name, e.g. 'NVIDIA H200' or 'AMD EPYC, 2 threads'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -93,11 +93,11 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Most memory in use at any time: the GPU's for tensors, or the process's on a CPU."""
+    """Peak memory use: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # of Linux, where `ru_maxrss` begins with the parent's
+    if status.exists():  # on Linux, where `ru_maxrss` starts from the parent's
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     try:
         import resource
@@ -110,8 +110,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 def keep_freed_memory() -> None:
     """Makes glibc keep large freed blocks for the next tensor instead of unmapping them.
 
-    By default every activation of over 32 MB is mapped afresh and its pages are zeroed by the
-    kernel; training on a CPU is about 1.3 times faster without that. Elsewhere this does nothing.
+    By default, every activation of over 32 MB is mapped afresh and its pages are zeroed by the
+    kernel; without that, a CPU trains about 1.3 times faster. Without glibc, this does nothing.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
     with suppress(OSError, AttributeError, TypeError):

@@ -26,9 +26,9 @@ from utils import Stopped, UserError, WorldError, one_line
 class StopSignals:
     """Inside this context, Ctrl-C, SIGTERM and SIGHUP only set `received`, for the training loop.
 
-    A second one takes its default action, which ends the process there and then; but not within
-    a second, as launchers pass on what a terminal has sent already. If a signal has come, the end
-    of the block raises `Stopped`.
+    A second signal takes its default action, which ends the process at once; but not within a
+    second, as launchers pass on what a terminal has already sent. If a signal has arrived, the
+    end of the block raises `Stopped`.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
+        if threading.current_thread() is threading.main_thread():  # else Python refuses
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
                 if number and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
@@ -78,7 +78,7 @@ class World:
         return self.rank == 0
 
     def share(self, rows: Tensor) -> Tensor:
-        """This rank's part of some rows; the parts of all ranks are as equal as can be."""
+        """This rank's part of some rows; the ranks' parts are as equal as possible."""
         return rows.tensor_split(self.size)[self.rank]
 
     def sum(self, values: Tensor) -> Tensor:
@@ -93,8 +93,8 @@ class World:
         return self.sum(torch.tensor(flags, dtype=torch.int64)).bool().tolist()
 
     def refuse_differing(self, argv: list[str]) -> None:
-        """Raises UserError, on every rank, unless all have the same flags, apart from places."""
-        own = {"--data-dir", "--output-dir", "--wait-minutes"}  # of a host
+        """Raises UserError, on every rank, unless all have the same flags, except these."""
+        own = {"--data-dir", "--output-dir", "--wait-minutes"}  # may differ by host
         line = shlex.join(w for i, w in enumerate(argv) if not {argv[i - 1], w.split("=")[0]} & own)
         lines = [line] * self.size
         if self.size > 1:
@@ -109,12 +109,12 @@ class World:
 
     @contextmanager
     def one_of_each_host_first(self) -> Iterator[None]:
-        """A block that one process per host goes through before the others, say to download."""
+        """A block that one process per host runs before the others, say to download."""
         if self.local_rank:
             self.wait()
         try:
             yield
-        finally:  # after an error too, which the others then meet themselves
+        finally:  # also after an error, which the others then meet too
             if not self.local_rank:
                 self.wait()
 
@@ -129,7 +129,7 @@ ALONE = World()
 
 
 def without_averaging(model: nn.Module) -> AbstractContextManager:
-    """A block whose backward passes leave the gradients on their rank, to be added to."""
+    """A block whose backward passes accumulate gradients on their rank, without averaging."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
@@ -137,8 +137,8 @@ def without_averaging(model: nn.Module) -> AbstractContextManager:
 def joined_world(device: str | None, minutes: float = 5.0) -> Iterator[World]:
     """The world that torchrun's environment variables describe, or a world of one.
 
-    Unless --device is cpu, NCCL averages the gradients of GPUs; gloo does the rest. A rank waits
-    for another for some minutes at most.
+    Unless --device is cpu, NCCL averages the gradients of GPUs; gloo does the rest. A rank
+    waits at most `minutes` for another.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
@@ -154,7 +154,7 @@ def joined_world(device: str | None, minutes: float = 5.0) -> Iterator[World]:
             raise ValueError(f"RANK {rank} is not below WORLD_SIZE {size}")
         use_gpus = device != "cpu" and torch.cuda.is_available()
         backend = "cpu:gloo,cuda:nccl" if use_gpus else "gloo"
-        if answers:  # at once: here torch waits, and Python's handler would wait for it
+        if answers:  # Ctrl-C exits at once; Python's handler would wait until torch is done
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     except (KeyError, ValueError, RuntimeError) as error:
@@ -172,7 +172,7 @@ def joined_world(device: str | None, minutes: float = 5.0) -> Iterator[World]:
         if "imed out" in str(error):
             what = f"waited {minutes:g} minutes for another process; see --wait-minutes"
         raise WorldError(what) from error
-    # A DistributedDataParallel that is left over holds the group. If it holds the last reference,
-    # torch 2.11 deadlocks: the group's destructor waits for a thread that waits for Python.
+    # A leftover DistributedDataParallel holds the group. If it holds the last reference, torch
+    # 2.11 deadlocks: the group's destructor waits for a thread that waits for Python's lock.
     gc.collect()
     dist.destroy_process_group()  # not after an error: it might wait for a process that is gone

@@ -1,4 +1,4 @@
-"""The logits of a split, their metrics, and a table of them."""
+"""A split's logits, their metrics, and a table of the metrics."""
 
 import math
 import statistics
@@ -19,7 +19,7 @@ from recipes import RunOptions
 from utils import UserError, print_result, printable
 from ViT import ViT, ViTConfig
 
-LARGEST_ACTIVATION = 2**25  # numbers, of a batch in evaluation; 128 MiB in float32
+LARGEST_ACTIVATION = 2**25  # numbers in an evaluation batch's activation; 128 MiB in float32
 
 
 class Evaluation(NamedTuple):
@@ -28,9 +28,9 @@ class Evaluation(NamedTuple):
     loss: float  # cross-entropy in nats
     top1: float
     top5: float
-    of_class: list[float]  # top-1 within each class, its recall; nan where it has no images
-    precision: list[float]  # right among the answers of each class; nan where it has none
-    f1: list[float]  # 2 right / (images + answers) of each class; nan where it has neither
+    of_class: list[float]  # top-1 within each class, its recall; nan if it has no images
+    precision: list[float]  # share of right answers among a class's answers; nan if it has none
+    f1: list[float]  # 2 right / (images + answers) of each class; nan if it has neither
 
 
 def batch_size_for(config: ViTConfig, kind: str = "cpu") -> int:
@@ -75,20 +75,20 @@ def evaluate(
     world: World = ALONE,
     precision: str = "fp32",
 ) -> Evaluation:
-    """Evaluates a model on a split; each rank does its share of the images, each image once."""
+    """Evaluates a model on a split; the ranks share the images, each of which counts once."""
     rows = world.share(torch.arange(len(split), device=split.labels.device))
-    logits = torch.empty(0, model.config.classes)  # of a rank without a share
+    logits = torch.empty(0, model.config.classes)  # for a rank without a share
     if len(rows):
         logits = predict(model, split, preprocessing, rows, precision).cpu()
     labels = split.labels[rows].cpu()
     K = logits.shape[1]
     best = logits.topk(min(5, K)).indices  # (n, 5)
     hits = best == labels[:, None]  # (n, 5)
-    counted = (labels[hits[:, 0]], labels, best[:, 0])  # what is right, the images, the answers
+    counted = (labels[hits[:, 0]], labels, best[:, 0])  # right answers, images, answers
     counts = world.sum(torch.stack([each.bincount(minlength=K) for each in counted]))
     right, images, answers = counts.double()  # (K,) each
     summed = world.sum(F.cross_entropy(logits.double(), labels, reduction="sum"))
-    found = world.sum(hits.sum(dim=0))  # (5,): as the first answer, as the second, ...
+    found = world.sum(hits.sum(dim=0))  # (5,): right as the first answer, second, ...
     return Evaluation(
         loss=summed.item() / len(split),
         top1=found[0].item() / len(split),
@@ -106,9 +106,9 @@ def report(
     world: World = ALONE,
     name: str | None = None,
 ) -> None:
-    """--evaluate: prints loss, accuracy, and what each class has, on a split.
+    """--evaluate: prints loss, accuracy and the metrics of each class on a split.
 
-    It is of the data set that the model was trained on, or of the one with the name.
+    The split is of the data set that the model was trained on, or of the one called `name`.
     """
     model, checkpoint = load_model(path, device)
     part = {"test": "test", "val": "validation"}[options.split]
@@ -132,7 +132,7 @@ def report(
 
 
 def table(result: Evaluation, classes: Sequence[str]) -> list[str]:
-    """The figures of an evaluation, a line each."""
+    """The metrics of an evaluation, as lines of text."""
     columns = {"recall": result.of_class, "precision": result.precision, "F1": result.f1}
     means = [statistics.fmean(filter(math.isfinite, column)) for column in columns.values()]
     of_class = zip((f"  {name}" for name in classes), *columns.values(), strict=True)

@@ -1,4 +1,4 @@
-"""Trained models for others: model.pt, state dicts of timm and torchvision, ONNX."""
+"""Exports trained models: model.pt, state dicts for timm and torchvision, ONNX."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def state_dict_for(library: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
     weights = dict(checkpoint.weights)
     shape = (config.width, config.channels, config.patch_size, config.patch_size)
     weights["embed.proj.weight"] = weights["embed.proj.weight"].reshape(shape)
-    if "embed.pos_embed" not in weights:  # fixed ones, which are learned ones there
+    if "embed.pos_embed" not in weights:  # fixed here, learned there
         weights["embed.pos_embed"] = ViT(config).embed.pos_embed
     pairs = NAMES[library] + ((("norm.", "fc_norm."),) if config.pooling == "mean" else ())
     for ours, theirs in pairs:
@@ -60,11 +60,11 @@ def state_dict_for(library: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What timm's config.json holds; `load_pretrained` reads it beside any weights."""
+    """The content of timm's config.json; `load_pretrained` reads it beside any weights."""
     config, expected = checkpoint.model, checkpoint.preprocessing
     exact = math.nextafter(config.hidden / config.width, math.inf)  # timm rounds the width down
     return {
-        "architecture": "vit_base_patch16_224",  # which the arguments make this model
+        "architecture": "vit_base_patch16_224",  # the arguments turn it into this model
         "num_classes": config.classes,
         "label_names": list(checkpoint.classes),
         "model_args": {
@@ -91,7 +91,7 @@ def timm_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def onnx_bytes(path: Path) -> bytes:
-    """The model of a checkpoint for ONNX: normalized images (B, C, H, W) to logits (B, K).
+    """A checkpoint's model as ONNX: normalized images (B, C, H, W) to logits (B, K).
 
     Raises:
         UserError: a package is missing, or onnxruntime gives other logits.

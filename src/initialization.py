@@ -12,12 +12,12 @@ from ViT import ViT, patchify
 
 @torch.no_grad()
 def mimetic(model: ViT) -> None:
-    """Gives attention weights the products that trained ones have.
+    """Gives attention weights products like those of trained weights.
 
-    Mimetic initialization (Trockman & Kolter, arXiv 2305.09828): with Z of random numbers of
-    variance 1/D, W_q W_k^T of each head is the nearest matrix of rank D_h to 0.7 Z + 0.7 I, so that
-    similar tokens attend to each other, and W_v W_msa is 0.4 Z - 0.4 I. (These W stand right of z,
-    as U_qkv and U_msa do; nn.Linear holds them transposed.)
+    Mimetic initialization (Trockman & Kolter, arXiv 2305.09828): with a random Z of variance
+    1/D, each head's W_q W_k^T is the rank-D_h matrix nearest to 0.7 Z + 0.7 I, so that similar
+    tokens attend to each other, and W_v W_msa is 0.4 Z - 0.4 I. (These W multiply z from the
+    right, as U_qkv and U_msa do; nn.Linear stores them transposed.)
     """
     D, heads = model.config.width, model.config.heads
     identity = torch.eye(D)
@@ -34,13 +34,13 @@ def mimetic(model: ViT) -> None:
 
 @torch.no_grad()
 def whiten_patches(model: ViT, split: Split, preprocessing: Preprocessing) -> None:
-    """Gives the patch embedding the weights that make its outputs white over a split's patches.
+    """Sets the weights of the patch embedding so that it whitens a split's patches.
 
-    Neighboring pixels are nearly equal, so a few directions hold most of the variance of patches,
-    and a random map passes on little else. Here each direction counts alike, but for those of least
-    variance, which are noise. airbench (Jordan, arXiv 2404.00498) does so for its first
-    convolution, with copies of opposite sign for the nonlinearity after it; here a random rotation
-    into the model's width takes their place.
+    Neighboring pixels are nearly equal, so a few directions hold most of the patches' variance,
+    and a random map passes on little else. Here all directions count equally, except those of
+    least variance, which are noise. airbench (Jordan, arXiv 2404.00498) does so for its first
+    convolution, with copies of opposite sign for the nonlinearity after it; here a random
+    rotation into the model's width replaces the copies.
     """
     pixels = math.prod(model.config.image_size)
     count = min(len(split), max(1, 5000 * 32**2 // pixels))  # as many pixels as 5,000 of 32 x 32
@@ -60,9 +60,9 @@ def whiten_patches(model: ViT, split: Split, preprocessing: Preprocessing) -> No
 def standardize_features(model: ViT, split: Split, preprocessing: Preprocessing) -> None:
     """Rescales the last norm so that the head's inputs are standardized over a split.
 
-    As MAE does for linear probing (He et al., arXiv 2111.06377, A.1), with a batch norm; here the
-    last LayerNorm's own weights take it in, so that the model stays a plain ViT. The head is
-    rescaled too, so that the logits stay as they are.
+    MAE does so for linear probing (He et al., arXiv 2111.06377, A.1), with a batch norm; here
+    the last LayerNorm's weights absorb it, so that the model stays a plain ViT. The head is
+    rescaled too, which leaves the logits unchanged.
     """
     features = features_of(model, split, preprocessing)  # (n, D)
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)

@@ -16,10 +16,10 @@ from ViT import ViT
 
 
 def learning_rate_factor(step: float, steps: float, warmup: float, schedule: str) -> float:
-    """The learning rate of a step as a share of the peak: linear warm-up, then decay to 0.
+    """A step's learning rate as a share of the peak: linear warm-up, then decay to 0.
 
-    The last step of the warm-up is the first at the full rate; the factor would be 0 at `steps`,
-    after the last one. The schedule, "cosine" or "linear", is that of the decay.
+    The last step of the warm-up is the first at the full rate; the factor would reach 0 at
+    `steps`, just after the last one. The `schedule` of the decay is "cosine" or "linear".
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -31,15 +31,15 @@ def learning_rate_factor(step: float, steps: float, warmup: float, schedule: str
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal (Jordan et al., kellerjordan.github.io/posts/muon).
+    """Momentum with orthogonalized steps (Jordan et al., kellerjordan.github.io/posts/muon).
 
-    Does what `torch.optim.Muon` does (a test compares them), with two differences: matrices of one
-    shape go through the iteration as one batch, and a weight may stack several matrices by rows, as
-    that of q, k and v does; each of them is orthogonalized separately.
+    Does what `torch.optim.Muon` does (a test compares them), with two differences: matrices of
+    the same shape are iterated as one batch, and a weight may stack several matrices by rows,
+    as that of q, k and v does; each of them is orthogonalized separately.
 
     Args:
         groups: of matrices; a group's `parts` is the number of matrices stacked in each weight.
-        weight_decay: decoupled, times the rate.
+        weight_decay: decoupled, multiplied by the learning rate.
         momentum: Nesterov's.
         dtype: of the iteration.
     """
@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        alike = defaultdict(list)  # (shape, rate): pairs of a matrix and its momentum
+        alike = defaultdict(list)  # (shape, rate): pairs of a matrix and its direction
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
@@ -86,10 +86,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """About the nearest orthogonal matrix to each of (B, n, m): singular values of 0.7 to 1.2.
+    """Roughly the orthogonal matrix nearest to each of (B, n, m): singular values 0.7 to 1.2.
 
-    Five steps of the Newton-Schulz iteration with Jordan's coefficients, which bring every singular
-    value near 1 fast, but not exactly, except those near 0.
+    Five steps of the Newton-Schulz iteration with Jordan's coefficients, which quickly bring
+    all singular values, except those near 0, close to 1, though not exactly to 1.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     X = matrices.mT if tall else matrices
@@ -101,17 +101,17 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return X.mT if tall else X
 
 
-# ---------------------------------------------------------------------------- the model's
+# ---------------------------------------------------------------------------- for a model
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # of parameter groups
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {  # each takes parameter groups
     "adamw": partial(torch.optim.AdamW, fused=True),
     "muon": Muon,
     "sgd": partial(torch.optim.SGD, momentum=0.9),
 }
 
 
-REMEMBERED = {  # of each weight, by the name of the class
+REMEMBERED = {  # the state of each weight, by the optimizer's class
     "AdamW": ("step", "exp_avg", "exp_avg_sq"),
     "Muon": ("momentum_buffer",),
     "SGD": ("momentum_buffer",),
@@ -127,7 +127,7 @@ class Rule(NamedTuple):
 
 
 def rules(config: TrainConfig) -> list[Rule]:
-    """Weight decay is for matrices: not for biases, norms, class token and positions."""
+    """Only matrices have weight decay: not biases, norms, class token and positions."""
     muon = config.optimizer == "muon"
     others = "adamw" if muon else config.optimizer
     decay = {"weight_decay": config.weight_decay}
@@ -143,7 +143,7 @@ def rules(config: TrainConfig) -> list[Rule]:
 
 
 def layer_of(name: str, top: int) -> int:
-    """The layer of a weight, for the decay of the rate: 0 the embedding, `top` the head."""
+    """A weight's layer, for `layer_decay`: 0 for the embedding, `top` for the head."""
     if name.startswith("embed."):
         return 0
     block = re.match(r"blocks\.(\d+)\.", name)
@@ -151,10 +151,10 @@ def layer_of(name: str, top: int) -> int:
 
 
 def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[torch.optim.Optimizer]:
-    """The optimizers that `rules` name, sorted by name, of all weights that are not frozen.
+    """The optimizers that `rules` name, sorted by name, for all weights that are not frozen.
 
-    A weight below the head has the rate of its rule times `layer_decay` for each layer above it
-    (BEiT, arXiv 2106.08254). Muon's iteration is in float32, or in bfloat16 where that is chosen.
+    A weight has the rate of its rule, times `layer_decay` for each layer above it (BEiT, arXiv
+    2106.08254). Muon iterates in float32, or in bfloat16 if that is the precision.
     """
     top = model.config.depth + 1
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -173,7 +173,7 @@ def make_optimizers(model: ViT, config: TrainConfig, precision: str) -> list[tor
 
 
 def load_optimizers(optimizers: list[torch.optim.Optimizer], states: list[dict]) -> None:
-    """Restores what optimizers remember of each of their parameters; their options stay."""
+    """Restores the optimizers' state of each parameter; their options stay."""
     if len(states) != len(optimizers):
         raise UserError(f"optimizers has {len(states)} entries, not {len(optimizers)}")
     for optimizer, state in zip(optimizers, states, strict=True):

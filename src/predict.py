@@ -1,15 +1,15 @@
-"""Classes of image files, or features, from a checkpoint.
+"""Classifies image files, or computes their features, with a checkpoint's model.
 
-    python src/predict.py photo.jpg                 by the model in checkpoints/vit_cifar10.pt
+    python src/predict.py photo.jpg                 with the model in checkpoints/vit_cifar10.pt
     python src/predict.py FOLDER --checkpoint checkpoints/NAME --top 3
     python src/predict.py a.jpg b.jpg --json        [{"file": ..., "predictions": [...]}, ...]
     python src/predict.py FOLDER --features out.npz for numpy.load: names (n,), features (n, D),
                                                     logits (n, K) and classes (K,)
 
-A file is read as the checkpoint's preprocessing says: resized, cropped and normalized as in
-training. Features are what the head sees: the last norm of the class token or of the patches' mean,
-in float32. Of a folder, every image file in it and in its subfolders is classified. A file that
-cannot be read gets a line on standard error and, in the end, exit status 2.
+Files are resized, cropped and normalized as the checkpoint says, that is, as in training.
+Features are the head's input: the class token, or the mean of the patches, after the last norm,
+in float32. In a folder, all image files are classified, including those in subfolders. A file
+that cannot be read gets a line on standard error, and the exit status is then 2.
 """
 
 import utils  # isort: skip  # before torch, for its threads
@@ -30,7 +30,7 @@ from data import by_kind, image_files, nearly_constant
 from evaluation import batch_size_for
 from utils import UserError, complain, named_path, print_result, printable, run_program, write_whole
 
-Predictions = list[tuple[Path, list[tuple[str, float]]]]  # of a file: classes, probabilities
+Predictions = list[tuple[Path, list[tuple[str, float]]]]  # per file: classes, probabilities
 
 
 @torch.inference_mode()
@@ -43,7 +43,7 @@ def predictions(
 ) -> tuple[Predictions, list[str]]:
     """The `top` most probable classes of each file, and the errors of files that cannot be read.
 
-    The file `features` gets what the module's docstring says.
+    `features` is the .npz file to write, as the module's docstring describes.
     """
     model, described = load_model(checkpoint, device)
     head, model.head = model.head, nn.Identity()
@@ -68,7 +68,7 @@ def predictions(
             logits = head(pooled)  # (B, K)
             if not logits.isfinite().all():
                 raise UserError(f"the model of {checkpoint} computes no finite numbers")
-            if features:  # which may be many
+            if features:  # only then, as they may be large
                 outputs.append((pooled.cpu(), logits.cpu()))
             best = logits.softmax(dim=1).topk(top)  # (B, top)
             for file, values, rows in zip(read, *(each.tolist() for each in best), strict=True):
@@ -84,7 +84,7 @@ def predictions(
         np.savez(buffer, names=names, features=pooled, logits=logits, classes=described.classes)
         try:
             write_whole(features, buffer.getbuffer())
-        except OSError as error:  # the predictions are printed all the same
+        except OSError as error:  # the predictions are still printed
             errors.append(f"cannot write {features}: {error.strerror}")
     return found, errors
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def _regular_polygon(u: Tensor, v: Tensor, corners: int, inner: float) -> Tensor:
-    """Star of circumradius 1 whose notches lie at radius `inner`; depth below its edge."""
+    """The depth inside a star of circumradius 1 whose notches lie at radius `inner`."""
     sector = math.pi / corners
     angle = torch.atan2(v, u).remainder(2 * sector)
     angle = torch.minimum(angle, 2 * sector - angle)  # the angle to the nearest corner
@@ -21,8 +21,8 @@ def _box(u: Tensor, v: Tensor, half_width: float, half_height: float) -> Tensor:
     return torch.minimum(half_width - u.abs(), half_height - v.abs())
 
 
-# Each shape is a function of (u, v), the place relative to its center in units of its radius: how
-# deep inside the shape the place is, negative outside.
+# Each shape is a function of a point (u, v), relative to its center in units of its radius: how
+# deep inside the shape the point is, negative outside.
 SHAPES = {
     "disc": lambda u, v: 0.9 - torch.hypot(u, v),
     "ring": lambda u, v: 0.2 - (torch.hypot(u, v) - 0.75).abs(),
@@ -43,7 +43,7 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor, 
     """Draws one shape per image, at a random place, size, angle and color, on a texture.
 
     Args:
-        count: images to draw, equally many of each of the ten `SHAPES` (in random order).
+        count: images to draw, in random order, equally many of each of the ten `SHAPES`.
         seed: the same seed gives the same images.
         size: their height and width in pixels.
 
@@ -70,7 +70,7 @@ def _shape_coverage(labels: Tensor, size: int, generator: torch.Generator) -> Te
         return low + (high - low) * torch.rand(len(labels), 1, 1, generator=generator)
 
     radius = size * uniform(0.25, 0.42)
-    room = 0.5 * size - 0.9 * radius  # a corner may leave the image, never more
+    room = 0.5 * size - 0.9 * radius  # only a corner may leave the image
     center_x, center_y = (size / 2 + room * uniform(-1, 1) for _ in range(2))
     angle = uniform(0, 2 * math.pi)
     pixel = torch.arange(size) + 0.5

@@ -1,8 +1,8 @@
-"""TrivialAugment (Müller and Hutter, arXiv 2103.10158) with a draw for each image.
+"""TrivialAugment (Müller and Hutter, arXiv 2103.10158) with a separate draw for each image.
 
-Operations, magnitudes and results are those of torchvision's TrivialAugmentWide, except for pixels
-whose source lies halfway between two, such as the diagonals at 45 degrees. torchvision draws once
-for all images of a call and makes the host wait for a GPU; here nothing does, as the host draws.
+Operations, magnitudes and results are those of torchvision's TrivialAugmentWide, except for
+pixels whose source lies halfway between two, such as the diagonals at 45 degrees. torchvision
+draws once for all images of a call and waits for a GPU; here the host draws and never waits.
 
 Images are uint8 (B, C, H, W), RGB or gray. On the host, op (B,) int64 indexes OPS, and magnitude is
 (B,) float32.
@@ -20,7 +20,7 @@ BINS = 31  # magnitudes of an operation, weakest first
 
 # ---------------------------------------------------------------------------- operations
 
-# Each takes images, which of its k operations each image has, drawn (k, B) bool, and magnitude.
+# Each takes images, `drawn` (k, B) bool, which of its k operations an image gets, magnitudes.
 
 
 def _warp(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
@@ -29,15 +29,15 @@ def _warp(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
     center_x, center_y = (W - 1) / 2, (H - 1) / 2
     x = torch.arange(W, device=images.device) - center_x
     y = torch.arange(H, device=images.device)[:, None] - center_y
-    # Of each image all but one are 0: (5, B, 1, 1).
+    # For each image, all but one are 0: (5, B, 1, 1).
     shear_x, shear_y, shift_x, shift_y, degrees = (magnitude * drawn)[..., None, None]
     angle = degrees.deg2rad()
     cos, sin = angle.cos(), angle.sin()
-    # Rotations leave the center in place, shears the top left corner. As sums of what depends on
-    # x (B, 1, W) and on y (B, H, 1), most of the arithmetic is on a row or a column.
+    # Rotations leave the center in place, shears the top left corner. As a sum of a term in x
+    # (B, 1, W) and one in y (B, H, 1), most of the arithmetic is on a row or a column.
     from_x = cos * x + (shear_x * (H / 2) - shift_x.trunc() + center_x) + (shear_x - sin) * y
     from_y = (shear_y + sin) * x + (shear_y * (W / 2) - shift_y.trunc() + center_y) + cos * y
-    # The nearest pixel, with a border of black around the image for all that lies outside.
+    # The nearest pixel; a black border around the image stands for all that lies outside.
     column, row = from_x.round_().clamp_(-1, W), from_y.round_().clamp_(-1, H)
     index = (row * (W + 2) + column + (W + 3)).long().flatten(1)[:, None]  # (B, 1, H W)
     padded = F.pad(images, [1, 1, 1, 1]).flatten(2)
@@ -52,7 +52,7 @@ def _blend(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
     mean = luma.mean(dim=(1, 2, 3), keepdim=True)
     other = torch.where(color, luma, mean * contrast)  # (B, 1, H, W)
     magnitude = magnitude[:, None, None, None]
-    # In this order of operations the result is torchvision's.
+    # This order of operations gives torchvision's result.
     blended = values.mul_(1 + magnitude).addcmul_(other, -magnitude).clamp_(0, 255)
     blended = blended.to(torch.uint8)
     return blended if images.shape[1] == 3 else torch.where(color, images, blended)
@@ -64,7 +64,7 @@ def _sharpen(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
         return images
     images = images.float()
     inner = images[:, :, 1:-1, 1:-1]
-    # A kernel of ones around a five. Where cuDNN's convolution may round, these sums are exact.
+    # A kernel of ones around a five. cuDNN's convolution may round; these sums are exact.
     rows = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     blurred = ((rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * inner) / 13).round()
     inner.addcmul_(blurred - inner, -magnitude[:, None, None, None])
@@ -72,13 +72,13 @@ def _sharpen(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _posterize(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
-    """Keeps the upper bits, as many as the magnitude."""
+    """Keeps as many upper bits as the magnitude says."""
     dropped = (8 - magnitude).to(torch.uint8)[:, None, None, None]
     return images >> dropped << dropped
 
 
 def _solarize(images: Tensor, drawn: Tensor, magnitude: Tensor) -> Tensor:
-    """Inverts what is as bright as the magnitude or brighter."""
+    """Inverts pixels at least as bright as the magnitude."""
     threshold = (255 * magnitude).ceil().to(torch.uint8)[:, None, None, None]
     return images ^ (images >= threshold).to(torch.uint8).mul_(255)  # 255 flips all bits
 
@@ -108,7 +108,7 @@ STAGE = np.array([n for n, (_, names) in enumerate(STAGES) for _ in names])  # o
 
 
 def apply(images: Tensor, op: np.ndarray, magnitude: np.ndarray) -> Tensor:
-    """Applies to each image its own operation; each is computed for the images that have it."""
+    """Applies its own operation to each image; each is computed only for its own images."""
     device, stage = images.device, STAGE[op]  # (B,)
     order = stage.argsort(kind="stable")
     counts = np.bincount(stage, minlength=len(STAGES)).tolist()
@@ -146,9 +146,9 @@ MAGNITUDES = _wide_space().numpy()
 
 
 def trivial_augment(images: Tensor, host: np.random.Generator) -> Tensor:
-    """One operation for each image, of any magnitude of the wide space.
+    """Applies one random operation to each image, at a random magnitude of the wide space.
 
-    The host draws, so that it knows how many images have an operation.
+    The host draws, so that it knows how many images get each operation.
     """
     sign, op, bins = (host.integers(n, size=len(images)) for n in (2, len(OPS), BINS))
     return apply(images, op, MAGNITUDES[sign, op, bins])

@@ -1,8 +1,8 @@
 """Weights to start from: checkpoints of this repository and weights of other libraries.
 
-Other libraries' ViTs are this model under other names, which a table translates. Weights that have
-no place here (registers, rotary positions, ...) are refused by name; what only their code shows
-(another activation, norms elsewhere) by comparing logits, where the model is at hand.
+Other libraries' ViTs are this model under other names, which a table translates. Weights that
+have no place here (registers, rotary positions, ...) are refused by name. What only their code
+shows (another activation, norms elsewhere) is found by comparing logits, if their model can run.
 """
 
 import math
@@ -23,7 +23,7 @@ from utils import ROOT, UserError, first_line, named_path, one_line
 from ViT import MODELS, ViT, ViTConfig
 from weight_files import STATE_DICT, read_json, read_weights
 
-# Their names and ours: of timm, torchvision, transformers (its files and modules), Google's .npz.
+# Their names and ours: for timm, torchvision, transformers (files and modules), Google's .npz.
 PATCHES = r"(patch_embed\.proj|conv_proj|(embeddings\.)?patch_embeddings\.projection|embedding)[./]"
 NAMES = (
     (r"^embeddings\.", ""),
@@ -47,16 +47,16 @@ NAMES = (
     (r"[/.](kernel|scale)$", ".weight"),
     (r"/bias$", ".bias"),
 )
-CONTAINERS = (  # where training scripts put a state dict; of several, timm too takes an average
+CONTAINERS = (  # where training scripts put a state dict; like timm, an average is preferred
     *("state_dict_ema", "model_ema", "teacher"),
     *("state_dict", "model_state_dict", "model", "net", "module"),
 )
-# What most models expect of images, where nothing states it.
+# What most models expect of images, used if nothing states it.
 USUAL = {"mean": (0.5,), "std": (0.5,), "crop": 0.9, "interpolation": "bicubic"}
-LARGEST_DIFFERENCE = 1e-4  # between logits, as a share of the largest; rounding makes 1e-6
+LARGEST_DIFFERENCE = 1e-4  # between logits, as a share of the largest; rounding gives 1e-6
 HEAD = r"(heads?|classifier|fc|pre_logits|pooler)\."
-NOT_NEEDED = r"(mask_token|position_ids)$|decoder"  # of pretraining, or numbers of positions
-FREE = (  # fields of a model's config that its weights do not settle
+NOT_NEEDED = r"(mask_token|position_ids)$|decoder"  # for pretraining, or position indices
+FREE = (  # config fields that a model's weights do not determine
     "image_size",
     "dropout",
     "attention_dropout",
@@ -68,17 +68,17 @@ FREE = (  # fields of a model's config that its weights do not settle
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights in this model's names, and what they expect."""
+    """Weights under this model's names, and what they expect of images."""
 
     origin: str  # as the user named it
     config: ViTConfig
     weights: dict[str, Tensor]
     preprocessing: Preprocessing
-    classes: tuple[str, ...] | None  # where they are known
+    classes: tuple[str, ...] | None  # if known
     notes: tuple[str, ...] = ()  # what was left out, and what was assumed
 
     def adapted(self, wanted: ViTConfig, chosen: dict[str, Any]) -> ViTConfig:
-        """The config of these weights, with what they leave free from another.
+        """The config of these weights, with the fields that they leave free from `wanted`.
 
         The fields that the user has `chosen` must not contradict the weights.
         """
@@ -91,10 +91,10 @@ class Pretrained:
         return replace(self.config, **free)
 
     def initialize(self, model: ViT, classes: tuple[str, ...]) -> str:
-        """Gives a model these weights; returns what was done, in a line.
+        """Loads these weights into a model; returns a line that says what was done.
 
-        Learned positions are interpolated to another grid (paper, 3.2). A head for other classes
-        keeps its initial weights, which are zero.
+        Learned positions are interpolated to the model's grid (paper, 3.2). A head for other
+        classes keeps its initial weights, which are zero.
         """
         weights, done = dict(self.weights), []
         config, old, new = model.config, self.config.grid, model.config.grid
@@ -108,10 +108,10 @@ class Pretrained:
         return "; ".join([f"weights of {self.origin}: {', '.join(['loaded', *done])}", *self.notes])
 
     def for_channels(self, channels: int) -> "Pretrained":
-        """The same for images of as many channels, as timm adapts them.
+        """These weights adapted to another number of channels, as timm does it.
 
-        The weights of all channels are added for one channel; otherwise they are repeated, and
-        scaled so that the sum stays.
+        For one channel, the weights of all channels are summed; otherwise they are repeated,
+        and scaled to keep the sum.
         """
         before = self.config.channels
         if channels == before:
@@ -136,7 +136,7 @@ class Pretrained:
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Learned positions (1, T, D) for another grid of patches, by bicubic interpolation as in timm.
 
-    The position of a class token, the first, stays.
+    The position of the class token, which comes first, stays.
     """
     first = positions.shape[1] - old[0] * old[1]
     grid = positions[:, first:].unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, H/P, W/P)
@@ -154,18 +154,18 @@ def load_pretrained(
     std: tuple[float, ...] | None = None,
     crop: float | None = None,
 ) -> Pretrained:
-    """Weights by their origin.
+    """Loads weights from their origin.
 
     Args:
         origin: a checkpoint of this repository or a run's folder; a state dict of timm, torchvision
-            or transformers (.pth, .bin, .safetensors), or a folder of it; Google's .npz;
+            or transformers (.pth, .bin, .safetensors), or its folder; Google's .npz;
             "timm:NAME"; or "torchvision:NAME[:WEIGHTS]".
-        heads: attention heads. A config.json beside a file states them, a state dict does not: then
-            they are those of the named sizes, else D / 64, and the notes say so.
-        mean, std, crop: what the model expects of images (`Preprocessing`), likewise.
+        heads: attention heads, if no config.json beside the file states them; by default those
+            of the named sizes, else D / 64, and the notes say so.
+        mean, std, crop: what the model expects of images, whatever is stated or assumed.
 
     Raises:
-        UserError: they cannot be had, or are not of a model of this kind.
+        UserError: the weights cannot be loaded, or are not those of such a ViT.
     """
     given = {"mean": mean, "std": std, "crop": crop}
     given = {name: value for name, value in given.items() if value is not None}
@@ -188,7 +188,7 @@ def load_pretrained(
 
 
 def _state_dict_in(origin: str, content: Any) -> tuple[str, dict[str, Tensor]]:
-    """The state dict in what a file holds; and the origin, with its place where there are more."""
+    """The origin, with the key if the file has several state dicts, and the state dict."""
     if not isinstance(content, dict):
         raise UserError(f"{origin} holds no state dict, but: {type(content).__name__}")
     if inner := [name for name in CONTAINERS if isinstance(content.get(name), dict)]:
@@ -207,10 +207,10 @@ def from_state_dict(
     """A state dict of another library's ViT, recognized by its names.
 
     What is not `stated` (heads, size, mean, std, crop, interpolation, classes, blocks: that they
-    compute what ours do) is assumed as most models of the library have it.
+    compute what ours do) is assumed to be as in most models of the library.
 
     Raises:
-        UserError: they are not of a model of this kind.
+        UserError: the weights are not those of such a ViT.
     """
     stated = {name: value for name, value in (stated or {}).items() if value}
     try:
@@ -238,7 +238,7 @@ def _translated(origin: str, weights: dict[str, Tensor], stated: dict[str, Any])
     _fold_layer_scale(ours)
     config = _config_of(ours, stated, any("fc_norm." in name for name in weights))
     kernel, positions = ours["embed.proj.weight"], ours["embed.pos_embed"]
-    missing = config.tokens - positions.shape[1]  # timm can leave out the class's
+    missing = config.tokens - positions.shape[1]  # timm may lack the class token's
     ours["embed.proj.weight"] = kernel.flatten(1)  # (D, C, P, P) to (D, C P P)
     ours["embed.pos_embed"] = F.pad(positions, (0, 0, missing, 0))
     classes = stated.get("classes") if "head.weight" in ours else None
@@ -261,7 +261,7 @@ def _translated(origin: str, weights: dict[str, Tensor], stated: dict[str, Any])
 
 
 def _renamed(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """Their name of the patches' layer, and the weights by our names where there is one."""
+    """Their name of the patch embedding, and the weights, under our names where they exist."""
     names = [re.fullmatch(rf"(.*?[./])??({PATCHES})(weight|kernel)", name) for name in weights]
     found = [match.groups("") for match in names if match]
     if len(found) != 1:
@@ -282,9 +282,9 @@ def _renamed(weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
 
 
 def _left_out(weights: dict[str, Tensor]) -> list[str]:
-    """What pretraining leaves, and a head that is not one linear layer on the pooled token.
+    """Leftovers of pretraining, and a head that is not one linear layer on the pooled token.
 
-    One of a single logit, whose softmax is always 1, was trained for a sigmoid or a number.
+    A head of one logit, whose softmax is always 1, was trained for a sigmoid or a number.
     """
     head = [name for name in weights if re.match(HEAD, name)]
     plain = {"head.weight"} <= set(head) <= {"head.weight", "head.bias"}
@@ -298,7 +298,7 @@ def _left_out(weights: dict[str, Tensor]) -> list[str]:
 
 
 def _transposed(weight: Tensor, of_attention: bool, D: int) -> Tensor:
-    """A weight as torch has it: flax has inputs first, and heads in a dimension of their own."""
+    """A weight in torch's layout: flax has inputs first, and heads in their own dimension."""
     if weight.ndim == 4:
         return weight.permute(3, 2, 0, 1)  # (P, P, C, D) to (D, C, P, P)
     if of_attention:
@@ -314,7 +314,7 @@ def _join_queries_keys_values(weights: dict[str, Tensor]) -> None:
 
 
 def _fold_layer_scale(weights: dict[str, Tensor]) -> None:
-    """Layer scale multiplies what a branch's last linear layer gives: so do that layer's rows."""
+    """Folds layer scale, which multiplies a branch's output, into its last linear layer."""
     for name in [name for name in weights if re.search(r"\.ls[12]\.gamma$", name)]:
         block, which, _ = name.rsplit(".", 2)
         layer = f"{block}.attn.proj" if which == "ls1" else f"{block}.mlp.fc2"
@@ -324,7 +324,7 @@ def _fold_layer_scale(weights: dict[str, Tensor]) -> None:
 
 
 def _config_of(weights: dict[str, Tensor], stated: dict[str, Any], pools_mean: bool) -> ViTConfig:
-    """The config of weights in this model's names."""
+    """The config of weights under this model's names."""
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     with torch.device("meta"):
         known = ViT(ViTConfig(depth=max(1, depth))).state_dict()
@@ -343,7 +343,7 @@ def _config_of(weights: dict[str, Tensor], stated: dict[str, Any], pools_mean: b
     if weights["blocks.0.mlp.fc2.weight"].shape[1] * 2 == hidden:
         raise UserError("it has a gated MLP (SwiGLU), which this model does not")
     H, W = stated.get("size") or (0, 0)
-    patches = (tokens - has_class, tokens)  # timm can have no position for the class token
+    patches = (tokens - has_class, tokens)  # timm may have no position for the class token
     grids = [(H // P, W // P), *((math.isqrt(n), math.isqrt(n)) for n in patches)]
     grid = next((each for each in grids if math.prod(each) in patches), None)
     if not grid:
@@ -377,7 +377,7 @@ def _expected(channels: int, stated: dict[str, Any]) -> Preprocessing:
 
 
 def _stated_in(config: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What the config.json beside weights states of them, if it is timm's or transformers'."""
+    """What the config.json beside weights says of them, if it is timm's or transformers'."""
     try:
         if "architecture" in config:
             return _stated_by_timm(config)
@@ -399,7 +399,7 @@ def _stated_by_timm(config: dict[str, Any]) -> dict[str, Any]:
         "interpolation": expected.get("interpolation"),
         "classes": tuple(names.values() if isinstance(names, dict) else names),
     }
-    if stated["interpolation"] not in ("bicubic", "bilinear"):  # "random": of training
+    if stated["interpolation"] not in ("bicubic", "bilinear"):  # "random": for training
         del stated["interpolation"]
     return stated
 
@@ -450,14 +450,14 @@ def _from_library(origin: str, library: str, name: str, given: dict[str, Any]) -
             stated = _stated_by_torchvision(weights)
     except ImportError as error:
         raise UserError(f"{origin} needs timm: pip install timm") from error
-    except Exception as error:  # a name that it does not know, or a failed download
+    except Exception as error:  # an unknown name, or a failed download
         raise UserError(f"cannot load {origin}: {first_line(error)}") from error
     return _of_model(origin, model, stated | given)
 
 
 @torch.no_grad()
 def _of_model(origin: str, theirs: nn.Module, stated: dict[str, Any]) -> Pretrained:
-    """The weights of a library's model, refused if it gives other logits for a random picture."""
+    """A library model's weights, refused if it gives a random image other logits than ours."""
     heads = [module.num_heads for module in theirs.modules() if hasattr(module, "num_heads")]
     stated = stated | {"heads": heads[0] if heads else None, "blocks": True}
     found = from_state_dict(origin, theirs.state_dict(), stated)

@@ -1,4 +1,4 @@
-"""Shared helpers that import nothing of ours: errors, how a program ends, files, seeds."""
+"""Shared helpers that import no other module of ours: errors, exit statuses, files, seeds."""
 
 import argparse
 import csv
@@ -13,18 +13,18 @@ from typing import Any, ClassVar, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, whatever the current folder is
 
-# Of our programs, Ctrl-C ends the import of modules: an exception would be a traceback, or lost.
+# Ctrl-C while our programs import exits at once: an exception would be a traceback, or lost.
 _folder = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent
 _ours = _folder in [ROOT / name for name in ("src", "visualization", "experiments")]
 if _ours and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-if _ours:  # a notebook's, which may not be installed here, would fail as matplotlib is imported
+if _ours:  # importing matplotlib would fail if a notebook's backend is not installed here
     os.environ.pop("MPLBACKEND", None)
 
 import numpy as np
 
-# Read when torch is loaded: its idle threads soon sleep instead of spinning. Alone, training takes
-# as long; beside two busy processes, half as long.
+# Read when torch is loaded: makes its idle threads soon sleep instead of spinning. Alone,
+# training takes as long; beside two busy processes, half as long.
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "1000"
 
@@ -35,9 +35,9 @@ from torch import Tensor
 
 
 class UserError(argparse.ArgumentTypeError, ValueError):
-    """What a user asks for cannot be done; the message is one line for the user.
+    """A user's request that cannot be met; the message is one line for the user.
 
-    An argparse.ArgumentTypeError, so that a flag's `type` may raise it.
+    It is an argparse.ArgumentTypeError, so that a flag's `type` may raise it.
     """
 
     status = 2
@@ -56,9 +56,9 @@ class WorldError(Exception):
 
 
 class Stopped(BaseException):
-    """Ctrl-C or SIGTERM ends a run, on all its ranks together.
+    """A signal, such as Ctrl-C or SIGTERM, stops a run on all its ranks together.
 
-    Like KeyboardInterrupt not an Exception, so that no handler of errors catches it.
+    Like KeyboardInterrupt, it is not an Exception, so error handlers do not catch it.
     """
 
     def __init__(self, number: int):
@@ -70,19 +70,19 @@ OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "_ALLOC_FAILED")  # C
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch has an exception for its CUDA allocator; the others have a message."""
+    """Whether memory ran out: torch has an exception for CUDA, and messages for the rest."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         message in str(error) for message in OUT_OF_MEMORY
     )
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, in a line."""
+    """The first line of a library's error, or its type."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def one_line(error: Exception) -> str:
-    """All that an error says, in a line."""
+    """An error's whole message in one line."""
     return " ".join(str(error).split())
 
 
@@ -90,7 +90,7 @@ def one_line(error: Exception) -> str:
 
 
 class Output(io.FileIO):
-    """Standard output or error. That its disk is full or its reader gone ends no program."""
+    """Standard output or error; a full disk or a closed pipe does not end the program."""
 
     lost: ClassVar[dict[int, OSError]] = {}  # the last error of each descriptor
 
@@ -103,13 +103,13 @@ class Output(io.FileIO):
 
 
 def run_program(main: Callable[[list[str]], int]) -> NoReturn:
-    """Ends the process with the status of `main` for its command line."""
+    """Runs `main` on the command line, and exits with the status that it returns."""
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None:  # closed by whoever started the program
             setattr(sys, name, open(os.devnull, "w"))
-        elif isinstance(stream, io.TextIOWrapper):  # a notebook's is none
+        elif isinstance(stream, io.TextIOWrapper):  # not so in a notebook
             output = io.BufferedWriter(Output(stream.fileno(), "w", closefd=False))
-            # Names that it cannot encode are escaped.
+            # Characters that it cannot encode are escaped.
             kept = {"encoding": stream.encoding, "errors": "backslashreplace"}
             setattr(sys, name, io.TextIOWrapper(output, **kept, line_buffering=True))
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as under nohup
@@ -118,7 +118,7 @@ def run_program(main: Callable[[list[str]], int]) -> NoReturn:
 
 
 def print_result(text: str) -> None:
-    """Prints what is written nowhere else, so that a program ends where that cannot be."""
+    """Prints what is written nowhere else; ends the program if it cannot be printed."""
     print(text, flush=True)
     if error := Output.lost.get(1):
         if isinstance(error, BrokenPipeError):  # the reader is gone, as after `| head`
@@ -127,7 +127,7 @@ def print_result(text: str) -> None:
 
 
 def status_of(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """What `main` returns; for an error its status, after a line that ends with its notes."""
+    """What `main` returns, or an error's status, after one line with its message and notes."""
     try:
         return main(argv)
     except KeyboardInterrupt:
@@ -145,12 +145,12 @@ def status_of(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
 
 def printable(text: str) -> str:
-    """A text whose control characters, as names of files may have them, are escaped."""
+    """The text with its control characters, which file names may contain, escaped."""
     return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def complain(message: str) -> None:
-    """One line on standard error, with the program and, of several, the rank of the process."""
+    """Prints a line on standard error, with the program's name and, above 0, the rank."""
     rank, line = os.environ.get("RANK", "0"), f"{Path(sys.argv[0]).name}: {printable(message)}"
     print(line if rank == "0" else f"rank {rank}: {line}", file=sys.stderr)
 
@@ -159,7 +159,7 @@ def complain(message: str) -> None:
 
 
 def named_path(text: str | Path) -> Path:
-    """A path that a user names, which need not exist; UserError where none can be reached."""
+    """A path that a user gives, which need not exist; UserError if it cannot be a path."""
     try:
         path = Path(text)
         path = path if path.exists() else path.expanduser()  # "~x.png" may be a file's name
@@ -190,14 +190,14 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 
 def write_torch(path: Path, content: Any) -> None:
-    """Writes a file of torch.save, whole or not at all."""
+    """Writes a torch.save file, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getbuffer())
 
 
 def write_table(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any]]) -> None:
-    """Writes a CSV file with a line of names and a line for each row."""
+    """Writes a CSV file with a header line and a line for each row."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
     writer.writeheader()
@@ -206,7 +206,7 @@ def write_table(path: Path, columns: Iterable[str], rows: Iterable[dict[str, Any
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file; a value that JSON does not know, such as a path, becomes its text."""
+    """Writes a JSON file; a value that JSON does not know, such as a path, becomes text."""
     write_whole(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
@@ -235,7 +235,7 @@ def generator_for(*key: int, device: torch.device | str = "cpu") -> torch.Genera
 
 
 def copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; from pinned memory the copy to a GPU does not wait."""
+    """Copies a CPU tensor to a device; to a GPU from pinned memory, so as not to wait."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

@@ -1,4 +1,4 @@
-"""Files of weights: what one holds, with nothing in it run, or what was found in its place."""
+"""Reads files of weights, running nothing in them, or says what a file is instead."""
 
 import io
 import json
@@ -16,7 +16,7 @@ import torch
 from utils import UserError, one_line
 
 SAVED_AS = ("last.pt", "model.safetensors", "pytorch_model.bin")  # in a folder: ours, or others'
-NOT_WEIGHTS = {  # how files begin that are taken for weights
+NOT_WEIGHTS = {  # how files begin that are mistaken for weights
     b"version https://git-lfs": "a git-lfs pointer; `git lfs pull` fetches the file itself",
     b"<": "a web page; download the file that it shows",
     b"\x89HDF": "an HDF5 file, as Keras writes them, not weights of PyTorch",
@@ -26,12 +26,12 @@ TORCH_BEGINS = b"PK", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # since torch 
 
 
 def read_weights(path: Path) -> Any:
-    """What a file of torch.save, of safetensors or of numpy (.npz) holds, or a library's folder.
+    """The content of a torch.save, safetensors or numpy (.npz) file, or of a library's folder.
 
     Objects beside the weights, such as an argparse.Namespace, are left out.
 
     Raises:
-        UserError: it cannot be read, or is something else.
+        UserError: the file cannot be read, or is something else.
     """
     if path.is_dir():
         names = [name for name in SAVED_AS if (path / name).exists()]
@@ -55,7 +55,7 @@ def read_weights(path: Path) -> Any:
 
 
 def read_torch(path: Path) -> Any:
-    """What a file of torch.save holds, on the CPU: containers and tensors, nothing else."""
+    """The content of a torch.save file, on the CPU: only containers and tensors."""
     return _load_torch(path, read_bytes(path), known=None)
 
 
@@ -68,9 +68,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file, unless that shows that it is no file of weights."""
+    """The content of a file; UserError if that shows that it is not a file of weights."""
     try:
-        if path.exists() and not path.is_file():  # of a pipe, reading might never end
+        if path.exists() and not path.is_file():  # reading a pipe might never end
             raise OSError("it is not a regular file")
         content = path.read_bytes()
     except OSError as error:
@@ -84,14 +84,14 @@ def read_bytes(path: Path) -> bytes:
 
 
 class _Object:
-    """Stands for a class that torch does not know; none of its code is needed, or run."""
+    """Stands in for a class that torch does not know; none of its code runs."""
 
     def __new__(cls, *_: Any) -> OrderedDict:
-        return OrderedDict()  # which torch fills with the entries and attributes of the object
+        return OrderedDict()  # torch adds the object's entries and attributes to it
 
 
 class _NumpyObject:
-    """The same for numpy's scalars and arrays, whose state is no dict."""
+    """The same for numpy's scalars and arrays, whose state is not a dict."""
 
     def __init__(self, *_: Any): ...
 
@@ -99,16 +99,16 @@ class _NumpyObject:
 
 
 def _load_torch(path: Path, content: bytes, known: list[tuple[type, str]] | None) -> Any:
-    """What torch.save wrote.
+    """Loads what torch.save wrote.
 
-    `known` are classes, by name, of objects that may be there; one that is missing is added. Where
-    it is None, only containers and tensors may be.
+    `known` lists stand-ins for classes, by name, that the file may contain; missing ones are
+    added. If it is None, the file may contain only containers and tensors.
     """
     file = io.BytesIO(content)
     try:
-        if zipfile.is_zipfile(file):  # not what torch wrote before 1.6
+        if zipfile.is_zipfile(file):  # torch before 1.6 wrote no zip
             with zipfile.ZipFile(file) as archive:
-                if damaged := archive.testzip():  # torch.load compares no checksum
+                if damaged := archive.testzip():  # torch.load does not check this
                     raise zipfile.BadZipFile(damaged)
         file.seek(0)
         with (

@@ -1,4 +1,4 @@
-"""The command line of trainer.py: what it asks for, made from its flags and a recipe."""
+"""The command line of trainer.py: turns flags and a recipe into a `Command`."""
 
 import shlex
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ TASKS = {
 }
 DATA_FLAGS = ("data_dir", "device", "wait_minutes", "dataset")
 TRAINING_FLAGS = ("test", "save_minutes", "keep_best", "tensorboard", "epochs", "accumulate")
-TASK_FLAGS = {  # that each task takes
+TASK_FLAGS = {  # the flags that each task takes
     "resume": DATA_FLAGS + TRAINING_FLAGS,
     "evaluate": (*DATA_FLAGS, "split"),
     "export": ("library", "overwrite"),
@@ -31,25 +31,25 @@ class Command:
     """What a command line of trainer.py asks for."""
 
     task: str  # "train", or one of TASKS
-    path: Path | None  # of the checkpoint of the task
+    path: Path | None  # of the task's checkpoint
     recipe: str
     model: ViTConfig
     training: TrainConfig
     options: RunOptions
-    model_changes: dict[str, Any]  # the fields of the configs that flags set
+    model_changes: dict[str, Any]  # the config fields that flags set
     training_changes: dict[str, Any]
     note: str  # on how the recipe was chosen
 
     @property
     def folder(self) -> Path:
-        """The folder of the run that is begun or resumed."""
+        """The folder of the new or resumed run."""
         if self.task == "resume":
             return self.path.parent
         return self.options.output_dir / (self.options.name or self.recipe)
 
 
 def parse(argv: list[str], description: str) -> Command:
-    """The command line of trainer.py; help shows the values of the chosen recipe."""
+    """Parses the command line of trainer.py; --help shows the chosen recipe's values."""
     first = Parser(prog="trainer.py", add_help=False)
     first.add_argument("--recipe", choices=RECIPES)
     first.add_argument("--device")
@@ -60,7 +60,7 @@ def parse(argv: list[str], description: str) -> Command:
     lines = (f"  {name:16}{each.about.splitlines()[0]}" for name, each in RECIPES.items())
     epilog = "\n".join(["recipes:", *lines])
     parser = Parser(prog=first.prog, description=description, epilog=epilog)
-    text = f"the options that flags override ({name})"
+    text = f"a named set of options, which flags override ({name})"
     parser.add_argument("--recipe", choices=RECIPES, help=text)
     run = parser.add_argument_group("run")
     tasks = run.add_mutually_exclusive_group()
@@ -69,7 +69,7 @@ def parse(argv: list[str], description: str) -> Command:
     add_flags(run, RunOptions())
     model = parser.add_argument_group("model (value of the recipe)")
     model.add_argument("--model", choices=MODELS, help="a size: sets --width, --depth and --heads")
-    add_flags(model, recipe.model, leave_out=("channels", "classes"))  # the data set's
+    add_flags(model, recipe.model, leave_out=("channels", "classes"))  # from the data set
     add_flags(parser.add_argument_group("training (value of the recipe)"), recipe.train)
     arguments = parser.parse_args(argv)
 
@@ -81,10 +81,10 @@ def parse(argv: list[str], description: str) -> Command:
         for flag, its_task in (("library", "export"), ("split", "evaluate")):
             if flag in arguments:
                 raise UserError(f"--{flag} works only with --{its_task}")
-        length = {"epochs": 0, "steps": 0}  # the recipe's, which either flag replaces
+        length = {"epochs": 0, "steps": 0}  # either flag replaces the recipe's length
         training = length | changes if length.keys() & changes else changes
         train = replace(recipe.train, **training)
-        sizes = {} if train.init_from else model_changes  # which then fit those of the weights
+        sizes = {} if train.init_from else model_changes  # weights set their own
         configs = replace(recipe.model, **sizes), train
     else:
         allowed = ", ".join(f"--{each}" for each in TASK_FLAGS[task])
@@ -106,7 +106,7 @@ def parse(argv: list[str], description: str) -> Command:
 
 
 def default_recipe(device: str | None) -> tuple[str, str]:
-    """The recipe for this machine, and why it is that one."""
+    """The recipe for this machine, and a line that says why."""
     kind = (device or best_device().type).split(":")[0]
     if kind == "cpu":
         return "cpu", "recipe cpu, made for a CPU (--recipe chooses another)"
@@ -114,7 +114,7 @@ def default_recipe(device: str | None) -> tuple[str, str]:
 
 
 def resume_hint(folder: Path, options: RunOptions) -> str:
-    """How to resume a run, with the flags that its checkpoint does not hold."""
+    """How to resume a run, with the flags that its checkpoint does not store."""
     words = ["resume with --resume", shlex.quote(str(folder))]
     for name in options.changed():
         if name in TASK_FLAGS["resume"]:

@@ -1,8 +1,8 @@
-"""Every data set behind one function: those of torchvision, synthetic shapes, your own folder.
+"""Every data set behind one function: torchvision's, synthetic shapes, your own folder.
 
 A data set is a row of `DATASETS`: a function that loads it at the size and colors of a
-`Preprocessing`. `load_dataset` calls it, holds out validation images, and keeps everything in the
-memory of the device where that is small enough.
+`Preprocessing`. `load_dataset` calls it, holds out validation images, and keeps everything in
+device memory if it is small enough.
 
     folder:PATH     PATH/train/CLASS/**, with PATH/val (or valid, validation, dev) and PATH/test
                     where they exist; or PATH/CLASS/**, of which a tenth becomes the test set
@@ -41,7 +41,7 @@ from distributed import ALONE, World
 from shapes import SHAPES, draw_shapes
 from utils import UserError, named_path, one_line
 
-DOWNLOAD_TIMEOUT = 30  # seconds without a byte until a server counts as stalled
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte before a server counts as stalled
 LARGEST_IN_MEMORY = 2**32  # bytes of all splits together
 TEST_SHARE = 0.1  # of a folder without a test set
 HALF = (0.5, 0.5, 0.5)  # the paper's reference code normalizes every data set to -1 to 1
@@ -53,9 +53,9 @@ HALF = (0.5, 0.5, 0.5)  # the paper's reference code normalizes every data set t
 def _torchvision(
     kind: type, option: str, *values: Any, name: str, folder: Path, wanted: Preprocessing
 ) -> Dataset:
-    """A data set of torchvision, which downloads it and checks the md5 of all it reads.
+    """A torchvision data set; torchvision downloads it and checks the MD5 of all it reads.
 
-    The values of an option of `kind` name its training, validation and test set; None: it has none.
+    The `values` of `kind`'s `option` name its training, validation and test set; None: no set.
     """
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
@@ -63,7 +63,7 @@ def _torchvision(
         parts = [v if v is None else kind(folder, **{option: v}, download=True) for v in values]
     except ImportError as error:
         raise UserError(f"{kind.__name__} needs scipy: pip install scipy") from error
-    except Exception as error:  # a failed download, or files of other content, fail in any way
+    except Exception as error:  # failed downloads and wrong files can raise anything
         raise UserError(
             f"no usable {kind.__name__} in {folder}, and none from "
             f"{getattr(kind, 'url', 'its server')} ({one_line(error) or type(error).__name__}); "
@@ -80,13 +80,13 @@ def _torchvision(
 def _torchvision_split(dataset: Any, wanted: Preprocessing) -> Split:
     names = ("targets", "labels", "_labels")
     labels = torch.as_tensor(next(getattr(dataset, n) for n in names if hasattr(dataset, n))).long()
-    if isinstance(dataset, tv.CIFAR10):  # of which CIFAR100 is one
+    if isinstance(dataset, tv.CIFAR10):  # or CIFAR100, a subclass
         return _split(torch.from_numpy(dataset.data).permute(0, 3, 1, 2), labels, wanted)
     return StreamedSplit(dataset, lambda item: wanted.fit(item[0]), labels)
 
 
 def _split(images: Tensor, labels: Tensor, wanted: Preprocessing) -> Split:
-    """A split of uint8 images (n, C, H, W) of one size, which may not be the wanted one."""
+    """A split of uint8 images (n, C, H, W), resized on demand unless of the wanted size."""
     if images.shape[1:] == (wanted.channels, *wanted.size) and wanted.crop == 1:
         return Split(images.contiguous(), labels)
     return StreamedSplit(images, lambda image: wanted.fit(to_pil_image(image)), labels)
@@ -95,7 +95,7 @@ def _split(images: Tensor, labels: Tensor, wanted: Preprocessing) -> Split:
 # ---------------------------------------------------------------------------- a folder
 
 
-PARTS = {  # what the folders of the parts are called, in any case
+PARTS = {  # names of the splits' folders, in upper or lower case
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -103,7 +103,7 @@ PARTS = {  # what the folders of the parts are called, in any case
 
 
 def _folder(name: str, path: Path, wanted: Preprocessing, validation_images: float) -> Dataset:
-    """Pictures of your own, in a folder for each class."""
+    """Your own pictures, in a folder for each class."""
     folders = part_folders(path)
     undivided = folders == {"train": path}
     classes, others = class_folders(folders["train"]), Counter()
@@ -143,11 +143,11 @@ def _folder(name: str, path: Path, wanted: Preprocessing, validation_images: flo
 def _listed(
     folder: Path, classes: dict[str, Path], others: Counter[str]
 ) -> tuple[list[Path], Tensor]:
-    """The image files and labels of a part; counts in `others` what is left out."""
+    """The image files and labels of a split; counts what is left out in `others`."""
     own = class_folders(folder)
     if unknown := own.keys() - classes.keys():
         train = next(iter(classes.values())).parent
-        raise UserError(f"{folder} has a class {min(unknown)!r}, which {train} has not")
+        raise UserError(f"{folder} has a class {min(unknown)!r}, which {train} does not have")
     if loose := sum(each.is_file() for each in folder.iterdir()):
         others["beside the class folders"] += loose
     files, labels = [], []
@@ -160,7 +160,7 @@ def _listed(
 
 
 def part_folders(path: Path) -> dict[str, Path]:
-    """Folders of training, validation and test pictures; `path` where that holds the classes."""
+    """Folders of training, validation and test pictures; just `path` if that holds classes."""
     names = _folders_in(path)
     if "train" not in map(PARTS.get, map(str.lower, names)):
         if parts := sorted(name for name in names if name.lower() in PARTS):  # no classes
@@ -188,7 +188,7 @@ def _folders_in(path: Path) -> list[str]:
 
 
 def class_folders(path: Path) -> dict[str, Path]:
-    """The folders in a folder by their names, at least two, in natural order: 2 before 10."""
+    """A folder's subfolders by name, at least two, in natural order: 2 before 10."""
 
     def natural(name: str) -> list[str | int]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
@@ -198,9 +198,9 @@ def class_folders(path: Path) -> dict[str, Path]:
         raise UserError(
             f"{path} must hold a folder for each of at least 2 classes, not {len(found)}"
         )
-    named = {normalize("NFC", name): path / name for name in found}  # as macOS may not spell it
+    named = {normalize("NFC", name): path / name for name in found}  # macOS may use NFD
     if twice := {path / name for name in found} - {*named.values()}:
-        raise UserError(f"{min(twice)} is in other bytes the name of another folder; rename one")
+        raise UserError(f"{min(twice)} has another folder's name, in other bytes; rename one")
     return {name: named[name] for name in sorted(named, key=natural)}
 
 
@@ -216,9 +216,9 @@ def _shapes(name: str, folder: Path, wanted: Preprocessing) -> Dataset:
 
 
 class Entry(NamedTuple):
-    """A data set of the table, and the mean and standard deviation to normalize it with."""
+    """A row of `DATASETS`, with the mean and standard deviation to normalize images with."""
 
-    load: Callable[..., Dataset]  # of its name, the folder of data sets and a `Preprocessing`
+    load: Callable[..., Dataset]  # takes its name, the folder of data sets, a `Preprocessing`
     mean: tuple[float, ...] = HALF
     std: tuple[float, ...] = HALF
 
@@ -245,13 +245,13 @@ FOLDER = "folder:"
 
 
 def anchored(name: str) -> str:
-    """A data set's name, of a folder with its absolute path."""
+    """A data set's name; a folder's path is made absolute."""
     path = named_path(name.removeprefix(FOLDER)).absolute()
     return f"{FOLDER}{path}" if name.startswith(FOLDER) else name
 
 
 def preprocessing_for(name: str) -> Preprocessing:
-    """What a new model expects of the images of a data set; 32 x 32 pixels."""
+    """What a new model expects of a data set's images; 32 x 32 pixels."""
     if name not in DATASETS and not name.startswith(FOLDER):
         raise UserError(
             f"there is no data set {name!r}; choose from {', '.join(DATASETS)}, {FOLDER}PATH"
@@ -274,16 +274,16 @@ def load_dataset(
     Args:
         name: one of `DATASETS`, or "folder:PATH".
         preprocessing: the size and colors of the images (`preprocessing_for`, 32x32).
-        validation_images: how many training images to hold out, or below 1 the share of them; a
-            data set's own validation images are used where it has any.
+        validation_images: how many training images to hold out, or their share if below 1; a
+            data set's own validation images are used instead if it has any.
         device: where the images will live.
-        data_dir: the folder of data sets; what is missing there is downloaded into it.
-        world: one process of each host goes first, to download and decode.
+        data_dir: the folder of data sets; missing ones are downloaded into it.
+        world: one process per host goes first, to download and decode.
 
     Raises:
         UserError: the data set cannot be loaded or split.
     """
-    default = preprocessing_for(name)  # which refuses a name that is not known
+    default = preprocessing_for(name)  # refuses an unknown name
     wanted = preprocessing or default
     with world.one_of_each_host_first():
         if name.startswith(FOLDER):
@@ -302,7 +302,7 @@ def load_dataset(
 
 
 def _in_memory(dataset: Dataset) -> Dataset:
-    """Decoded, without the files that cannot be read, where all of it is small enough."""
+    """The data set decoded into memory, without unreadable files, if it is small enough."""
     splits, notes = dataset.splits(), dataset.notes
     shape = (dataset.preprocessing.channels, *dataset.preprocessing.size)
     count = sum(map(len, splits.values()))

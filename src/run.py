@@ -57,10 +57,10 @@ class State:
     scaler: torch.amp.GradScaler  # scales the loss in float16; otherwise does nothing
     step: int = 0  # steps done since the run began
     history: list[EpochRecord] = field(default_factory=list)
-    sums: dict[str, Tensor] = field(default_factory=dict)  # one number each, of this epoch
+    sums: dict[str, Tensor] = field(default_factory=dict)  # this epoch's, one number each
     seconds: dict[str, float] = field(default_factory=lambda: {"epoch": 0.0, "compile": 0.0})
     compiled: str | bool = False  # or how: "default", or "graphs" for CUDA graphs
-    started: float = _STARTED  # on `time.perf_counter`'s clock, minus earlier seconds
+    started: float = _STARTED  # a `time.perf_counter` time, minus earlier processes' seconds
 
     @property
     def epoch(self) -> int:
@@ -73,7 +73,7 @@ class State:
         return time.perf_counter() - self.started
 
     def count(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Adds part of a batch to the sums. A new metric is a sum here, a field of the record.
+        """Adds part of a batch to the sums. A new metric is a sum here and a record field.
 
         The loss is the part's share of the batch mean; logits and targets are (n, K).
         """
@@ -231,7 +231,7 @@ class Run(Place):
         yield batch.part(last)
 
     def ready(self, model: ViT, epoch: int) -> None:
-        """Puts a model in training mode; drop path stays off until any whole epochs begin."""
+        """Puts a model in training mode; if whole epochs follow, drop path waits for them."""
         model.train()
         waits = self.config.whole_epochs and self.config.patch_dropout_in(epoch)
         for module in model.modules():
@@ -448,7 +448,7 @@ def new_run(
     place: Place,
     chosen: dict[str, Any] | None = None,
 ) -> tuple[Run, State]:
-    """Starts a run; the data set sets the model's channels and classes.
+    """Starts a run; the data set determines the model's channels and classes.
 
     With `init_from`, the weights must agree with the `chosen` fields of the model's config, and
     set those that are not `pretrained.FREE`. If this fails, the run's folder is unchanged.
@@ -523,7 +523,7 @@ def resumed_run(path: Path, changes: dict[str, Any], place: Place) -> tuple[Run,
     run.folder.saved_step = state.step
     run.folder.best_from = 0 if (path.parent / "best.pt").exists() else state.epoch
     if state.step > config.epochs * run.steps_per_epoch:
-        raise UserError(f"--epochs {config.epochs} is less than is done, epoch {state.epoch}")
+        raise UserError(f"--epochs {config.epochs} is too few: {state.epoch} epochs are done")
     if config.epochs != (before := checkpoint.training.epochs):
         rate = config.learning_rate * run.rate_factor(state.step)
         run.say(

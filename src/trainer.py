@@ -42,7 +42,7 @@ from run import Place, Run, State, new_run, resumed_run
 from utils import Stopped, UserError, first_line, is_out_of_memory, run_program
 
 Forward = Callable[[Tensor, Tensor | None], Tensor]  # images and kept patches to logits
-LOOK_EVERY = 20  # steps between checks of the loss and the other ranks; each makes all wait
+LOOK_EVERY = 20  # steps between checks of the loss and other ranks; a check makes all wait
 
 
 # ---------------------------------------------------------------------------- a step
@@ -118,14 +118,14 @@ def progress_bar(run: Run, state: State) -> tqdm:
         initial=run.steps_done(state) * run.config.batch_size,
         desc=f"epoch {state.epoch + 1}/{run.config.epochs}",
         unit=" images",
-        disable=None if run.world.leads else True,  # None: no bar in a file
+        disable=None if run.world.leads else True,  # None: only on a terminal
         leave=False,
     )
 
 
 # ---------------------------------------------------------------------------- compiling
 
-# Operations and steps above which compiling pays off: 100 s of a CPU at 2e11 a second; a minute
+# FLOPs and steps above which compiling pays off: 100 s of a CPU at 2e11 a second; a minute
 # of a GPU at 5e13, where each step saves some 10 ms of host time. Both are estimates.
 WORTH_COMPILING = {"cpu": (2e13, 0), "cuda": (3e15, 2000)}
 # How torch reports that it has no working compiler: on a CPU, on a GPU, in this Python version.
@@ -148,7 +148,7 @@ def compiled(run: Run, state: State) -> Forward:
     run.say("compiling the model ...")
     started = time.perf_counter()
     mode = "reduce-overhead" if config.compile == "graphs" else None
-    ready = set()  # the `sizes_of` the parts compiled for
+    ready = set()  # `sizes_of` of the compiled parts
     try:
         fast = torch.compile(run.parallel, dynamic=False, mode=mode)
         for epoch in epochs:
@@ -188,7 +188,7 @@ def sizes_of(images: Tensor, kept: Tensor | None) -> tuple[int, int | None]:
 def compile_pays(run: Run, patch_dropout: float) -> bool:
     """Whether compiling for this rate of patch dropout is worth half a minute."""
     if run.config.batch_size > len(run.dataset.train):
-        return False  # every batch is short
+        return False  # the only batch is a short one
     if run.config.compile != "auto":
         return run.config.compile != "off"
     flops, steps = WORTH_COMPILING.get(run.device.type, (math.inf, 0))
@@ -342,7 +342,7 @@ def hints(run: Run, state: State) -> Iterator[None]:
         if is_out_of_memory(error):
             batch, parts = run.config.batch_size, run.config.accumulate
             error.__notes__ = [
-                f"of --batch-size {batch} --accumulate {parts}, try --accumulate "
+                f"instead of --batch-size {batch} --accumulate {parts}, try --accumulate "
                 f"{min(2 * parts, batch)} for the same batch in smaller parts, or a smaller "
                 "--batch-size",
                 *run.folder.kept(),

@@ -336,7 +336,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_try(
     out, error = capsys.readouterr()
     (line,) = error.splitlines()
     assert "not available" not in out
-    assert "out of memory; of --batch-size 40 --accumulate 2, try" in line
+    assert "out of memory; instead of --batch-size 40 --accumulate 2, try" in line
     assert "--accumulate 4" in line and "smaller --batch-size" in line and "holds" not in line
 
 

@@ -340,4 +340,4 @@ def test_an_allocation_that_does_not_fit_is_one_line(monkeypatch, tmp_path, caps
     monkeypatch.setattr(Augmentation, "__call__", too_large)
     assert small.status_of("--device cuda", tmp_path) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "out of memory; of --batch-size 40 --accumulate 1, try --accumulate 2" in line
+    assert "out of memory; instead of --batch-size 40 --accumulate 1, try --accumulate 2" in line

@@ -66,7 +66,7 @@ def test_a_finished_run_may_see_the_test_set_and_more_epochs(train, tmp_path, ca
     before = (tmp_path / "a/last.pt").read_bytes()
     assert train(f"--resume {tmp_path / 'a'} --epochs 1") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--epochs 1 is less than" in line and "epoch 2" in line
+    assert "--epochs 1 is too few: 2 epochs are done" in line
     assert (tmp_path / "a/last.pt").read_bytes() == before
 
 

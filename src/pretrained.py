@@ -2,7 +2,7 @@
 
 Other libraries' ViTs are this model under other names, which a table translates. Weights that
 have no place here (registers, rotary positions, ...) are refused by name. What only their code
-shows (another activation, norms elsewhere) is found by comparing logits, if their model can run.
+shows (another activation, norms elsewhere) is found by comparing logits, if it can be run.
 """
 
 import math

@@ -313,7 +313,7 @@ class ViTConfig(Config):
         if self.positions == "sincos" and self.width % 4:
             raise UserError(f"sincos positions need a width divisible by 4, not {self.width}")
         if self.hidden < 1:
-            raise UserError(f"mlp_ratio {self.mlp_ratio} leaves no hidden width of {self.width}")
+            raise UserError(f"mlp_ratio {self.mlp_ratio} times width {self.width} rounds to 0")
 
     @property
     def grid(self) -> tuple[int, int]:

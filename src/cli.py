@@ -67,10 +67,10 @@ def parse(argv: list[str], description: str) -> Command:
     for task, (metavar, text) in TASKS.items():
         tasks.add_argument(f"--{task}", metavar=metavar, type=find_checkpoint, help=text)
     add_flags(run, RunOptions())
-    model = parser.add_argument_group("model (value of the recipe)")
+    model = parser.add_argument_group("model (the recipe's values)")
     model.add_argument("--model", choices=MODELS, help="a size: sets --width, --depth and --heads")
     add_flags(model, recipe.model, leave_out=("channels", "classes"))  # from the data set
-    add_flags(parser.add_argument_group("training (value of the recipe)"), recipe.train)
+    add_flags(parser.add_argument_group("training (the recipe's values)"), recipe.train)
     arguments = parser.parse_args(argv)
 
     task = next((task for task in TASKS if getattr(arguments, task)), "train")

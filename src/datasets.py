@@ -163,7 +163,7 @@ def part_folders(path: Path) -> dict[str, Path]:
     """Folders of training, validation and test pictures; just `path` if that holds classes."""
     names = _folders_in(path)
     if "train" not in map(PARTS.get, map(str.lower, names)):
-        if parts := sorted(name for name in names if name.lower() in PARTS):  # no classes
+        if parts := sorted(name for name in names if name.lower() in PARTS):  # not classes
             raise UserError(f"{path} has {', '.join(parts)}, but no folder train")
         return {"train": path}
     found: dict[str, Path] = {}

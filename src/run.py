@@ -503,7 +503,7 @@ def resumed_run(path: Path, changes: dict[str, Any], place: Place) -> tuple[Run,
     if where := changes.get("dataset"):
         changes = changes | {"dataset": datasets.anchored(where)}
         if not (where.startswith(FOLDER) and checkpoint.training.dataset.startswith(FOLDER)):
-            raise UserError(f"--dataset of --resume is for a folder that was moved, not {where}")
+            raise UserError(f"--dataset with --resume is for a moved folder, not {where}")
     config = dataclasses.replace(checkpoint.training, **changes)
     dataset = load_data(config, checkpoint.preprocessing, place)
     check_fit(checkpoint, dataset)

@@ -310,5 +310,5 @@ def test_a_run_on_a_folder_goes_on_where_it_was_moved_unless_a_trained_picture_i
     by_row = dataclasses.replace(again, trained=None, drawn_from=67)
     with pytest.raises(UserError, match="were drawn from 67 by their rows, and are no longer"):
         check_fit(by_row, load_dataset("folder:moved", WANTED, validation_images=0))
-    with pytest.raises(UserError, match="--dataset of --resume is for a folder that was moved"):
+    with pytest.raises(UserError, match="--dataset with --resume is for a moved folder"):
         trainer.main("--resume demo --device cpu --dataset shapes".split())

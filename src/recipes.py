@@ -18,24 +18,24 @@ class TrainConfig(Config):
 
     dataset: Annotated[str, f"data set: {', '.join(DATASETS)}, {FOLDER}PATH"] = "cifar10"
     validation_images: Annotated[float, "training images held out, or a share", "[0, 1e9]"] = 0.1
-    initialization: Annotated[Literal["paper", "mimetic"], "mimetic: of attention"] = "paper"
+    initialization: Annotated[Literal["paper", "mimetic"], "mimetic: for attention"] = "paper"
     whiten_patches: Annotated[bool, "begin with a patch embedding that whitens pixels"] = False
     init_from: Annotated[str | None, "weights: FILE, timm:NAME, torchvision:NAME[:WEIGHTS]"] = None
     # What those weights expect of images, if that would be assumed.
-    mean: Annotated[tuple[float, ...] | None, "of all channels of --init-from, or of each"] = None
-    std: Annotated[tuple[float, ...] | None, "standard deviation of the same"] = None
-    crop: Annotated[float | None, "share of an image file that is kept, of the same"] = None
+    mean: Annotated[tuple[float, ...] | None, "for --init-from: one, or one per channel"] = None
+    std: Annotated[tuple[float, ...] | None, "standard deviation, likewise"] = None
+    crop: Annotated[float | None, "share of each side of an image file kept, likewise"] = None
     freeze: Annotated[bool | int, "all but the head; with N: up to block N", "[0, 1e6]"] = False
     epochs: Annotated[int, "times each training image is seen", "[0, 1e6]"] = 100
     steps: Annotated[int, "steps in place of epochs; 5 epochs at least", "[0, 1e9]"] = 0
     batch_size: Annotated[int, "images per step; 0: a fifth of the set or 50", "[0, 1e7]"] = 500
     accumulate: Annotated[int, "parts of a batch, one by one, to save memory", "[1, 1e7]"] = 1
     # Muon updates all matrices but the head's, and AdamW the rest.
-    optimizer: Annotated[Literal["adamw", "muon", "sgd"], "muon: of matrices, else adamw"] = "adamw"
+    optimizer: Annotated[Literal["adamw", "muon", "sgd"], "muon for matrices, else adamw"] = "adamw"
     learning_rate: Annotated[float, "peak learning rate of AdamW or SGD", "[0, 1000]"] = 1e-3
     muon_learning_rate: Annotated[float, "Muon's peak learning rate", "[0, 1000]"] = 0.02
     layer_decay: Annotated[float, "learning rate of a block over the next one's", "(0, 1]"] = 1.0
-    weight_decay: Annotated[float, "of the matrices; decoupled except for SGD", "[0, 1000]"] = 0.05
+    weight_decay: Annotated[float, "for matrices; decoupled except for SGD", "[0, 1000]"] = 0.05
     warmup_epochs: Annotated[float, "epochs of linear warm-up", "[0, 1e6]"] = 5.0
     schedule: Annotated[Literal["cosine", "linear"], "decay to 0 after the warm-up"] = "cosine"
     schedule_over: Annotated[Literal["steps", "operations"], "decay by step or by cost"] = "steps"
@@ -61,7 +61,7 @@ class TrainConfig(Config):
         "torch.compile; auto: for long runs; graphs: on, with CUDA graphs (not yet run on a GPU)",
     ] = "auto"
     deterministic: Annotated[bool, "deterministic CUDA kernels; a CPU's always are"] = False
-    seed: Annotated[int, "of initialization, order, augmentation and dropout", "[0, 1e18]"] = 0
+    seed: Annotated[int, "for initialization, order, augmentation and dropout", "[0, 1e18]"] = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -105,11 +105,11 @@ class RunOptions(Config):
     data_dir: Annotated[Path, "where data sets are, or are downloaded to"] = ROOT / "data"
     test: Annotated[bool, "--no-test skips the test set; use it while tuning"] = True
     save_minutes: Annotated[float, "minutes between checkpoints; 0: every step", "[0, 1e6]"] = 1.0
-    wait_minutes: Annotated[float, "that a torchrun process waits for another", "(0, 1e4]"] = 5.0
+    wait_minutes: Annotated[float, "how long torchrun processes wait", "(0, 1e4]"] = 5.0
     keep_best: Annotated[bool, "keep the best epoch by validation accuracy in best.pt"] = False
     tensorboard: Annotated[bool, "also write metrics.csv and a batch of images for it"] = False
-    library: Annotated[Literal["timm", "torchvision", "onnx"] | None, "that --export is for"] = None
-    split: Annotated[Literal["test", "val"], "of --evaluate; val: validation images"] = "test"
+    library: Annotated[Literal["timm", "torchvision", "onnx"] | None, "for --export"] = None
+    split: Annotated[Literal["test", "val"], "for --evaluate; val: validation images"] = "test"
     device: Annotated[str | None, "cuda, cuda:1, mps or cpu (the best available)"] = None
 
     def __post_init__(self):

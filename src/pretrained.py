@@ -287,13 +287,10 @@ def _left_out(weights: dict[str, Tensor]) -> list[str]:
     A head of one logit, whose softmax is always 1, was trained for a sigmoid or a number.
     """
     head = [name for name in weights if re.match(HEAD, name)]
-    plain = {"head.weight"} <= set(head) <= {"head.weight", "head.bias"}
-    if (
-        plain
-        and len(weights["head.weight"]) > 1
-        and weights["head.weight"].shape[1:] == weights["norm.weight"].shape
-    ):
-        head = []
+    if {"head.weight"} <= set(head) <= {"head.weight", "head.bias"}:
+        logits, *inputs = weights["head.weight"].shape
+        if logits > 1 and inputs == [*weights["norm.weight"].shape]:
+            head = []
     return [*head, *(name for name in weights if re.match(NOT_NEEDED, name))]
 
 

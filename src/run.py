@@ -458,8 +458,9 @@ def new_run(
         place.folder.refuse_existing(place.options.overwrite)  # before a possibly long download
     start = None
     if config.init_from:
-        heads, chosen = (chosen or {}).get("heads"), chosen or {}
-        start = load_pretrained(config.init_from, heads, config.mean, config.std, config.crop)
+        chosen = chosen or {}
+        stated = chosen.get("heads"), config.mean, config.std, config.crop
+        start = load_pretrained(config.init_from, *stated)
         start = start.for_channels(datasets.preprocessing_for(config.dataset).channels)
         model_config = start.adapted(model_config, chosen)
     expected = start.preprocessing if start else datasets.preprocessing_for(config.dataset)

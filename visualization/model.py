@@ -150,8 +150,6 @@ class Model:
         self.path, self.device, self.options = path, device, options
         if options.weights:
             self.vit, self.checkpoint = load_weights(options, device)
-            name = options.weights.partition(":")[2] or path.resolve().name  # of a folder
-            self.run = name.replace(":", "-").replace("/", "-")
         else:
             try:
                 self.vit, self.checkpoint = load_model(path, device)
@@ -162,6 +160,9 @@ class Model:
         if path.is_file():
             in_folder = path.name in (*RUN_FILES, *SAVED_AS)
             self.run = path.resolve().parent.name if in_folder else path.stem
+        else:  # a model of a library, or a folder of weights
+            name = options.weights.partition(":")[2] or path.resolve().name
+            self.run = name.replace(":", "-").replace("/", "-")
         self.vit.requires_grad_(False)  # only attention and pixels need gradients
         self.config, self.classes = self.checkpoint.model, self.checkpoint.classes
 
